@@ -1,0 +1,430 @@
+"""From files to parts: audio, manifests, tasks, behaviors, and the pieces a conversation is made of.
+
+How a sample travels:  manifest row -> Utterance -> (stage 1) Behavior -> parts [Text, Speech, Text, Response] -> SpeechLLM
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+SAMPLE_RATE = 16000          # Hz; everything is resampled to it
+METRICS = ("exact", "wer", "chrf")
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it as one line on stderr and exits with code 2."""
+
+
+# ---- files are written whole or not at all; a step that is done is not done again ----
+
+@contextmanager
+def whole_file(path):
+    """Yields a temporary path beside `path`; renames it on success, removes it on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")     # the ending stays: matplotlib and soundfile go by it
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path, rows):
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is no readable JSON ({error})") from None
+
+
+def read_jsonl(path):
+    """Yields (line number, the line's object, or UserError's message) of a JSONL file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a JSONL text file ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                row = f"is no JSON ({error})"
+            yield number, row if isinstance(row, (dict, str)) else "is no JSON object"
+
+
+def begin(folder, settings, force=False):
+    """Claim `folder` for a step. True if that step is already done there with the same settings; other settings are refused."""
+    path, settings = Path(folder) / "config.json", json.loads(json.dumps(settings))
+    if path.exists() and not force:
+        old = read_json(path)
+        before = old.get("settings", {}) if isinstance(old, dict) else {}
+        changed = [f"{k} was {before.get(k)}, now {settings.get(k)}" for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
+        if changed:
+            raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); choose another folder, or --force to redo it")
+        return bool(old.get("done"))
+    write_json(path, {"settings": settings, "done": False})
+    return False
+
+
+def finish(folder):
+    """Mark the step that `begin` claimed as done."""
+    write_json(Path(folder) / "config.json", {**read_json(Path(folder) / "config.json"), "done": True})
+
+
+TIMES = {}                   # what each step of this process took, in seconds: `demo --profile` prints it
+
+
+@contextmanager
+def timed(name):
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    TIMES[name] = TIMES.get(name, 0) + seconds
+    print(f"{name}: {seconds:.1f} s", flush=True)
+
+
+# ---- audio and manifests ----
+
+def load_audio(path, duration=None):
+    """float32 mono samples at SAMPLE_RATE of a WAV, FLAC, OGG or MP3 file of any rate.
+
+    `duration` (seconds) is what the manifest says; a file that holds less is truncated. UserError names the file and what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such audio file")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{path}: the audio file is empty")
+    with open(path, "rb") as file:
+        head = file.read(8)
+    promised = int.from_bytes(head[4:8], "little") + 8 if head[:4] == b"RIFF" else 0
+    try:
+        expected = soundfile.info(path).frames
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)      # (n, channels)
+    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+    if len(samples) == 0:
+        raise UserError(f"{path}: the audio file holds no samples")
+    seconds = len(samples) / rate
+    if len(samples) < expected or size < promised < 2**32 - 1024 or (duration and seconds < 0.95 * duration - 0.05):
+        raise UserError(f"{path}: the audio file is truncated, it holds {seconds:.2f} s" + (f" of {duration:.2f} s" if duration else ""))
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path}: the audio holds NaN or infinite samples")
+    samples = torch.from_numpy(samples.mean(axis=1))
+    if samples.abs().max() < 1e-4:
+        raise UserError(f"{path}: the audio is silent")
+    if rate != SAMPLE_RATE:
+        from torchaudio.functional import resample
+        samples = resample(samples, rate, SAMPLE_RATE)
+    return samples.numpy()
+
+
+@dataclass
+class Utterance:
+    """One manifest row. `words` is [[word, start_s, end_s], ...], one per word of `text`, or None."""
+    audio: Path
+    text: str
+    duration: float
+    speaker: str = ""
+    split: str = ""
+    words: list = None
+    id: str = ""             # the audio path as the manifest writes it
+
+    def row(self, folder):
+        """The manifest row of this utterance, for a manifest in `folder`."""
+        row = {"audio_filepath": os.path.relpath(self.audio, folder).replace(os.sep, "/"), "duration": round(self.duration, 4), "text": self.text,
+               "speaker": self.speaker, "split": self.split}
+        return {**row, "words": [[w, round(s, 4), round(e, 4)] for w, s, e in self.words]} if self.words else row
+
+
+def parse_row(row, folder):
+    """The Utterance of a manifest row; UserError says what is wrong with it."""
+    if isinstance(row, str):
+        raise UserError(row)
+    for key, kinds in (("audio_filepath", str), ("text", str), ("duration", (int, float))):
+        if key not in row:
+            raise UserError(f"lacks the key {key!r}")
+        if not isinstance(row[key], kinds) or isinstance(row[key], bool):
+            raise UserError(f"{key!r} is {row[key]!r}, which is not a {'text' if kinds is str else 'number'}")
+    text, duration, words = " ".join(row["text"].split()), row["duration"], row.get("words")
+    if not text:
+        raise UserError("the transcript is empty")
+    if not 0 < duration < float("inf"):
+        raise UserError(f"the duration is {duration} s")
+    if words is not None:
+        check_words(words, text, duration)
+    return Utterance(Path(folder) / row["audio_filepath"], text, float(duration), str(row.get("speaker") or ""), str(row.get("split") or ""),
+                     words, row["audio_filepath"])
+
+
+def check_words(words, text, duration):
+    try:
+        times = [(str(word), float(start), float(end)) for word, start, end in words]
+    except (TypeError, ValueError):
+        raise UserError("'words' must be [[word, start_s, end_s], …]") from None
+    if len(times) != len(text.split()):
+        raise UserError(f"has times for {len(times)} words, but its transcript has {len(text.split())}")
+    last = 0.0
+    for word, start, end in times:
+        if not last - 1e-3 <= start <= end:          # NaN fails this too
+            raise UserError(f"the word times run backwards at {word!r} ({start} to {end} s)")
+        if end > duration + 0.05:
+            raise UserError(f"the word {word!r} ends at {end} s, past the end of the audio ({duration} s)")
+        last = end
+
+
+def read_manifest(path, check_audio=False, skipped=None):
+    """The utterances of a JSONL manifest. A bad row is a UserError naming file and line; or, if `skipped` is a list, it goes there."""
+    path, utterances = Path(path), []
+    for number, row in read_jsonl(path):
+        try:
+            utterance = parse_row(row, path.parent)
+            if check_audio:
+                utterance.duration = len(load_audio(utterance.audio, utterance.duration)) / SAMPLE_RATE
+                check_words(utterance.words, utterance.text, utterance.duration) if utterance.words else None
+            utterances.append(utterance)
+        except UserError as error:
+            if skipped is None:
+                raise UserError(f"{path}:{number}: {error}") from None
+            skipped.append({"line": number, "reason": str(error)})
+    if not utterances:
+        raise UserError(f"{path}: holds no usable utterance")
+    return utterances
+
+
+def held_out(text):
+    """One transcript in eight, by a hash of its words: the same texts are held out whoever asks (the tiny LLM's pre-training too)."""
+    return hashlib.sha256(text.encode()).digest()[0] < 32
+
+
+def split_speakers(utterances, test_speakers=()):
+    """Fill in `split` and keep test transcripts out of the training side. Returns (utterances, a line that says what was done)."""
+    speakers = {u.speaker for u in utterances}
+    if missing := [s for s in test_speakers if s not in speakers]:
+        raise UserError(f"--test-speakers: there is no speaker {missing[0]!r}; the manifest has {', '.join(sorted(speakers)[:20])}")
+    if test_speakers:
+        why = f"speakers held out: {', '.join(test_speakers)}"
+        for u in utterances:
+            u.split = "test" if u.speaker in test_speakers else "train"
+    elif all(u.split in ("train", "test") for u in utterances):
+        why = "the manifest's own split"
+    else:
+        why = "no split in the manifest and no --test-speakers: one transcript in eight is held out, by a hash of its words"
+        for u in utterances:
+            u.split = "test" if held_out(u.text) else "train"
+    tested = {u.text for u in utterances if u.split == "test"}
+    kept = [u for u in utterances if u.split == "test" or u.text not in tested]
+    return kept, f"{why}; {len(utterances) - len(kept)} training rows left out because their transcript is tested"
+
+
+def join_words(utterances, lengths, count, out, seed=0):
+    """`count` new utterances, each a string of single-word recordings of one speaker with pauses between and exact word times.
+
+    lengths: (fewest, most) words. Transcripts with held_out() are spoken by test speakers only, the others by training speakers only.
+    """
+    rng, pools, made = random.Random(f"join-{seed}"), {}, []
+    for u in utterances:
+        if " " in u.text:
+            raise UserError(f"--join wants recordings of single words, but {u.id} says {u.text!r}")
+        pools.setdefault((u.split, u.speaker), []).append(u)
+    while len(made) < count:
+        (split, speaker), pool = rng.choice(sorted(pools.items()))
+        picked = [rng.choice(pool) for _ in range(rng.randint(*lengths))]
+        text = " ".join(u.text for u in picked)
+        if held_out(text) != (split == "test"):
+            continue
+        audio, words, at = [], [], 0
+        for u in picked:
+            pause, samples = np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLE_RATE), dtype=np.float32), load_audio(u.audio, u.duration)
+            start = at + len(pause)
+            at = start + len(samples)
+            audio += [pause, samples]
+            words.append([u.text, start / SAMPLE_RATE, at / SAMPLE_RATE])
+        path = Path(out) / "audio" / f"{len(made):05d}.flac"
+        write_audio(path, np.concatenate(audio))
+        made.append(Utterance(path, text, at / SAMPLE_RATE, speaker, split, words))
+    return made
+
+
+def write_audio(path, samples):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.clip(samples, -1, 1), SAMPLE_RATE)
+
+
+# ---- tasks and behaviors ----
+
+@dataclass
+class Task:
+    """One table of tasks.toml: what can be asked of an utterance."""
+    name: str
+    split: str               # "train": stage 2 may train on it; "unseen": kept for the benchmark
+    metric: str              # one of METRICS
+    prompts: list
+    unseen_prompts: list
+    transcripts: str = ".*"  # the task applies to transcripts that match this pattern
+
+    def applies(self, text):
+        return re.fullmatch(self.transcripts, text) is not None
+
+
+def load_tasks(path):
+    """{name: Task} of a tasks.toml; UserError names the table that is wrong."""
+    try:
+        table, tasks = tomllib.loads(Path(path).read_text(encoding="utf-8")), {}
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a task table ({error})") from None
+    for name, entry in table.items():
+        try:
+            task = tasks[name] = Task(name, **entry)
+            re.compile(task.transcripts)
+        except (TypeError, re.error) as error:
+            raise UserError(f"{path}: task [{name}]: {str(error).replace('Task.__init__() ', '')}") from None
+        if task.split not in ("train", "unseen") or task.metric not in METRICS:
+            raise UserError(f"{path}: task [{name}]: split must be train or unseen, metric one of {', '.join(METRICS)}")
+        if not task.prompts or not task.unseen_prompts or set(task.prompts) & set(task.unseen_prompts):
+            raise UserError(f"{path}: task [{name}]: needs prompts and unseen_prompts, and none may be in both")
+    if "repeat" not in tasks:
+        raise UserError(f"{path}: there is no task [repeat], which recipes and the ignored-instruction rate need")
+    return tasks
+
+
+@dataclass
+class Behavior:
+    """The LLM's own answer to a prompt about a transcript: what stage 2 imitates."""
+    utterance: str           # Utterance.id
+    task: str
+    prompt: str
+    response: str
+
+
+def write_behaviors(path, behaviors):
+    write_jsonl(path, map(asdict, behaviors))
+
+
+def read_behaviors(path):
+    try:
+        return [Behavior(**row) for _, row in read_jsonl(path)]
+    except TypeError as error:
+        raise UserError(f"{path}: holds a line that is no behavior ({error})") from None
+
+
+# ---- parts: what a conversation is made of before it becomes embeddings ----
+
+@dataclass
+class Text:
+    ids: list                # token ids of text that is read
+
+@dataclass
+class Speech:
+    frames: torch.Tensor     # (T, D_encoder) encoder frames
+
+@dataclass
+class Response:
+    ids: list                # token ids to be answered, with the end-of-turn token: the only part that carries loss
+
+
+AUDIO_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+def chat_parts(tokenizer, messages, audio, response=None):
+    """Parts of a conversation in the Hugging Face message format; training, generation and the benchmark all come through here.
+
+    audio: one list of parts per audio entry, in order (speech, its transcript as text, or the two interleaved).
+    response: token ids of the answer, or None to leave the conversation open for generation.
+    """
+    flat = [{"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else
+             "\n".join(c["text"] if c["type"] == "text" else AUDIO_MARK for c in m["content"])} for m in messages]
+    rendered = tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    pieces = rendered.split(AUDIO_MARK)
+    if len(pieces) != len(audio) + 1:
+        raise UserError(f"the conversation names {len(pieces) - 1} audio entries, but {len(audio)} were given")
+    parts = []
+    for piece, heard in zip(pieces, [*audio, []]):
+        ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        parts += ([Text(ids)] if ids else []) + list(heard)
+    return parts + ([Response(response)] if response is not None else [])
+
+
+def ask(prompt):
+    """The one-turn conversation of the benchmark and of stages 1 and 2: a prompt, then an utterance."""
+    return [{"role": "user", "content": [{"type": "text", "text": prompt}, {"type": "audio", "audio": None}]}]
+
+
+def transcript_tokens(tokenizer, text):
+    return Text(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def interleave(tokenizer, utterance, frames, as_text):
+    """The utterance with the words flagged in `as_text` as text tokens and the others as speech: alternating Text and Speech parts.
+
+    Text tokens are the whole transcript's tokens, assigned to words by character offsets; frames are cut midway between two words.
+    All True gives exactly the transcript's tokens, all False exactly the utterance's frames.
+    """
+    encoded = tokenizer(utterance.text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [match.end() for match in re.finditer(r"\S+", utterance.text)]
+    token_word = [sum(end <= start for end in ends[:-1]) for start, _ in encoded["offset_mapping"]]   # a space belongs to the word it precedes
+    rate = len(frames) / utterance.duration
+    cuts = [0, *(round((a[2] + b[1]) / 2 * rate) for a, b in zip(utterance.words, utterance.words[1:])), len(frames)]
+    parts, first = [], 0
+    for last in range(1, len(as_text) + 1):
+        if last == len(as_text) or as_text[last] != as_text[first]:
+            if as_text[first]:
+                parts.append(Text([i for i, word in zip(encoded["input_ids"], token_word) if first <= word < last]))
+            else:
+                parts.append(Speech(frames[cuts[first]:cuts[last]]))
+            first = last
+    return parts
+
+
+def random_spans(rng, n, share, mean):
+    """n flags, a share of them True in runs of `mean` words on average (a two-state Markov chain)."""
+    if share >= 1:
+        return [True] * n
+    enter, flag, flags = share / (mean * (1 - share)), rng.random() < share, []
+    for _ in range(n):
+        flags.append(flag)
+        flag = rng.random() >= 1 / mean if flag else rng.random() < enter
+    return flags
+
+
+def epoch_batches(lengths, batch_size, seed, step):
+    """The indices of batch number `step`: every epoch visits each item once, in batches of similar length. A pure function: nothing to resume."""
+    per_epoch = max(1, len(lengths) // batch_size)
+    epoch, at = divmod(step, per_epoch)
+    rng = random.Random(f"epoch-{seed}-{epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    bucket = 8 * batch_size
+    ordered = [i for b in range(0, len(order), bucket) for i in sorted(order[b:b + bucket], key=lengths.__getitem__)]
+    batches = [ordered[b * batch_size:(b + 1) * batch_size] for b in range(per_epoch)]
+    rng.shuffle(batches)
+    return batches[at]

@@ -1,0 +1,252 @@
+"""The generalization benchmark: seen and unseen tasks x seen and unseen prompts, on speech that training never heard.
+
+The reference is the text LLM's own answer to the true transcript, so any LLM and any transcribed speech can be benchmarked.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import Speech, UserError, ask, chat_parts, read_jsonl, transcript_tokens, whole_file
+
+QUADRANTS = ["seen_task_seen_prompt", "seen_task_unseen_prompt", "unseen_task_seen_prompt", "unseen_task_unseen_prompt"]
+RESAMPLES = 1000             # bootstrap resamples of the utterances
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question of the benchmark."""
+    utterance: object
+    task: object
+    prompt: str
+    quadrant: str
+
+
+def draw_cases(tasks, utterances, per_prompt, seed):
+    """For every prompt of every task `per_prompt` held-out utterances the task applies to; the same ones for every system."""
+    rng, cases = random.Random(f"bench-{seed}"), []
+    for task in tasks.values():
+        fitting = [u for u in utterances if task.applies(u.text)]
+        for prompts, seen in ((task.prompts, "seen"), (task.unseen_prompts, "unseen")):
+            quadrant = f"{'seen' if task.split == 'train' else 'unseen'}_task_{seen}_prompt"
+            for prompt in prompts:
+                cases += [Case(u, task, prompt, quadrant) for u in rng.sample(fitting, min(per_prompt, len(fitting)))]
+    if not cases:
+        raise UserError("no task of the task table applies to any held-out transcript")
+    return cases
+
+
+def answer_cases(model, cases, hear, name, batch_size=96):
+    """The model's answers; hear(utterance) gives the parts that stand for the utterance: text, speech, or what the cascade heard."""
+    heard = {c.utterance.id: hear(c.utterance) for c in cases}
+    parts = [chat_parts(model.tokenizer, ask(c.prompt), [heard[c.utterance.id]]) for c in cases]
+    order = sorted(range(len(cases)), key=lambda i: (cases[i].task.name, cases[i].utterance.duration))     # answers of one task are about as long
+    answers = [None] * len(cases)
+    for at in tqdm(range(0, len(order), batch_size), desc=f"bench {name}", unit="batch"):
+        rows = order[at:at + batch_size]
+        for i, answer in zip(rows, model.generate([parts[i] for i in rows])):
+            answers[i] = answer
+    return answers
+
+
+def hear_text(model):
+    return lambda u: [transcript_tokens(model.tokenizer, u.text)]
+
+
+def hear_speech(frames):
+    return lambda u: [Speech(frames[u.id])]
+
+
+def hear_cascade(model, transcriber, frames):
+    """The cascade: what the CTC head of the speech encoder makes of the utterance, read by the LLM as text."""
+    return lambda u: [transcript_tokens(model.tokenizer, transcriber.transcribe(frames[u.id]) or "…")]
+
+
+# ---- metrics ----
+
+def normalize(text):
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+
+
+def word_error_rate(reference, answer):
+    import jiwer
+    reference, answer = normalize(reference), normalize(answer)
+    return jiwer.wer(reference, answer) if reference else float(bool(answer))
+
+
+def score(metric, reference, answer):
+    """0..1: "exact" match, "wer" as 1 - word error rate (jiwer), or "chrf" (sacrebleu, Popović 2015)."""
+    if metric == "exact":
+        return float(normalize(reference) == normalize(answer))
+    if metric == "wer":
+        return max(0.0, 1.0 - word_error_rate(reference, answer))
+    from sacrebleu import sentence_chrf
+    return sentence_chrf(answer, [reference]).score / 100 if reference else float(not answer)
+
+
+def repeats_instead(case, reference, answer):
+    """The model ignored the instruction: asked for another task, it answered with the transcript, give or take a quarter of its words."""
+    return case.task.name != "repeat" and word_error_rate(case.utterance.text, answer) <= 0.25 < word_error_rate(case.utterance.text, reference)
+
+
+def cell(scores, tops, utterances, seed=0):
+    """{"score", "share_of_text", "n", "ci95"}: mean score, its share of the top line's, and a 95% bootstrap interval over utterances."""
+    if not scores:
+        return {"score": None, "share_of_text": None, "n": 0, "ci95": [None, None]}
+    scores, ids = np.asarray(scores), np.unique(utterances, return_inverse=True)[1]
+    sums, counts = np.bincount(ids, scores), np.bincount(ids)
+    picks = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    top = float(np.mean(tops))
+    return {"score": float(scores.mean()), "share_of_text": float(scores.mean() / top) if top else None, "n": len(scores),
+            "ci95": [float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))]}
+
+
+def grade(cases, references, answers, seconds):
+    """One system's entry of report.json."""
+    scores = [score(c.task.metric, r, a) for c, r, a in zip(cases, references, answers)]
+    tops = [score(c.task.metric, r, r) for c, r in zip(cases, references)]
+
+    def over(chosen):
+        rows = [i for i, c in enumerate(cases) if chosen(c)]
+        return cell([scores[i] for i in rows], [tops[i] for i in rows], [cases[i].utterance.id for i in rows])
+
+    asked = [repeats_instead(c, r, a) for c, r, a in zip(cases, references, answers) if c.task.name != "repeat"]
+    return {"quadrants": {q: over(lambda c: c.quadrant == q) for q in QUADRANTS},
+            "tasks": {t: over(lambda c: c.task.name == t) for t in dict.fromkeys(c.task.name for c in cases)},
+            "repeat_wer": corpus_wer(cases, answers),
+            "ignored_instruction_rate": float(np.mean(asked)) if asked else None, "seconds": round(seconds, 1)}
+
+
+def corpus_wer(cases, answers):
+    """Word error rate of the task "repeat" against the true transcripts, over all its words; None if it was not asked."""
+    import jiwer
+    rows = [(normalize(c.utterance.text), normalize(a)) for c, a in zip(cases, answers) if c.task.name == "repeat" and normalize(c.utterance.text)]
+    return jiwer.wer([r for r, _ in rows], [a for _, a in rows]) if rows else None
+
+
+# ---- the report ----
+
+def percent(value, digits=1):
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
+
+
+def quadrant_table(report):
+    """The table people look at first, as markdown."""
+    names = [q.replace("_task_", " task × ").replace("_prompt", " prompt") for q in QUADRANTS]
+    lines = ["| system | " + " | ".join(names) + " | repeat WER | ignored instruction |", "|---|" + "---|" * (len(names) + 2)]
+    for name, entry in report["recipes"].items():
+        cells = [f"{percent(c['score'])} [{percent(c['ci95'][0], 0)}, {percent(c['ci95'][1], 0)}]" for c in entry["quadrants"].values()]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {percent(entry['repeat_wer'])} | {percent(entry['ignored_instruction_rate'])} |")
+    return "\n".join(lines)
+
+
+def task_table(report):
+    recipes, splits = report["recipes"], report["meta"]["task_splits"]
+    lines = ["| task | " + " | ".join(f"`{name}`" for name in recipes) + " |", "|---|" + "---|" * len(recipes)]
+    for split in ("train", "unseen"):
+        lines += [f"| {task} ({'seen' if split == 'train' else 'unseen'}) | " + " | ".join(percent(r["tasks"][task]["score"]) for r in recipes.values()) + " |"
+                  for task in splits if splits[task] == split and task in next(iter(recipes.values()))["tasks"]]
+    return "\n".join(lines)
+
+
+def write_markdown(path, report):
+    meta = report["meta"]
+    samples = "\n".join(f"- **{s['prompt']}** ({s['quadrant'].replace('_', ' ')})  \n  speech: *{s['transcript']}*  \n" + "  \n".join(
+        f"  `{name}`: {answer}" for name, answer in s["answers"].items()) for s in report["samples"])
+    text = f"""# Benchmark of {', '.join(report['recipes'])}
+
+{meta['n_utterances']} held-out utterances of {meta['n_speakers']} held-out speakers, {meta['n_cases']} questions. The score is a mean over questions of what
+the task asks for: exact match, 1 - word error rate, or chrF, against the text LLM's own answer to the true transcript. `text`, the top line, is therefore 100%
+wherever it is measured against itself, and a score is at the same time its share of the top line. In brackets: 95% bootstrap interval over utterances.
+
+{quadrant_table(report)}
+
+![scores by quadrant](quadrants.png)
+
+## Tasks
+
+{task_table(report)}
+
+![task × system](tasks.png)
+
+## Training
+
+![loss](loss.png)
+
+## Five conversations
+
+{samples}
+
+## How this was made
+
+{chr(10).join(f'- {key}: {value}' for key, value in meta.items() if key != 'task_splits')}
+"""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def draw_samples(cases, answers, seed, n=5):
+    """n questions from all quadrants in turn, with every system's answer."""
+    rng, samples = random.Random(f"samples-{seed}"), []
+    for i in range(n):
+        rows = [j for j, c in enumerate(cases) if c.quadrant == QUADRANTS[(3 - i) % 4]] or list(range(len(cases)))
+        j = rng.choice(rows)
+        samples.append({"prompt": cases[j].prompt, "task": cases[j].task.name, "quadrant": cases[j].quadrant, "audio": str(cases[j].utterance.audio),
+                        "transcript": cases[j].utterance.text, "answers": {name: rows[j] for name, rows in answers.items()}})
+    return samples
+
+
+# ---- plots ----
+
+def save_plot(figure, path):
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+
+
+def write_plots(folder, report):
+    """quadrants.png, tasks.png and loss.png in `folder`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    recipes = report["recipes"]
+
+    figure, axes = pyplot.subplots(figsize=(9, 4))
+    width = 0.8 / len(recipes)
+    for i, (name, entry) in enumerate(recipes.items()):
+        cells = [entry["quadrants"][q] for q in QUADRANTS]
+        means = [100 * (c["score"] or 0) for c in cells]
+        spread = [[100 * abs((c["score"] or 0) - (end if end is not None else 0)) for c, end in zip(cells, ends)]
+                  for ends in ([c["ci95"][0] for c in cells], [c["ci95"][1] for c in cells])]
+        axes.bar(np.arange(4) + i * width, means, width * 0.9, yerr=spread, capsize=2, label=name)
+    axes.set_xticks(np.arange(4) + 0.4 - width / 2, [q.replace("_task_", " task\n").replace("_prompt", " prompt") for q in QUADRANTS])
+    axes.set(ylabel="score, % of the text LLM", ylim=(0, 105), title="Generalization (bars: 95% interval over utterances)")
+    axes.legend(loc="lower left")
+    save_plot(figure, Path(folder) / "quadrants.png")
+    pyplot.close(figure)
+
+    tasks = sorted(next(iter(recipes.values()))["tasks"], key=lambda t: report["meta"]["task_splits"][t] == "unseen")
+    grid = np.array([[entry["tasks"][t]["score"] for entry in recipes.values()] for t in tasks])
+    figure, axes = pyplot.subplots(figsize=(2 + 1.1 * len(recipes), 0.8 + 0.27 * len(tasks)))
+    axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (y, x), value in np.ndenumerate(grid):
+        axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
+    axes.set_xticks(range(len(recipes)), list(recipes))
+    axes.set_yticks(range(len(tasks)), [t + (" (unseen)" if report["meta"]["task_splits"][t] == "unseen" else "") for t in tasks], fontsize=8)
+    axes.set_title("score by task, %")
+    save_plot(figure, Path(folder) / "tasks.png")
+    pyplot.close(figure)
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for log in sorted(Path(folder).glob("*/log.jsonl")):
+        rows = [row for _, row in read_jsonl(log)]
+        smooth = np.convolve(np.pad([r["loss"] for r in rows], (9, 0), mode="edge"), np.ones(10) / 10, mode="valid")
+        axes.plot([r["step"] for r in rows], smooth, label=log.parent.name)
+    axes.set(xlabel="step", ylabel="loss, nats/token (mean of 10 steps)", yscale="log", title="Stage 2")
+    axes.legend()
+    save_plot(figure, Path(folder) / "loss.png")
+    pyplot.close(figure)

@@ -1,0 +1,347 @@
+"""Frozen speech encoder + trainable connector + frozen 4-bit LLM = SpeechLLM.
+
+Shapes:  B conversations, L positions, T encoder frames, N speech tokens, D the LLM's width, V its vocabulary.
+"""
+
+import hashlib
+import logging
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForCTC, AutoTokenizer, BitsAndBytesConfig
+
+from data import AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, chat_parts, load_audio, read_json, timed, whole_file, write_json
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)         # it warns of an optional kernel package it would load from the network
+TINY = Path(__file__).with_name("tiny")                            # the tiny world's checkpoints, by the name "tiny"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IGNORE = -100                # label of a position without loss
+
+
+# ---- connectors: encoder frames (T, D_encoder) -> speech tokens (N, D) ----
+
+class StackMLP(nn.Module):
+    """Stack k neighbouring frames, then a two-layer MLP (as in SLAM-ASR, arXiv 2402.08846).
+
+    frames (B, T, D_encoder) -> pad T to a multiple of k -> (B, T/k, k * D_encoder) -> LayerNorm, MLP -> (B, N = T/k, D)
+    """
+
+    def __init__(self, width_in, width_out, k=6, hidden=768):
+        super().__init__()
+        self.k = k
+        self.norm = nn.LayerNorm(k * width_in)
+        self.mlp = nn.Sequential(nn.Linear(k * width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+
+    def lengths(self, frames):
+        return -(-frames // self.k)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        x = F.pad(x, (0, 0, 0, -T % self.k))                       # (B, N * k, C)
+        return self.mlp(self.norm(x.reshape(B, -1, self.k * C)))   # (B, N, D)
+
+
+class Conv(nn.Module):
+    """Strided 1-d convolutions, each halving the rate, then a bottleneck MLP with a residual (BLSP, arXiv 2309.00916, section 3.1).
+
+    frames (B, T, D_encoder) -> log2(k) convolutions of stride 2 -> (B, N = T/k, D_encoder) -> (B, N, D)
+    """
+
+    def __init__(self, width_in, width_out, k=8, hidden=256):
+        super().__init__()
+        if k & (k - 1):
+            raise UserError(f"the conv connector halves the frame rate, so k must be a power of two, not {k}")
+        self.k = k
+        self.convs = nn.ModuleList(nn.Conv1d(width_in, width_in, 5, stride=2, padding=2) for _ in range(int(math.log2(k))))
+        self.project = nn.Linear(width_in, width_out)
+        self.norm = nn.LayerNorm(width_out)
+        self.adapter = nn.Sequential(nn.Linear(width_out, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+
+    def lengths(self, frames):
+        return -(-frames // self.k)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)    # (B, T, C) -> (B, T/2, C)
+        x = self.norm(self.project(x))                             # (B, N, D)
+        return x + self.adapter(x)
+
+
+CONNECTORS = {"stack-mlp": StackMLP, "conv": Conv}
+
+
+class Connector(nn.Module):
+    """A connector and the scale that starts its tokens at the norm of the LLM's own token embeddings."""
+
+    def __init__(self, kind, width_in, width_out, k, hidden, embedding_rms=1.0):
+        super().__init__()
+        if kind not in CONNECTORS:
+            raise UserError(f"there is no connector {kind!r}; there are {', '.join(CONNECTORS)}")
+        self.body = CONNECTORS[kind](width_in, width_out, k, hidden)
+        self.scale = nn.Parameter(torch.full((width_out,), float(embedding_rms)))
+
+    def forward(self, spans):
+        """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)]. Spans of one length go together, so nothing is padded."""
+        tokens, by_length = [None] * len(spans), {}
+        for i, frames in enumerate(spans):
+            by_length.setdefault(self.body.lengths(len(frames)), []).append(i)
+        for n, rows in by_length.items():
+            x = torch.stack([F.pad(spans[i], (0, 0, 0, n * self.body.k - len(spans[i]))) for i in rows]).to(self.scale)   # (B, n * k, D_encoder)
+            y = self.body(x) if n else x.new_zeros(len(rows), 0, len(self.scale))
+            y = F.rms_norm(y, y.shape[-1:]) * self.scale
+            for i, row in zip(rows, y):
+                tokens[i] = row
+        return tokens
+
+
+# ---- the frozen speech encoder ----
+
+class SpeechEncoder(nn.Module):
+    """Any Hugging Face speech encoder, frozen, in eval mode, one utterance at a time: with no padding there is nothing to mask.
+
+    A Whisper encoder runs on the audio's own length (`pad_whisper`: on 30 s of padding, as it was trained; only the audio's frames are kept).
+    A CTC model keeps its head: `transcribe` is what the cascade hears.
+    """
+
+    def __init__(self, name, pad_whisper=False):
+        super().__init__()
+        self.name, self.pad_whisper = str(name), pad_whisper
+        name = TINY / "encoder" if name == "tiny" else name
+        self.config = load_or_explain(AutoConfig, name, "speech encoder")
+        self.extractor = load_or_explain(AutoFeatureExtractor, name, "speech encoder")
+        self.is_whisper = self.config.model_type == "whisper"
+        self.head, self.ctc_tokenizer = None, None
+        if self.is_whisper:
+            from transformers.models.whisper.modeling_whisper import WhisperEncoder
+            self.model = load_or_explain(WhisperEncoder, name, "speech encoder", dtype=torch.float32,
+                                         key_mapping={r"^(model\.)?encoder\.": ""})        # the decoder is never read
+        elif any(a.endswith("ForCTC") for a in self.config.architectures or []):
+            model = load_or_explain(AutoModelForCTC, name, "speech encoder", dtype=torch.float32)
+            self.model, self.head = getattr(model, model.base_model_prefix), model.lm_head
+            self.ctc_tokenizer = load_or_explain(AutoTokenizer, name, "speech encoder")
+        else:
+            self.model = load_or_explain(AutoModel, name, "speech encoder", dtype=torch.float32)
+        self.width = getattr(self.config, "d_model", None) or self.config.hidden_size
+        self.to(DEVICE).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, audio, name="the audio"):
+        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder) on the CPU, half precision."""
+        if self.is_whisper:
+            return self.whisper(audio, name).half().cpu()
+        inputs = self.extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(DEVICE)
+        frames = self.model(**inputs).last_hidden_state[0]         # (T, D_encoder)
+        if "input_features" in inputs:                             # stacked extractors pad to whole stacks
+            frames = frames[:int(inputs["attention_mask"].sum())]
+        return frames.half().cpu()
+
+    def whisper(self, audio, name):
+        """WhisperEncoder.forward of transformers without its check that the input is 30 s long."""
+        seconds = len(audio) / SAMPLE_RATE
+        if seconds > self.extractor.chunk_length:
+            raise UserError(f"{name}: {seconds:.1f} s is more than the {self.extractor.chunk_length} s that a Whisper encoder hears; cut it into shorter clips")
+        mel = self.extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt",
+                             padding="max_length" if self.pad_whisper else "longest")["input_features"].to(DEVICE)     # (1, bins, 2T)
+        x = F.gelu(self.model.conv1(mel))
+        x = F.gelu(self.model.conv2(x)).transpose(1, 2)                                                                # (1, T, D_encoder)
+        x = x + self.model.embed_positions.weight[:x.shape[1]]
+        for layer in self.model.layers:
+            x = layer(x, None)
+        return self.model.layer_norm(x)[0, :math.ceil(len(audio) / SAMPLE_RATE * 50)]
+
+    @torch.no_grad()
+    def transcribe(self, frames):
+        """Greedy CTC: frames (T, D_encoder) -> text."""
+        return self.ctc_tokenizer.decode(self.head(frames.float().to(DEVICE)).argmax(-1).tolist())
+
+    @property
+    def key(self):
+        """Names what determines the frames: the model's weights and the padding option."""
+        weights = next(self.model.parameters()).flatten()[:4096].cpu().numpy().tobytes()
+        return hashlib.sha256(weights + repr((self.name, self.config.to_dict(), self.pad_whisper)).encode()).hexdigest()[:12]
+
+
+def encode_all(encoder, utterances, cache):
+    """{utterance id: frames (T, D_encoder)}, read from or written to safetensors files in the folder `cache`: the encoder is frozen, so once is enough."""
+    stamp = repr([(u.id, u.audio.stat().st_size, u.audio.stat().st_mtime_ns) if u.audio.is_file() else u.id for u in utterances])
+    path = Path(cache) / f"{encoder.key}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.safetensors"
+    if path.exists():
+        return load_file(path)
+    with timed(f"encode {len(utterances)} utterances"):
+        frames = {u.id: encoder(load_audio(u.audio, u.duration), u.audio) for u in tqdm(utterances, desc="encode speech", unit="utt")}
+        with whole_file(path) as temporary:
+            save_file(frames, temporary)
+    return frames
+
+
+# ---- the frozen LLM ----
+
+def load_or_explain(auto_class, name, what, **options):
+    """auto_class.from_pretrained with an error for people; weights come from safetensors only, code from transformers only."""
+    try:
+        if "dtype" in options:
+            options["use_safetensors"] = True
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"{what} {name}: cannot be loaded as a Hugging Face checkpoint, local folder or hub name ({why})") from None
+
+
+def load_llm(name, bits=4):
+    """(LLM frozen and in eval mode, tokenizer). bits: 4 = NF4 with double quantization, 8 = LLM.int8, 16 = not quantized."""
+    name = TINY / "llm" if name == "tiny" else name
+    compute = torch.float32 if DEVICE == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    quantization = None
+    if bits != 16:
+        try:
+            import bitsandbytes  # noqa: F401
+            quantization = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+        except (ImportError, OSError, RuntimeError) as error:
+            print(f"bitsandbytes does not work on this machine ({type(error).__name__}): the LLM runs unquantized, in {compute}")
+    tokenizer = load_or_explain(AutoTokenizer, name, "LLM")
+    if not tokenizer.chat_template:
+        raise UserError(f"LLM {name}: its tokenizer has no chat template; choose an instruction-tuned model")
+    llm = load_or_explain(AutoModelForCausalLM, name, "LLM", dtype=compute, quantization_config=quantization, device_map={"": DEVICE})
+    for module in llm.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call without gradients, into a kernel that has no backward
+        # and other rounding. One set of weights for training and generation:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return llm.eval().requires_grad_(False), tokenizer
+
+
+def fingerprint(llm, tokenizer):
+    """Tells one LLM from another: its shape, its vocabulary and a slice of its (never quantized) embeddings."""
+    weights = llm.get_input_embeddings().weight[:64].float().cpu().numpy().tobytes()
+    return hashlib.sha256(weights + repr((llm.config.hidden_size, llm.config.num_hidden_layers, len(tokenizer))).encode()).hexdigest()[:12]
+
+
+def end_of_turn(tokenizer):
+    """The token the chat template puts after an answer."""
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
+    after = tokenizer.apply_chat_template(turn, tokenize=False).rsplit(AUDIO_MARK, 1)[1]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids else tokenizer.eos_token_id
+
+
+# ---- the speech LLM ----
+
+class SpeechLLM(nn.Module):
+    """forward() in five sentences: text parts are embedded by the LLM's own table; speech parts by the connector; both are spliced in order;
+    the LLM reads them; only the response is scored."""
+
+    def __init__(self, llm, tokenizer, encoder=None, connector=None, lora=0):
+        super().__init__()
+        self.llm, self.tokenizer, self.encoder, self.connector = llm, tokenizer, encoder, connector
+        self.eot, self.fingerprint, self.lora = end_of_turn(tokenizer), fingerprint(llm, tokenizer), lora
+        if lora:
+            from peft import LoraConfig, get_peft_model
+            self.llm = get_peft_model(llm, LoraConfig(r=lora, lora_alpha=2 * lora, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    def train(self, mode=True):
+        """The LLM and the encoder stay in eval mode whatever happens."""
+        super().train(False)
+        if self.connector is not None:
+            self.connector.train(mode)
+        return self
+
+    def trainable(self):
+        """{name: parameter} of what training changes: the connector, and the LoRA adapter if there is one."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def embed(self, batch):
+        """Parts -> (embeddings (B, L, D), attention mask (B, L), labels (B, L)). The one place where text and speech are spliced.
+
+        Padded on the left, so that the answers of all rows end at the right edge, where generation goes on and the loss is read.
+        """
+        table = self.llm.get_input_embeddings()
+        ids = [i for parts in batch for part in parts if not isinstance(part, Speech) for i in part.ids]
+        text = iter(table(torch.tensor(ids, device=DEVICE)).split([len(p.ids) for parts in batch for p in parts if not isinstance(p, Speech)]))
+        speech = iter(self.connector([p.frames.to(DEVICE) for parts in batch for p in parts if isinstance(p, Speech)]) if self.connector else [])
+        rows = [torch.cat([(next(speech) if isinstance(p, Speech) else next(text)).to(table.weight.dtype) for p in parts]) for parts in batch]
+        length = max(map(len, rows))
+        embeds = torch.stack([F.pad(row, (0, 0, length - len(row), 0)) for row in rows])                                    # (B, L, D)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=DEVICE)                    # (B, L)
+        answers = [parts[-1].ids if isinstance(parts[-1], Response) else [] for parts in batch]
+        labels = torch.tensor([[IGNORE] * (length - len(a)) + a for a in answers], device=DEVICE)                           # (B, L)
+        return embeds, mask, labels
+
+    def logits(self, batch):
+        """(logits (B, R, V), labels (B, R)) at the R last positions, which hold every answer: the vocabulary projection runs on no others."""
+        embeds, mask, labels = self.embed(batch)
+        R = max(len(parts[-1].ids) for parts in batch)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, logits_to_keep=R + 1, use_cache=False)
+        return out.logits[:, :-1].float(), labels[:, -R:]          # the logits at one position predict the next
+
+    def forward(self, batch, teacher=None):
+        """(summed loss, number of response tokens) of conversations that end in a Response.
+
+        teacher: the same conversations with the transcript as text; then the loss is KL(LLM reading text || LLM hearing speech).
+        """
+        logits, labels = self.logits(batch)
+        answered = labels != IGNORE                                # (B, R)
+        if teacher is None:
+            return F.cross_entropy(logits[answered], labels[answered], reduction="sum"), int(answered.sum())
+        with torch.no_grad():
+            target = self.logits(teacher)[0][answered].log_softmax(-1)
+        return F.kl_div(logits[answered].log_softmax(-1), target, reduction="sum", log_target=True), int(answered.sum())
+
+    @torch.no_grad()
+    def generate(self, batch, max_new_tokens=48):
+        """Greedy answers to open conversations: parts -> [text]."""
+        embeds, mask, _ = self.embed(batch)
+        ids = self.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                                eos_token_id=self.eot, pad_token_id=self.eot)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def answer(self, messages, max_new_tokens=48):
+        """The answer to one conversation in the Hugging Face message format; audio entries hold the path of a sound file."""
+        paths = [c["audio"] for m in messages if not isinstance(m["content"], str) for c in m["content"] if c["type"] == "audio"]
+        heard = [[Speech(self.encoder(load_audio(path), path))] for path in paths]
+        return self.generate([chat_parts(self.tokenizer, messages, heard)], max_new_tokens)[0]
+
+    def response(self, text):
+        """The token ids to imitate: the answer and the end of its turn."""
+        return Response(self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eot])
+
+    # -- a run folder holds the connector (and the adapter), and names the LLM and the encoder --
+
+    def save(self, folder, spec):
+        """Write connector.safetensors (and adapter/) and what is needed to load them again."""
+        with whole_file(Path(folder) / "connector.safetensors") as temporary:
+            save_file({k: v.contiguous() for k, v in self.connector.state_dict().items()}, temporary)
+        if self.lora:
+            self.llm.save_pretrained(Path(folder) / "adapter")
+        write_json(Path(folder) / "model.json", {**spec, "llm_fingerprint": self.fingerprint})
+
+    @classmethod
+    def build(cls, spec, llm=None, encoder=None):
+        """A SpeechLLM from its spec: llm, bits, encoder, pad_whisper, connector, k, hidden, lora. Pass loaded models to share them."""
+        llm, tokenizer = llm or load_llm(spec["llm"], spec["bits"])
+        encoder = encoder or SpeechEncoder(spec["encoder"], spec["pad_whisper"])
+        table = llm.get_input_embeddings().weight
+        connector = Connector(spec["connector"], encoder.width, table.shape[1], spec["k"], spec["hidden"], table.float().pow(2).mean().sqrt())
+        return cls(llm, tokenizer, encoder, connector.to(DEVICE), spec["lora"])
+
+    @classmethod
+    def from_pretrained(cls, folder, llm=None, encoder=None):
+        """Load what save() wrote. UserError if it was trained for another LLM."""
+        spec = read_json(Path(folder) / "model.json")
+        model = cls.build(spec, llm, encoder)
+        if model.fingerprint != spec["llm_fingerprint"]:
+            raise UserError(f"{folder}: its connector was trained for another LLM than the one that is now at {spec['llm']}; train again with --force")
+        try:
+            model.connector.load_state_dict(load_file(Path(folder) / "connector.safetensors"))
+            if spec["lora"]:
+                from peft import set_peft_model_state_dict
+                set_peft_model_state_dict(model.llm, load_file(Path(folder) / "adapter" / "adapter_model.safetensors"))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{folder}: the connector cannot be loaded ({str(error).splitlines()[0]}); train again with --force") from None
+        return model.train(False)

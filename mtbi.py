@@ -1,0 +1,468 @@
+"""MTBI: a frozen speech encoder and a small trained connector give a frozen, 4-bit LLM ears (arXiv 2505.18644).
+
+    prepare   speech and transcripts           ->  DATA/manifest.jsonl
+    imitate   stage 1: the LLM answers the transcripts, over many tasks   ->  RUN/behaviors.jsonl
+    train     stage 2: the connector learns to get the same answers from the speech  ->  RUN/<recipe>/
+    bench     unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
+    generate  ask a trained model about a sound file
+    demo      all of it in the tiny world: offline, on a laptop CPU
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import os
+import platform
+import random
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import eval as benchmark
+from data import (
+    TIMES,
+    Behavior,
+    UserError,
+    Utterance,
+    ask,
+    begin,
+    chat_parts,
+    finish,
+    join_words,
+    load_tasks,
+    read_behaviors,
+    read_json,
+    read_jsonl,
+    read_manifest,
+    split_speakers,
+    timed,
+    transcript_tokens,
+    write_audio,
+    write_behaviors,
+    write_json,
+    write_jsonl,
+)
+from model import CONNECTORS, DEVICE, SpeechEncoder, SpeechLLM, encode_all, load_llm
+from train import Examples, Recipe, train
+
+RECIPES = {
+    "mtbi": Recipe("multi-task behavior imitation with speech-text interleaving (arXiv 2505.18644)", interleave=0.4, repeat=(1.0, 0.2)),
+    "mtbi-no-interleave": Recipe("mtbi without interleaving: what does it add?", repeat=(1.0, 0.2)),
+    "mtbi-kl": Recipe("mtbi that imitates the whole next-token distribution", interleave=0.4, repeat=(1.0, 0.2), loss="kl"),
+    "asr": Recipe("the task repeat alone: it transcribes whatever it is told", tasks="repeat", repeat=(1.0, 1.0)),
+    "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks="continue", connector="conv"),
+}
+
+
+def digest(path):
+    """Names the content of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def named(name):
+    """A local model folder as an absolute path; "tiny" and hub names as they are."""
+    return str(Path(name).resolve()) if name != "tiny" and Path(name).exists() else name
+
+
+@lru_cache(maxsize=1)
+def shared_llm(name, bits):
+    """The LLM is frozen, so the steps of one process share it."""
+    with timed("load the LLM"):
+        return load_llm(name, bits)
+
+
+@lru_cache(maxsize=2)
+def shared_encoder(name, pad_whisper=False):
+    return SpeechEncoder(name, pad_whisper)
+
+
+def say_where():
+    print(f"device: {DEVICE} ({torch.get_num_threads()} threads), because " + ("CUDA is there" if DEVICE == "cuda" else "there is no CUDA"))
+
+
+# ---- prepare ----
+
+def prepare(args):
+    """Check speech and transcripts and write DATA/manifest.jsonl; `tiny` renders speech instead."""
+    out = Path(args.out)
+    settings = {"source": args.source if args.source == "tiny" else digest_or_explain(args.source), "seed": args.seed, "join": args.join, "count": args.count,
+                "test_speakers": args.test_speakers, "skip_bad": args.skip_bad, **({"train": args.train, "test": args.test} if args.source == "tiny" else {})}
+    lengths = parse_join(args.join)
+    if args.source == "tiny":
+        if begin(out, settings, args.force):
+            return print(f"{out}: is prepared already")
+        with timed("render speech"):
+            utterances = render_tiny(out, args.train, args.test, args.seed)
+        why = "tiny world: held-out sentences in held-out voices"
+    else:
+        skipped = [] if args.skip_bad else None
+        with timed("read and check the audio"):
+            utterances = read_manifest(args.source, check_audio=True, skipped=skipped)
+        utterances, why = split_speakers(utterances, [s for s in args.test_speakers.split(",") if s])
+        if begin(out, settings, args.force):
+            return print(f"{out}: is prepared already")
+        if skipped is not None:
+            report_skipped(out, skipped, args.source)
+        if lengths:
+            with timed("join words"):
+                utterances = join_words(utterances, lengths, args.count, out, args.seed)
+    write_jsonl(out / "manifest.jsonl", [u.row(out) for u in utterances])
+    finish(out)
+    counts, seconds = Counter(u.split for u in utterances), sum(u.duration for u in utterances)
+    print(f"{out / 'manifest.jsonl'}: {len(utterances)} utterances, {seconds / 60:.1f} minutes; {dict(counts)} ({why}); "
+          f"{sum(bool(u.words) for u in utterances)} with word times")
+
+
+def digest_or_explain(path):
+    try:
+        return digest(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL manifest, or `tiny`") from None
+
+
+def parse_join(text):
+    """"3:6" -> (3, 6)"""
+    if not text:
+        return None
+    try:
+        low, high = map(int, text.split(":"))
+    except ValueError:
+        raise UserError(f"--join {text}: give the fewest and the most words, like 3:6") from None
+    if not 1 <= low <= high:
+        raise UserError(f"--join {text}: the first number must be at least 1 and at most the second")
+    return low, high
+
+
+def render_tiny(out, n_train, n_test, seed):
+    from tiny import speech, world
+    rng, utterances = random.Random(f"prepare-{seed}"), []
+    for split, n in (("train", n_train), ("test", n_test)):
+        stream = world.draws(f"prepare-{seed}", held_out=split == "test")
+        for i in tqdm(range(n), desc=f"render {split}", unit="utt"):
+            text = next(stream).words
+            audio, words, voice = speech.render(text, rng, split)
+            path = out / "audio" / f"{split}-{i:05d}.wav"
+            write_audio(path, audio)
+            utterances.append(Utterance(path, text, len(audio) / speech.SAMPLE_RATE, voice["voice"], split, words))
+    return utterances
+
+
+def report_skipped(out, skipped, source):
+    for row in skipped:
+        print(f"left out {source}:{row['line']}: {row['reason']}")
+    write_jsonl(out / "skipped.jsonl", skipped)
+    print(f"{len(skipped)} rows left out, listed in {out / 'skipped.jsonl'}")
+
+
+# ---- imitate (stage 1) ----
+
+def imitate(args):
+    """Stage 1, text only: the LLM answers the training transcripts over the training tasks. These answers are the behaviors."""
+    out, data = Path(args.out), Path(args.data)
+    tasks_path = Path(args.tasks or HERE / ("tiny/tasks.toml" if args.llm == "tiny" else "tasks.toml"))
+    tasks, utterances = load_tasks(tasks_path), [u for u in read_manifest(data / "manifest.jsonl") if u.split == "train"]
+    settings = {"data": os.path.relpath(data, out), "manifest": digest(data / "manifest.jsonl"), "llm": named(args.llm), "bits": args.bits,
+                "tasks": str(tasks_path.resolve()) if args.tasks else tasks_path.relative_to(HERE).as_posix(), "task_table": digest(tasks_path),
+                "per_utterance": args.per_utterance, "seed": args.seed}
+    if begin(out, settings, args.force):
+        return print(f"{out}: has its behaviors already")
+    say_where()
+    model = SpeechLLM(*shared_llm(named(args.llm), args.bits))
+    todo = draw_questions(tasks, utterances, args.per_utterance, args.seed)
+    print(f"{len(todo)} questions about {len(utterances)} transcripts: repeat and {args.per_utterance} of the other training tasks each")
+    with timed("imitate"):
+        behaviors = answer_transcripts(model, todo, args.batch_size)
+    write_behaviors(out / "behaviors.jsonl", behaviors)
+    finish(out)
+    for b, u in list(zip(behaviors, (u for u, _, _ in todo)))[:3]:
+        print(f"  {b.prompt}  [{u.text}]  ->  {b.response}")
+
+
+def draw_questions(tasks, utterances, per_utterance, seed):
+    """[(utterance, task, prompt)]: training tasks and training prompts only."""
+    rng, questions = random.Random(f"imitate-{seed}"), []
+    for u in utterances:
+        fitting = [t for t in tasks.values() if t.split == "train" and t.applies(u.text) and t.name != "repeat"]
+        for task in [tasks["repeat"], *rng.sample(fitting, min(per_utterance, len(fitting)))]:
+            questions.append((u, task, rng.choice(task.prompts)))
+    return questions
+
+
+def answer_transcripts(model, todo, batch_size):
+    answers = [None] * len(todo)
+    order = sorted(range(len(todo)), key=lambda i: (todo[i][1].name, len(todo[i][0].text)))      # answers of one task are about as long
+    for at in tqdm(range(0, len(order), batch_size), desc="imitate", unit="batch"):
+        rows = order[at:at + batch_size]
+        parts = [chat_parts(model.tokenizer, ask(prompt), [[transcript_tokens(model.tokenizer, u.text)]]) for u, _, prompt in (todo[i] for i in rows)]
+        for i, answer in zip(rows, model.generate(parts)):
+            answers[i] = answer
+    return [Behavior(u.id, task.name, prompt, answer) for (u, task, prompt), answer in zip(todo, answers)]
+
+
+# ---- train (stage 2) ----
+
+def run_settings(run):
+    """The settings of a run folder made by `imitate`."""
+    config = read_json(Path(run) / "config.json")
+    if not config.get("done"):
+        raise UserError(f"{run}: its behaviors are not complete; run `imitate … --out {run}` first")
+    return config["settings"]
+
+
+def train_recipe(args):
+    """Stage 2: train the connector (and the adapter, if the recipe has one) on the behaviors of RUN."""
+    run = Path(args.run)
+    if args.recipe not in RECIPES:
+        raise UserError(f"there is no recipe {args.recipe!r}; there are {', '.join(RECIPES)}")
+    recipe, settings = RECIPES[args.recipe], run_settings(run)
+    recipe = replace(recipe, **{k: v for k, v in (("connector", args.connector), ("loss", args.loss)) if v})
+    folder = run / args.recipe
+    spec = {"llm": settings["llm"], "bits": settings["bits"], "encoder": named(args.encoder), "pad_whisper": args.pad_whisper,
+            "connector": recipe.connector, "k": args.k, "hidden": args.hidden, "lora": recipe.lora}
+    chosen = {**spec, "recipe": asdict(recipe), "behaviors": digest(run / "behaviors.jsonl"), "steps": args.steps, "batch_size": args.batch_size,
+              "accumulate": args.accumulate, "lr": args.lr, "seed": args.seed}
+    if begin(folder, chosen, args.force):
+        return print(f"{folder}: is trained already")
+    if args.force:
+        (folder / "state.safetensors").unlink(missing_ok=True)
+    say_where()
+    data = run / settings["data"]
+    utterances = [u for u in read_manifest(data / "manifest.jsonl") if u.split == "train"]
+    torch.manual_seed(args.seed)
+    model = SpeechLLM.build(spec, None if recipe.lora else shared_llm(spec["llm"], spec["bits"]), shared_encoder(spec["encoder"], args.pad_whisper))
+    frames = encode_all(model.encoder, utterances, data / "features")
+    examples = Examples(model, utterances, read_behaviors(run / "behaviors.jsonl"), frames, recipe, args.steps, args.batch_size, args.seed)
+    explain(model, examples, frames, args)
+    with timed(f"train {args.recipe}"):
+        train(model, examples, folder, lr=args.lr, accumulate=args.accumulate, save_every=args.save_every)
+    model.save(folder, spec)
+    finish(folder)
+
+
+def explain(model, examples, frames, args):
+    """Every derived number once, with its reason."""
+    seconds = sum(examples.lengths)
+    rate = sum(len(frames[u.id]) for u in examples.utterances) / seconds
+    print(f"speech: {len(examples.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s, /k = {args.k}: "
+          f"{rate / args.k:.1f} speech tokens/s")
+    print(f"batch: {args.batch_size} x accumulation {args.accumulate} = {args.batch_size * args.accumulate} utterances a step; {args.steps} steps "
+          f"= {args.steps * args.batch_size * args.accumulate / len(examples.utterances):.1f} epochs")
+    print(f"trainable: {sum(p.numel() for p in model.trainable().values()) / 1e6:.2f}M parameters in fp32 (connector {examples.recipe.connector}"
+          f"{', LoRA' if model.lora else ''}); the LLM ({'NF4' if getattr(model.llm, 'is_loaded_in_4bit', False) else 'not 4-bit'}) and the encoder are frozen")
+
+
+# ---- bench ----
+
+def bench(args):
+    """Score the trained recipes of RUN beside the top line and the cascade on the held-out speech of DATA; write report.json, report.md, plots."""
+    run, settings = Path(args.run), run_settings(args.run)
+    data = Path(args.data) if args.data else run / settings["data"]
+    trained = sorted((f.parent.name for f in run.glob("*/config.json") if f.parent.name in RECIPES and read_json(f).get("done")), key=list(RECIPES).index)
+    if not trained:
+        raise UserError(f"{run}: holds no trained recipe; run `train {run} --recipe mtbi` first")
+    tasks_path = HERE / settings["tasks"]
+    if digest(tasks_path) != settings["task_table"]:
+        raise UserError(f"{tasks_path}: has changed since `imitate`; run `imitate` again with --force")
+    asked = {"manifest": digest(data / "manifest.jsonl"), "per_prompt": args.per_prompt, "seed": args.seed, "asr": args.asr,
+             "trained": {name: digest(run / name / "connector.safetensors") for name in trained}}
+    if (run / "report.json").exists() and not args.force and read_json(run / "report.json")["meta"].get("asked") == asked:
+        print(f"{run / 'report.md'}: is written already")
+        return show(read_json(run / "report.json"), run)
+    say_where()
+    tasks = load_tasks(tasks_path)
+    utterances = [u for u in read_manifest(data / "manifest.jsonl") if u.split == "test"]
+    cases = benchmark.draw_cases(tasks, utterances, args.per_prompt, args.seed)
+    answers, seconds = answer_all(args, run, settings, data, trained, cases, utterances)
+    report = {"recipes": {name: benchmark.grade(cases, answers["text"], rows, seconds[name]) for name, rows in answers.items()},
+              "samples": benchmark.draw_samples(cases, answers, args.seed),
+              "meta": {"n_utterances": len({c.utterance.id for c in cases}), "n_speakers": len({c.utterance.speaker for c in cases}), "n_cases": len(cases),
+                       "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "bits": settings["bits"], "asked": asked,
+                       "training": {name: read_json(run / name / "config.json")["settings"] for name in trained},
+                       "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}", "python": platform.python_version(),
+                       **{p: importlib.metadata.version(p) for p in ("torch", "transformers", "bitsandbytes")}}}
+    write_jsonl(run / "answers.jsonl", [{"utterance": c.utterance.id, "task": c.task.name, "prompt": c.prompt, "quadrant": c.quadrant,
+                                         "answers": {name: rows[i] for name, rows in answers.items()}} for i, c in enumerate(cases)])
+    with timed("plots"):
+        benchmark.write_plots(run, report)
+    benchmark.write_markdown(run / "report.md", report)
+    write_json(run / "report.json", report)
+    show(report, run)
+
+
+def answer_all(args, run, settings, data, trained, cases, utterances):
+    """({system: answers}, {system: seconds of training and answering}), the top line first."""
+    llm, answers, seconds = shared_llm(settings["llm"], settings["bits"]), {}, {}
+    encoders = {name: (s["encoder"], s["pad_whisper"]) for name in trained for s in [read_json(run / name / "model.json")]}
+    transcriber = SpeechEncoder(named(args.asr)) if args.asr else shared_encoder(*encoders[trained[0]])
+    reader = SpeechLLM(*llm)
+    systems = {"text": lambda: (reader, benchmark.hear_text(reader))}
+    if transcriber.head is None:
+        print(f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to transcribe with")
+    else:
+        systems["cascade"] = lambda: (reader, benchmark.hear_cascade(reader, transcriber, encode_all(transcriber, utterances, data / "features")))
+    for name in trained:
+        def load(name=name):
+            model = SpeechLLM.from_pretrained(run / name, None if RECIPES[name].lora else llm, shared_encoder(*encoders[name]))
+            return model, benchmark.hear_speech(encode_all(model.encoder, utterances, data / "features"))
+        systems[name] = load
+    for name, load in systems.items():
+        start = time.perf_counter()
+        with timed(f"bench {name}"):
+            model, hear = load()
+            answers[name] = benchmark.answer_cases(model, cases, hear, name)
+        log = [row for _, row in read_jsonl(run / name / "log.jsonl")] if name in trained else []
+        seconds[name] = time.perf_counter() - start + (log[-1]["seconds"] if log else 0)
+    return answers, seconds
+
+
+def show(report, run):
+    print("\nScore, % of the text LLM's own answers [95% interval over utterances]\n\n" + benchmark.quadrant_table(report) + "\n")
+    for s in report["samples"]:
+        print(f"{s['prompt']}  [{s['transcript']}]  ({s['quadrant'].replace('_', ' ')})")
+        print("\n".join(f"    {name:<8} {answer}" for name, answer in s["answers"].items()))
+    print(f"\nreport: {run / 'report.md'} (and report.json, answers.jsonl, quadrants.png, tasks.png, loss.png)")
+
+
+# ---- generate, demo ----
+
+def generate(args):
+    """Ask a trained model about a sound file."""
+    run = Path(args.run)
+    found = [name for name in RECIPES if (run / name / "model.json").exists()]
+    name = args.recipe or (found[0] if found else "")
+    if name not in found:
+        raise UserError(f"{run}: holds no trained recipe{' ' + repr(name) if name else ''}; there are {', '.join(found) or 'none: run `train` first'}")
+    model = SpeechLLM.from_pretrained(run / name)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    print(model.answer(messages + [{"role": "user", "content": [{"type": "text", "text": args.prompt}, {"type": "audio", "audio": args.audio}]}],
+                       args.max_new_tokens))
+
+
+def demo(args):
+    """The whole pipeline in the tiny world: the other commands in a row."""
+    out, start = Path(args.out), time.perf_counter()
+    data, seed = str(out / "data"), ["--seed", str(args.seed)]
+    short = {"prepare": ["--train", "200", "--test", "40"], "train": ["--steps", "30"], "bench": ["--per-prompt", "2"]} if args.short else {}
+    commands = [["prepare", "tiny", "--out", data], ["imitate", data, "--out", str(out)], ["train", str(out), "--recipe", "mtbi"],
+                ["train", str(out), "--recipe", "asr"], ["bench", str(out), "--data", data]]
+    for command in commands:
+        command += short.get(command[0], []) + seed + ["--force"] * args.force
+        print(f"\n$ python mtbi.py {shlex.join(command)}")
+        with timed(f"== {command[0]}" + (f" {command[3]}" if command[0] == "train" else "")):
+            run_command(command)
+    print(f"\ndemo: {time.perf_counter() - start:.0f} s" + (" (shortened: the scores mean nothing)" if args.short else ""))
+    if args.profile:
+        total = sum(s for name, s in TIMES.items() if name.startswith("== "))
+        print("\n| step | seconds | share |\n|---|---|---|")
+        print("\n".join(f"| {name} | {s:.1f} | {s / total:.0%} |" for name, s in TIMES.items()))
+    wav = str(out / "data" / "audio" / "test-00000.wav")
+    print(f"""
+What to try next
+  python mtbi.py generate {out} {wav} "Translate this into Spanish."
+  python mtbi.py generate {out} {wav} "Translate this into Spanish." --recipe asr
+  python mtbi.py train {out} --recipe mtbi-no-interleave, then bench {out}: what does interleaving add?
+  Record yourself saying a sentence like those in {out / 'report.md'} and generate from it.
+  Open model.py: SpeechLLM.embed is where speech becomes tokens.""")
+
+
+def build_parser():
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message} (see {self.prog} --help)")
+
+    parser = Parser(prog="mtbi.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(function, name, *positional):
+        sub = commands.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(function=function)
+        for dest, text in positional:
+            sub.add_argument(dest, help=text)
+        option(sub, "--seed", 0, "seed of every random choice") if name != "generate" else None
+        sub.add_argument("--force", action="store_true", help="do the step again, whatever is there") if name != "generate" else None
+        return sub
+
+    def option(sub, flag, default, text, **more):
+        sub.add_argument(flag, default=default, help=text, **({"type": type(default)} if default is not None and not more else more))
+
+    sub = command(prepare, "prepare", ("source", "a JSONL manifest (audio_filepath, duration, text, …), or `tiny` to render speech with espeak-ng"))
+    sub.add_argument("--out", required=True, help="the data folder to write")
+    option(sub, "--join", "", "make strings of single-word recordings of one speaker, fewest:most words, like 3:6")
+    option(sub, "--count", 1500, "how many such strings")
+    option(sub, "--test-speakers", "", "speakers to hold out for the benchmark, separated by commas")
+    sub.add_argument("--skip-bad", action="store_true", help="leave bad rows out and list them in skipped.jsonl, instead of stopping")
+    option(sub, "--train", 1500, "tiny: training utterances to render")
+    option(sub, "--test", 300, "tiny: held-out utterances to render, in held-out voices")
+
+    sub = command(imitate, "imitate", ("data", "a data folder made by prepare"))
+    sub.add_argument("--out", required=True, help="the run folder to write")
+    option(sub, "--llm", "tiny", "the LLM: `tiny`, a local folder, or a Hugging Face name")
+    option(sub, "--bits", 4, "load the LLM in 4 (NF4), 8 or 16 (not quantized) bits", type=int, choices=[4, 8, 16])
+    option(sub, "--tasks", None, "task table; default: tiny/tasks.toml for the tiny LLM, tasks.toml for any other")
+    option(sub, "--per-utterance", 4, "tasks asked about each transcript, beside repeat")
+    option(sub, "--batch-size", 128, "transcripts the LLM answers at once")
+
+    sub = command(train_recipe, "train", ("run", "a run folder made by imitate"))
+    option(sub, "--recipe", "mtbi", "one of " + ", ".join(RECIPES))
+    option(sub, "--encoder", "tiny", "the speech encoder: `tiny`, a local folder, or a Hugging Face name")
+    sub.add_argument("--pad-whisper", action="store_true", help="run a Whisper encoder on 30 s of padding instead of the audio's own length")
+    option(sub, "--connector", None, "instead of the recipe's connector: " + ", ".join(CONNECTORS))
+    option(sub, "--loss", None, "instead of the recipe's loss: ce or kl", choices=["ce", "kl"])
+    option(sub, "--k", 6, "encoder frames per speech token")
+    option(sub, "--hidden", 768, "width of the connector's hidden layer")
+    option(sub, "--steps", 500, "training steps")
+    option(sub, "--batch-size", 32, "utterances in a micro-batch")
+    option(sub, "--accumulate", 1, "micro-batches in a step")
+    option(sub, "--lr", 2e-3, "peak learning rate")
+    option(sub, "--save-every", 100, "steps between two saved states")
+
+    sub = command(bench, "bench", ("run", "a run folder with a trained recipe"))
+    option(sub, "--data", None, "the data folder whose held-out speech is used; default: the one the run was made from")
+    option(sub, "--per-prompt", 8, "questions for each prompt of each task")
+    option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
+
+    sub = command(generate, "generate", ("run", "a run folder with a trained recipe"), ("audio", "a WAV, FLAC, OGG or MP3 file"), ("prompt", "what to ask"))
+    option(sub, "--recipe", None, "which of its recipes; default: the first one trained")
+    option(sub, "--system", "", "a system turn before the question")
+    option(sub, "--max-new-tokens", 48, "longest answer, in tokens")
+
+    sub = command(demo, "demo")
+    option(sub, "--out", "runs/demo", "the run folder")
+    sub.add_argument("--short", action="store_true", help="a few steps only, to see that everything runs")
+    sub.add_argument("--profile", action="store_true", help="print a table of where the time went")
+    return parser
+
+
+def run_command(argv):
+    args = build_parser().parse_args(argv)
+    args.function(args)
+
+
+def main(argv=None):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        run_command(sys.argv[1:] if argv is None else argv)
+    except (UserError, OSError) as error:
+        print(f"mtbi: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mtbi: interrupted; the same command goes on where it can", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

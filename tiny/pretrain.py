@@ -1,0 +1,328 @@
+"""Rebuild the two checkpoints of the tiny world from a seed, and measure them:  python -m tiny.pretrain
+
+    llm/       a Qwen2 that answers every task of tasks.toml about clean transcripts and transcripts with hesitations
+    encoder/   a Wav2Vec2-BERT (conformer) with a character CTC head, 33 frames a second, trained on espeak-ng voices
+
+The benchmark's sentences (world.is_held_out) and voices (speech.TEST_VARIANTS) appear in neither training set.
+"""
+
+import argparse
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from . import speech, world
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+HESITATIONS = ["uh", "um", "er"]
+
+
+def schedule(optimizer, steps, warmup):
+    """Linear warm-up, then cosine to zero."""
+    from transformers import get_cosine_schedule_with_warmup
+    return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+
+
+# ---- the LLM ----
+
+def build_tokenizer(tasks):
+    """Byte-level BPE in which every word of the world is one token, with and without a space before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    lines = [prompt for task in tasks.values() for prompt in task["prompts"] + task["unseen_prompts"]] + world.SYSTEM_TURNS
+    stream = world.draws("tokenizer", held_out=False)
+    for _ in range(2000):
+        utterance = next(stream)
+        lines += [answer(utterance) for name, answer in world.ANSWERS.items() if applies(tasks[name], utterance)]
+    words = sorted({piece for line in lines for piece in re.findall(r"\w+|[^\w\s]", line)} | {"system", "user", "assistant", *HESITATIONS})
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+                                  special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.train_from_iterator([w for word in words for w in (word, " " + word)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_max_length=512)
+
+
+def applies(task, utterance):
+    return re.fullmatch(task.get("transcripts", ".*"), utterance.words) is not None
+
+
+def hesitate(rng, words):
+    """0 to 3 hesitations between words. Speech takes a varying number of tokens a word; an LLM that has only read clean
+    text copies by position and cannot follow it."""
+    most, out = rng.randint(1, 3), []
+    for word in [*words.split(), None]:
+        out += rng.choices(HESITATIONS, k=rng.randint(0, most)) + [word] * (word is not None)
+    return " ".join(out)
+
+
+def conversation(rng, tasks, utterance, clean=False):
+    """One training conversation about the utterance: messages with one answer, or with follow-up questions."""
+    names = [name for name, task in tasks.items() if applies(task, utterance)]
+    transcript = utterance.words if clean or rng.random() < 0.4 else hesitate(rng, utterance.words)
+    messages = [{"role": "system", "content": rng.choice(world.SYSTEM_TURNS)}] if rng.random() < 0.15 else []
+    for turn in range(rng.choice([1, 1, 1, 2, 2, 3])):
+        name = rng.choice(names)
+        prompt = rng.choice(tasks[name]["prompts"] + tasks[name]["unseen_prompts"])
+        content = prompt if turn else f"{transcript}\n{prompt}" if rng.random() < 0.15 else f"{prompt}\n{transcript}"
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": world.ANSWERS[name](utterance)}]
+    return messages
+
+
+def tokenize(tokenizer, messages):
+    """Token ids of a conversation and its labels: only the answers and their <|im_end|> carry loss."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    pieces = re.split(r"(?<=assistant\n)(.*?<\|im_end\|>)", text)          # odd pieces are answers
+    ids, labels = [], []
+    for i, piece in enumerate(pieces):
+        tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        labels += tokens if i % 2 else [-100] * len(tokens)
+    return ids, labels
+
+
+def conversation_batches(tokenizer, tasks, seed, batch_size, bucket=16):
+    """Endless batches of tokenized conversations of similar length."""
+    rng, stream = random.Random(seed), world.draws(f"llm-{seed}", held_out=False)
+    while True:
+        rows = [tokenize(tokenizer, conversation(rng, tasks, next(stream))) for _ in range(bucket * batch_size)]
+        rows.sort(key=lambda row: len(row[0]))
+        starts = list(range(0, len(rows), batch_size))
+        rng.shuffle(starts)
+        for at in starts:
+            yield rows[at:at + batch_size]
+
+
+class RoundToNF4(torch.nn.Module):
+    """Straight-through rounding to the 4-bit grid the LLM is later loaded in, so that loading in 4 bits costs nothing."""
+
+    def forward(self, weight):
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        with torch.no_grad():
+            rounded = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+        return weight + (rounded - weight).detach()
+
+
+def pretrain_llm(out, seed, steps, batch_size=64, lr=3e-3, round_from=0.6):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    tasks = world.load_tasks()
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(tasks)
+    llm = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, intermediate_size=512,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)).to(DEVICE)
+    optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    scheduler = schedule(optimizer, steps, 200)
+    batches = conversation_batches(tokenizer, tasks, seed, batch_size)
+    linears = [m for name, m in llm.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    bar = tqdm(range(steps), desc="pre-train LLM", unit="step")
+    for step in bar:
+        if step == int(round_from * steps):
+            for linear in linears:
+                parametrize.register_parametrization(linear, "weight", RoundToNF4())
+        rows = next(batches)
+        length = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows], device=DEVICE)           # (B, T)
+        labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows], device=DEVICE)                 # (B, T)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in rows], device=DEVICE)
+        hidden = llm.model(input_ids=ids, attention_mask=mask).last_hidden_state                                               # (B, T, D)
+        answered = labels[:, 1:] != -100                       # the vocabulary projection runs on answers only
+        loss = torch.nn.functional.cross_entropy(llm.lm_head(hidden[:, :-1][answered]), labels[:, 1:][answered])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    for linear in linears:
+        if parametrize.is_parametrized(linear):
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)   # the unrounded weights
+    llm.generation_config.do_sample = False
+    llm.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+@torch.no_grad()
+def measure_llm(path, bits=16, per_cell=25, seed=1):
+    """Exact-match rate of every task on held-out utterances, {task: {"seen": .., "unseen": ..}} by prompt, plus two-turn dialogues."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                      bnb_4bit_compute_dtype=torch.float32) if bits == 4 else None
+    llm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=quantization, device_map=DEVICE)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tasks, streams, cases = world.load_tasks(), {}, []
+    for name, task in tasks.items():
+        for seen, prompts in (("seen", task["prompts"]), ("unseen", task["unseen_prompts"])):
+            for prompt in prompts:
+                kind = next(k for k in ("sentence", "digits") if applies(task, next(world.draws(0, True, k))))
+                stream = streams.setdefault(kind, world.draws(f"measure-{seed}", True, kind))
+                for utterance in (next(stream) for _ in range(per_cell)):
+                    cases.append((name, seen, [{"role": "user", "content": f"{prompt}\n{utterance.words}"}], world.ANSWERS[name](utterance)))
+    rng, stream = random.Random(seed), world.draws(f"turns-{seed}", True)
+    while sum(case[0] == "two turns" for case in cases) < 8 * per_cell:
+        messages = conversation(rng, tasks, next(stream), clean=True)
+        if sum(m["role"] == "user" for m in messages) == 2:
+            cases.append(("two turns", "seen", messages[:-1], messages[-1]["content"]))
+    right = {}
+    for i in tqdm(range(0, len(cases), 128), desc=f"measure LLM, {bits} bits"):
+        batch = cases[i:i + 128]
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for _, _, messages, _ in batch]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(DEVICE)
+        inputs.pop("token_type_ids", None)
+        output = llm.generate(**inputs, max_new_tokens=32, do_sample=False)
+        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        for (name, seen, _, truth), answer in zip(batch, answers):
+            right.setdefault(name, {}).setdefault(seen, []).append(answer.strip() == truth)
+    return {name: {seen: sum(hits) / len(hits) for seen, hits in cells.items()} for name, cells in right.items()}
+
+
+# ---- the encoder ----
+
+def build_processors(out):
+    """The encoder's feature extractor (3 stacked 10 ms frames of 80 mel bins) and character tokenizer, saved to `out`."""
+    from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2CTCTokenizer
+    out.mkdir(parents=True, exist_ok=True)
+    characters = ["<pad>", "<unk>", "|", "'", *"abcdefghijklmnopqrstuvwxyz"]
+    (out / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(characters)}))
+    tokenizer = Wav2Vec2CTCTokenizer(str(out / "vocab.json"), unk_token="<unk>", pad_token="<pad>", word_delimiter_token="|", bos_token=None, eos_token=None)
+    extractor = SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, stride=3)
+    tokenizer.save_pretrained(out)
+    extractor.save_pretrained(out)
+    return extractor, tokenizer
+
+
+def spoken(extractor, tokenizer, split, seed, n, desc):
+    """n utterances rendered: [(features (T, 240) half precision, label ids, words)], sorted by length."""
+    rng, stream, rows = random.Random(f"speech-{split}-{seed}"), world.draws(f"speech-{seed}", held_out=split == "test"), []
+    for _ in tqdm(range(n), desc=desc):
+        words = next(stream).words
+        audio, _, _ = speech.render(words, rng, split)
+        features = extractor(audio, sampling_rate=speech.SAMPLE_RATE, return_tensors="pt", pad_to_multiple_of=3)["input_features"][0]
+        rows.append((features.half(), tokenizer(words)["input_ids"], words))
+    return sorted(rows, key=lambda row: len(row[0]))
+
+
+def pad_speech(rows):
+    """(features (B, T, 240), mask (B, T), labels (B, L)) of a list of rows; labels are padded with -100."""
+    from torch.nn.utils.rnn import pad_sequence
+    features = pad_sequence([row[0] for row in rows], batch_first=True).float().to(DEVICE)
+    mask = pad_sequence([torch.ones(len(row[0]), dtype=torch.long) for row in rows], batch_first=True).to(DEVICE)
+    labels = pad_sequence([torch.tensor(row[1]) for row in rows], batch_first=True, padding_value=-100).to(DEVICE)
+    return features, mask, labels
+
+
+def mask_bands(rng, features, mask):
+    """SpecAugment (arXiv 1904.08779): per utterance two time masks of up to 0.2 s and two masks of up to 12 mel bins."""
+    bins = features.view(*features.shape[:2], 3, 80)                                    # (B, T, 240) -> (B, T, 3 frames, 80 bins)
+    for b, length in enumerate(mask.sum(1).tolist()):
+        for _ in range(2):
+            width, at = rng.randint(0, 6), rng.randrange(length)
+            bins[b, at:at + width] = 0
+            width, at = rng.randint(0, 12), rng.randrange(80)
+            bins[b, :, :, at:at + width] = 0
+    return features
+
+
+def pretrain_encoder(out, seed, steps, batch_size=16, lr=2e-3, utterances=14000):
+    from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+    torch.manual_seed(seed)
+    extractor, tokenizer = build_processors(out)
+    model = Wav2Vec2BertForCTC(Wav2Vec2BertConfig(
+        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384,
+        feature_projection_input_dim=240, position_embeddings_type="rotary", conv_depthwise_kernel_size=15, max_source_positions=1000,
+        add_adapter=False, apply_spec_augment=False, hidden_dropout=0.05, attention_dropout=0.05, activation_dropout=0.05, feat_proj_dropout=0.0,
+        conformer_conv_dropout=0.05, final_dropout=0.0, layerdrop=0.0, ctc_loss_reduction="mean", ctc_zero_infinity=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=None)).to(DEVICE)
+    rows = spoken(extractor, tokenizer, "train", seed, utterances, "render speech")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+    scheduler = schedule(optimizer, steps, 400)
+    rng, queue = random.Random(seed), []
+    model.train()
+    bar = tqdm(range(steps), desc="pre-train encoder", unit="step")
+    for step in bar:
+        if not queue:                                          # one epoch: length buckets in random order
+            queue = list(range(0, len(rows) - batch_size, batch_size))
+            rng.shuffle(queue)
+        at = queue.pop()
+        features, mask, labels = pad_speech(rows[at:at + batch_size])
+        loss = model(input_features=mask_bands(rng, features, mask), attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if step % 1000 == 999:
+            tqdm.write(f"step {step + 1}: WER {word_error_rate(model, tokenizer, rows[::len(rows) // 150]):.2%} on training speech")
+            model.train()
+    model.half().save_pretrained(out)
+
+
+@torch.no_grad()
+def word_error_rate(model, tokenizer, rows):
+    import jiwer
+    model.eval()
+    said, heard = [], []
+    for i in range(0, len(rows), 32):
+        features, mask, _ = pad_speech(rows[i:i + 32])
+        best = model(input_features=features, attention_mask=mask).logits.argmax(-1)
+        best[mask == 0] = tokenizer.pad_token_id
+        heard += tokenizer.batch_decode(best)
+        said += [row[2] for row in rows[i:i + 32]]
+    return jiwer.wer(said, heard)
+
+
+def measure_encoder(path, utterances=600, seed=1):
+    """{"seen voices": WER, "unseen voices": WER}; unseen voices speak held-out utterances."""
+    from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+    model = AutoModelForCTC.from_pretrained(path, dtype=torch.float32).to(DEVICE)
+    extractor, tokenizer = AutoFeatureExtractor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return {name: word_error_rate(model, tokenizer, spoken(extractor, tokenizer, split, seed, utterances, f"render {name}"))
+            for name, split in (("seen voices", "train"), ("unseen voices", "test"))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder that gets llm/ and encoder/")
+    parser.add_argument("--only", choices=["llm", "encoder"], help="build one of the two")
+    parser.add_argument("--measure", action="store_true", help="measure the checkpoints that are there; train nothing")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    parser.add_argument("--llm-steps", type=int, default=5000, help="steps of 64 conversations")
+    parser.add_argument("--encoder-steps", type=int, default=5500, help="steps of 16 utterances")
+    args = parser.parse_args()
+    print(f"device {DEVICE}, {torch.get_num_threads()} threads")
+    start, figures = time.time(), {}
+    if args.only != "encoder":
+        if not args.measure:
+            pretrain_llm(args.out / "llm", args.seed, args.llm_steps)
+        for bits in (16, 4):
+            scores = measure_llm(args.out / "llm", bits)
+            worst = min((min(cells.values()), name) for name, cells in scores.items())
+            print(f"LLM, {bits} bits: exact on held-out utterances, worst {worst[0]:.1%} ({worst[1]})")
+            print("\n".join(f"  {name:<12}" + "".join(f"  {seen} prompts {value:.1%}" for seen, value in cells.items()) for name, cells in scores.items()))
+            figures[f"llm_{bits}_bits"] = scores
+    if args.only != "llm":
+        if not args.measure:
+            pretrain_encoder(args.out / "encoder", args.seed, args.encoder_steps)
+        figures["encoder_wer"] = measure_encoder(args.out / "encoder")
+        print("encoder: " + ", ".join(f"WER {value:.2%} on {name}" for name, value in figures["encoder_wer"].items()))
+    figures["minutes"] = (time.time() - start) / 60
+    print(f"{figures['minutes']:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

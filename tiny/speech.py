@@ -1,0 +1,101 @@
+"""The voices of the tiny world: espeak-ng through the library that the PyPI package `espeakng-loader` carries.
+
+espeak-ng reports each word as an event with its position in the audio, so word times are exact, not estimated.
+"""
+
+import ctypes
+from functools import lru_cache
+
+import numpy as np
+
+ACCENTS = ["en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc"]
+TRAIN_VARIANTS = ["m1", "m2", "m3", "m5", "m6", "m7", "f1", "f2", "f4", "Andy", "Alex", "Annie", "linda", "steph", "ed", "john",
+                  "michel", "pedro", "iven", "klatt2", "max", "norbert", "paul", "rob"]
+# Kept for the benchmark: neither the encoder's pre-training nor stage 2 ever hears these.
+TEST_VARIANTS = ["m4", "f3", "f5", "m8", "david", "Alicia", "steph2", "zac"]
+
+SAMPLE_RATE = 16000                      # what render() returns, Hz
+_AUDIO_OUTPUT_SYNCHRONOUS, _EVENT_WORD, _UTF8 = 2, 1, 1
+_RATE, _PITCH, _RANGE = 1, 3, 4          # espeak_PARAMETER
+_SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+
+class _Event(ctypes.Structure):          # espeak_EVENT of speak_lib.h
+    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
+                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
+                ("user_data", ctypes.c_void_p), ("id", ctypes.c_char * 8)]
+
+
+def variants(split):
+    return TEST_VARIANTS if split == "test" else TRAIN_VARIANTS
+
+
+def random_voice(rng, split):
+    """A speaker of the given split: {"voice", "rate" (words/minute), "pitch", "range"} (0..100)."""
+    return {"voice": f"{rng.choice(ACCENTS)}+{rng.choice(variants(split))}", "rate": rng.randint(135, 185),
+            "pitch": rng.randint(30, 70), "range": rng.randint(35, 65)}
+
+
+@lru_cache(maxsize=1)
+def _library():
+    """espeak-ng, initialised once per process: (library, sample rate in Hz, the list the callback writes to, the callback)."""
+    import espeakng_loader
+    espeak = ctypes.CDLL(espeakng_loader.get_library_path())
+    rate = espeak.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+    if rate <= 0:
+        raise RuntimeError("espeak-ng could not be started; is the package espeakng-loader whole?")
+    heard = {"audio": [], "starts": [], "end": 0}
+
+    def callback(samples, n, events):
+        if samples and n:
+            heard["audio"].append(np.ctypeslib.as_array(samples, (n,)).copy())
+        event = ctypes.cast(events, ctypes.POINTER(_Event))
+        i = 0
+        while event[i].type != 0:        # the list ends with type 0
+            if event[i].type == _EVENT_WORD:
+                heard["starts"].append(event[i].sample)
+            i += 1
+        return 0
+
+    keep_alive = _SYNTH_CALLBACK(callback)
+    espeak.espeak_SetSynthCallback(keep_alive)
+    return espeak, rate, heard, keep_alive
+
+
+def speak(text, voice):
+    """(samples float32 in -1..1, rate in Hz, [[word, start_s, end_s], ...]) of `text` spoken by `voice` (see random_voice)."""
+    espeak, rate, heard, _ = _library()
+    if espeak.espeak_SetVoiceByName(voice["voice"].encode()) != 0:
+        raise ValueError(f"espeak-ng has no voice {voice['voice']!r}")
+    for parameter, value in ((_RATE, voice["rate"]), (_PITCH, voice["pitch"]), (_RANGE, voice["range"])):
+        espeak.espeak_SetParameter(parameter, value, 0)
+    heard["audio"], heard["starts"] = [], []
+    words = text.split()
+    # espeak-ng speaks some pairs ("in the") as one word with one event; a zero-width space between words keeps them two.
+    data = "\u200b ".join(words).encode()
+    espeak.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
+    audio = np.concatenate(heard["audio"]).astype(np.float32) / 32768
+    loud = np.flatnonzero(np.abs(audio) > 0.01)
+    end = min(len(audio), int(loud[-1]) + rate // 50) if len(loud) else len(audio)      # espeak-ng ends a clause with silence
+    starts = heard["starts"]
+    if len(starts) != len(words):
+        raise ValueError(f"espeak-ng spoke {len(starts)} words for {text!r}")
+    return audio[:end + rate // 20], rate, [[w, s / rate, e / rate] for w, s, e in zip(words, starts, starts[1:] + [end])]
+
+
+def render(text, rng, split):
+    """`text` in a random voice of the split, resampled to 16 kHz, with silence around it and light noise (20 to 45 dB SNR).
+
+    Returns (samples float32 at SAMPLE_RATE, [[word, start_s, end_s], ...], the voice).
+    """
+    import torch
+    from torchaudio.functional import resample
+    voice = random_voice(rng, split)
+    audio, rate, words = speak(text, voice)
+    audio = resample(torch.from_numpy(audio), rate, SAMPLE_RATE).numpy()
+    before, after = (rng.uniform(0.05, 0.2) for _ in range(2))
+    audio = np.pad(audio, (int(before * SAMPLE_RATE), int(after * SAMPLE_RATE)))
+    audio *= rng.uniform(0.3, 0.9) / max(1e-3, float(np.abs(audio).max()))
+    level = float(np.sqrt(np.mean(audio ** 2))) * 10 ** (-rng.uniform(20, 45) / 20)
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
+    return audio + level * noise, [[w, s + before, e + before] for w, s, e in words], voice

@@ -1,0 +1,174 @@
+"""What there is to say in the tiny world, and what a listener can be asked about it.
+
+    sentence   "the farmer sold three red apples in the market yesterday"      (a handful of forms)
+    digits     "three five two nine"                                            (3 to 6 digits)
+
+Every task of tasks.toml has one function here that knows the true answer. The tiny LLM is pre-trained on these answers;
+stage 1 and stage 2 never see them: they imitate what the LLM says.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+TASKS_TOML = Path(__file__).with_name("tasks.toml")
+
+# English -> Spanish. Spanish needs gender (people, objects) and agreement (colours), which makes translation a real task.
+PEOPLE = {"farmer": "el granjero", "teacher": "la maestra", "doctor": "el médico", "baker": "la panadera",
+          "sailor": "el marinero", "artist": "la artista", "student": "el alumno", "driver": "la conductora",
+          "singer": "el cantante", "waiter": "el camarero", "pilot": "la piloto", "nurse": "la enfermera"}
+# past -> (base form, Spanish singular, Spanish plural, sentiment)
+VERBS = {"sold": ("sell", "vendió", "vendieron", "neutral"), "bought": ("buy", "compró", "compraron", "neutral"),
+         "carried": ("carry", "llevó", "llevaron", "neutral"), "painted": ("paint", "pintó", "pintaron", "neutral"),
+         "found": ("find", "encontró", "encontraron", "positive"), "won": ("win", "ganó", "ganaron", "positive"),
+         "fixed": ("fix", "arregló", "arreglaron", "positive"), "shared": ("share", "compartió", "compartieron", "positive"),
+         "lost": ("lose", "perdió", "perdieron", "negative"), "broke": ("break", "rompió", "rompieron", "negative"),
+         "burned": ("burn", "quemó", "quemaron", "negative"), "dropped": ("drop", "soltó", "soltaron", "negative")}
+COUNTS = {"two": "dos", "three": "tres", "four": "cuatro", "five": "cinco", "six": "seis", "seven": "siete", "eight": "ocho", "nine": "nueve"}
+COLOURS = {"red": ("rojos", "rojas"), "green": ("verdes", "verdes"), "blue": ("azules", "azules"), "black": ("negros", "negras"),
+           "white": ("blancos", "blancas"), "yellow": ("amarillos", "amarillas")}
+# object -> (Spanish, feminine?, category)
+OBJECTS = {"apples": ("manzanas", True, "food"), "cakes": ("pasteles", False, "food"), "lemons": ("limones", False, "food"),
+           "shirts": ("camisas", True, "clothes"), "hats": ("sombreros", False, "clothes"), "gloves": ("guantes", False, "clothes"),
+           "chairs": ("sillas", True, "furniture"), "tables": ("mesas", True, "furniture"), "lamps": ("lámparas", True, "furniture"),
+           "books": ("libros", False, "paper"), "letters": ("cartas", True, "paper"), "maps": ("mapas", False, "paper")}
+PLACES = {"market": "el mercado", "garden": "el jardín", "school": "la escuela", "station": "la estación",
+          "kitchen": "la cocina", "library": "la biblioteca", "harbor": "el puerto", "hotel": "el hotel"}
+PREPOSITIONS = {"in": "en", "near": "cerca de", "behind": "detrás de"}
+TIMES = {"yesterday": "ayer", "today": "hoy", "on monday": "el lunes", "on friday": "el viernes",
+         "last night": "anoche", "this morning": "esta mañana"}
+DIGITS = {"zero": "cero", "one": "uno", **COUNTS}
+VALUE = {word: value for value, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])}
+
+SYSTEM_TURNS = ["You are a helpful assistant.", "Answer in a few words.", "You listen and answer."]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence as its slots; `words` is what is spoken. A missing place or time is the empty string."""
+    people: tuple
+    verb: str
+    count: str
+    colour: str
+    object: str
+    preposition: str
+    place: str
+    time: str
+    form: str            # order of the blocks: s = subject + verb + object, p = place, t = time
+
+    @property
+    def subject(self):
+        return " and ".join("the " + person for person in self.people)
+
+    @property
+    def things(self):
+        return f"{self.count} {self.colour} {self.object}"
+
+    @property
+    def where(self):
+        return f"{self.preposition} the {self.place}" if self.place else ""
+
+    def say(self, subject=None, verb=None, time=None):
+        """The sentence with some blocks replaced: how the tasks that rewrite a sentence make their answers."""
+        core = f"{subject or self.subject} {verb or self.verb} {self.things}"
+        blocks = {"s": core, "p": self.where, "t": self.time if time is None else time}
+        return " ".join(blocks[letter] for letter in self.form if blocks[letter])
+
+    @property
+    def words(self):
+        return self.say()
+
+
+@dataclass(frozen=True)
+class Digits:
+    names: tuple
+
+    @property
+    def words(self):
+        return " ".join(self.names)
+
+
+def draw(rng, kind=None):
+    """One random Sentence or Digits from `rng` (random.Random)."""
+    if (kind or rng.choice(["sentence", "sentence", "digits"])) == "digits":
+        return Digits(tuple(rng.choice(list(DIGITS)) for _ in range(rng.randint(3, 6))))
+    people = tuple(rng.sample(list(PEOPLE), 2 if rng.random() < 0.15 else 1))
+    has_place, has_time = rng.choice([(1, 1), (1, 1), (1, 0), (0, 1)]) if len(people) == 1 else rng.choice([(1, 0), (0, 1)])
+    return Sentence(people=people, verb=rng.choice(list(VERBS)), count=rng.choice(list(COUNTS)), colour=rng.choice(list(COLOURS)),
+                    object=rng.choice(list(OBJECTS)), preposition=rng.choice(list(PREPOSITIONS)),
+                    place=rng.choice(list(PLACES)) if has_place else "", time=rng.choice(list(TIMES)) if has_time else "",
+                    form=rng.choice(["spt", "tsp", "pst", "spt"]))
+
+
+def is_held_out(utterance):
+    """One utterance in eight is kept for testing, by a hash of its words: never in any training set, in any stage, for any seed."""
+    return hashlib.sha256(utterance.words.encode()).digest()[0] < 32
+
+
+def draws(seed, held_out, kind=None):
+    """An endless stream of utterances of one side of the train/test split."""
+    rng = random.Random(f"world-{seed}-{held_out}-{kind}")
+    while True:
+        utterance = draw(rng, kind)
+        if is_held_out(utterance) == held_out:
+            yield utterance
+
+
+def spanish(u):
+    if isinstance(u, Digits):
+        return " ".join(DIGITS[name] for name in u.names)
+    noun, feminine, _ = OBJECTS[u.object]
+    verb = VERBS[u.verb][2 if len(u.people) > 1 else 1]
+    core = f"{' y '.join(PEOPLE[p] for p in u.people)} {verb} {COUNTS[u.count]} {noun} {COLOURS[u.colour][feminine]}"
+    place = f"{PREPOSITIONS[u.preposition]} {PLACES[u.place]}".replace("de el ", "del ") if u.place else ""
+    blocks = {"s": core, "p": place, "t": TIMES.get(u.time, "")}
+    return " ".join(blocks[letter] for letter in u.form if blocks[letter])
+
+
+def sorted_names(u, down=False):
+    return " ".join(sorted(u.names, key=VALUE.get, reverse=down))
+
+
+# The true answer of each task. `u` is a Sentence or a Digits; tasks.toml says by a pattern which transcripts a task is for.
+ANSWERS = {
+    "repeat": lambda u: u.words,
+    "translate": spanish,
+    "last_word": lambda u: u.words.split()[-1],
+    "first_word": lambda u: u.words.split()[0],
+    "word_count": lambda u: str(len(u.words.split())),
+    # sentences
+    "keywords": lambda u: f"{u.people[0]} {u.verb} {u.object}",
+    "who": lambda u: u.subject,
+    "where": lambda u: u.where or "nowhere",
+    "when": lambda u: u.time or "not said",
+    "what": lambda u: u.things,
+    "how_many": lambda u: u.count,
+    "colour": lambda u: u.colour,
+    "category": lambda u: OBJECTS[u.object][2],
+    "sentiment": lambda u: VERBS[u.verb][3],
+    "question": lambda u: f"who {u.verb} {u.things}{' ' + u.where if u.place else ''}{' ' + u.time if u.time else ''}",
+    "negate": lambda u: u.say(verb=f"did not {VERBS[u.verb][0]}"),
+    "future": lambda u: u.say(verb=f"will {VERBS[u.verb][0]}", time="tomorrow" if u.time else ""),
+    "summary": lambda u: f"{u.subject} {u.verb} {u.object}",
+    "continue": lambda u: f"then {u.subject} put the {u.object} in a {u.colour} box",
+    # digits
+    "numerals": lambda u: " ".join(str(VALUE[name]) for name in u.names),
+    "smallest": lambda u: min(u.names, key=VALUE.get),
+    "largest": lambda u: max(u.names, key=VALUE.get),
+    "sort": lambda u: sorted_names(u),
+    "sort_down": lambda u: sorted_names(u, down=True),
+    "reverse": lambda u: " ".join(reversed(u.names)),
+    "ends": lambda u: f"{u.names[0]} {u.names[-1]}",
+    "parity": lambda u: "odd" if VALUE[u.names[-1]] % 2 else "even",
+}
+
+
+def load_tasks():
+    """The tiny world's task table, {name: {"split", "metric", "transcripts", "prompts", "unseen_prompts"}}."""
+    return tomllib.loads(TASKS_TOML.read_text(encoding="utf-8"))
