@@ -81,23 +81,22 @@ def read_jsonl(path):
             yield number, row if isinstance(row, (dict, str)) else "is no JSON object"
 
 
-def begin(folder, settings, force=False):
-    """Claim `folder` for a step. True if that step is already done there with the same settings; other settings are refused."""
-    path, settings = Path(folder) / "config.json", json.loads(json.dumps(settings))
-    if path.exists() and not force:
-        old = read_json(path)
-        before = old.get("settings", {}) if isinstance(old, dict) else {}
-        changed = [f"{k} was {before.get(k)}, now {settings.get(k)}" for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
-        if changed:
-            raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); choose another folder, or --force to redo it")
-        return bool(old.get("done"))
-    write_json(path, {"settings": settings, "done": False})
-    return False
+def is_done(folder, settings, force=False):
+    """True if the step with these settings is finished in `folder`. A folder that was made with other settings is refused, unless `force`."""
+    path = Path(folder) / "config.json"
+    if force or not path.exists():
+        return False
+    old, settings = read_json(path), json.loads(json.dumps(settings))
+    before = old.get("settings", {}) if isinstance(old, dict) else {}
+    changed = [f"{k} was {before.get(k)}, now {settings.get(k)}" for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
+    if changed:
+        raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); choose another folder, or --force to redo it")
+    return bool(old.get("done"))
 
 
-def finish(folder):
-    """Mark the step that `begin` claimed as done."""
-    write_json(Path(folder) / "config.json", {**read_json(Path(folder) / "config.json"), "done": True})
+def claim(folder, settings, done=False):
+    """Write a step's settings into its folder: when its work begins, and again, with done=True, when it is finished."""
+    write_json(Path(folder) / "config.json", {"settings": settings, "done": done})
 
 
 TIMES = {}                   # what each step of this process took, in seconds: `demo --profile` prints it
@@ -216,7 +215,8 @@ def read_manifest(path, check_audio=False, skipped=None):
         except UserError as error:
             if skipped is None:
                 raise UserError(f"{path}:{number}: {error}") from None
-            skipped.append({"line": number, "reason": str(error)})
+            audio = row.get("audio_filepath", "") if isinstance(row, dict) else ""
+            skipped.append({"line": number, "audio_filepath": audio, "reason": str(error).removeprefix(f"{path.parent / str(audio)}: ")})
     if not utterances:
         raise UserError(f"{path}: holds no usable utterance")
     return utterances
@@ -228,7 +228,7 @@ def held_out(text):
 
 
 def split_speakers(utterances, test_speakers=()):
-    """Fill in `split` and keep test transcripts out of the training side. Returns (utterances, a line that says what was done)."""
+    """Fill in `split`; returns a line that says how it was decided."""
     speakers = {u.speaker for u in utterances}
     if missing := [s for s in test_speakers if s not in speakers]:
         raise UserError(f"--test-speakers: there is no speaker {missing[0]!r}; the manifest has {', '.join(sorted(speakers)[:20])}")
@@ -242,27 +242,36 @@ def split_speakers(utterances, test_speakers=()):
         why = "no split in the manifest and no --test-speakers: one transcript in eight is held out, by a hash of its words"
         for u in utterances:
             u.split = "test" if held_out(u.text) else "train"
+    return why
+
+
+def leave_out_tested(utterances):
+    """The utterances without training rows whose transcript is tested."""
     tested = {u.text for u in utterances if u.split == "test"}
     kept = [u for u in utterances if u.split == "test" or u.text not in tested]
-    return kept, f"{why}; {len(utterances) - len(kept)} training rows left out because their transcript is tested"
+    if len(kept) < len(utterances):
+        print(f"{len(utterances) - len(kept)} training rows left out, because their transcript is tested")
+    return kept
 
 
 def join_words(utterances, lengths, count, out, seed=0):
     """`count` new utterances, each a string of single-word recordings of one speaker with pauses between and exact word times.
 
-    lengths: (fewest, most) words. Transcripts with held_out() are spoken by test speakers only, the others by training speakers only.
+    lengths: (fewest, most) words. One string in five is for testing; texts with held_out() are spoken by test speakers only, others by training speakers only.
     """
-    rng, pools, made = random.Random(f"join-{seed}"), {}, []
+    rng, pools, made = random.Random(f"join-{seed}"), {"train": {}, "test": {}}, []
     for u in utterances:
         if " " in u.text:
             raise UserError(f"--join wants recordings of single words, but {u.id} says {u.text!r}")
-        pools.setdefault((u.split, u.speaker), []).append(u)
+        pools[u.split].setdefault(u.speaker, []).append(u)
+    if not pools["train"] or not pools["test"]:
+        raise UserError("--join needs recordings for training and for testing; name the speakers to hold out with --test-speakers")
     while len(made) < count:
-        (split, speaker), pool = rng.choice(sorted(pools.items()))
-        picked = [rng.choice(pool) for _ in range(rng.randint(*lengths))]
-        text = " ".join(u.text for u in picked)
-        if held_out(text) != (split == "test"):
-            continue
+        split, picked = "test" if len(made) % 5 == 4 else "train", None
+        speaker = rng.choice(sorted(pools[split]))
+        while picked is None or held_out(text) != (split == "test"):
+            picked = [rng.choice(pools[split][speaker]) for _ in range(rng.randint(*lengths))]
+            text = " ".join(u.text for u in picked)
         audio, words, at = [], [], 0
         for u in picked:
             pause, samples = np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLE_RATE), dtype=np.float32), load_audio(u.audio, u.duration)

@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import re
 import shlex
 import sys
 import time
@@ -30,29 +31,8 @@ import transformers
 from tqdm import tqdm
 
 import eval as benchmark
-from data import (
-    TIMES,
-    Behavior,
-    UserError,
-    Utterance,
-    ask,
-    begin,
-    chat_parts,
-    finish,
-    join_words,
-    load_tasks,
-    read_behaviors,
-    read_json,
-    read_jsonl,
-    read_manifest,
-    split_speakers,
-    timed,
-    transcript_tokens,
-    write_audio,
-    write_behaviors,
-    write_json,
-    write_jsonl,
-)
+from data import (TIMES, Behavior, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_tasks, read_behaviors,
+                  read_json, read_jsonl, read_manifest, split_speakers, timed, transcript_tokens, write_audio, write_behaviors, write_json, write_jsonl)
 from model import CONNECTORS, DEVICE, SpeechEncoder, SpeechLLM, encode_all, load_llm
 from train import Examples, Recipe, train
 
@@ -95,13 +75,13 @@ def say_where():
 
 def prepare(args):
     """Check speech and transcripts and write DATA/manifest.jsonl; `tiny` renders speech instead."""
-    out = Path(args.out)
+    out, lengths = Path(args.out), parse_join(args.join)
     settings = {"source": args.source if args.source == "tiny" else digest_or_explain(args.source), "seed": args.seed, "join": args.join, "count": args.count,
                 "test_speakers": args.test_speakers, "skip_bad": args.skip_bad, **({"train": args.train, "test": args.test} if args.source == "tiny" else {})}
-    lengths = parse_join(args.join)
+    if is_done(out, settings, args.force):
+        return print(f"{out}: is prepared already")
     if args.source == "tiny":
-        if begin(out, settings, args.force):
-            return print(f"{out}: is prepared already")
+        claim(out, settings)
         with timed("render speech"):
             utterances = render_tiny(out, args.train, args.test, args.seed)
         why = "tiny world: held-out sentences in held-out voices"
@@ -109,16 +89,16 @@ def prepare(args):
         skipped = [] if args.skip_bad else None
         with timed("read and check the audio"):
             utterances = read_manifest(args.source, check_audio=True, skipped=skipped)
-        utterances, why = split_speakers(utterances, [s for s in args.test_speakers.split(",") if s])
-        if begin(out, settings, args.force):
-            return print(f"{out}: is prepared already")
+        why = split_speakers(utterances, [s for s in args.test_speakers.split(",") if s])
+        utterances = utterances if lengths else leave_out_tested(utterances)
+        claim(out, settings)
         if skipped is not None:
-            report_skipped(out, skipped, args.source)
+            report_skipped(out, skipped)
         if lengths:
             with timed("join words"):
                 utterances = join_words(utterances, lengths, args.count, out, args.seed)
     write_jsonl(out / "manifest.jsonl", [u.row(out) for u in utterances])
-    finish(out)
+    claim(out, settings, done=True)
     counts, seconds = Counter(u.split for u in utterances), sum(u.duration for u in utterances)
     print(f"{out / 'manifest.jsonl'}: {len(utterances)} utterances, {seconds / 60:.1f} minutes; {dict(counts)} ({why}); "
           f"{sum(bool(u.words) for u in utterances)} with word times")
@@ -158,11 +138,10 @@ def render_tiny(out, n_train, n_test, seed):
     return utterances
 
 
-def report_skipped(out, skipped, source):
-    for row in skipped:
-        print(f"left out {source}:{row['line']}: {row['reason']}")
+def report_skipped(out, skipped):
     write_jsonl(out / "skipped.jsonl", skipped)
-    print(f"{len(skipped)} rows left out, listed in {out / 'skipped.jsonl'}")
+    reasons = Counter(re.split(r" \(|,| '", row["reason"])[0] for row in skipped)
+    print(f"{len(skipped)} rows left out, listed in {out / 'skipped.jsonl'}: " + "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common()))
 
 
 # ---- imitate (stage 1) ----
@@ -175,16 +154,17 @@ def imitate(args):
     settings = {"data": os.path.relpath(data, out), "manifest": digest(data / "manifest.jsonl"), "llm": named(args.llm), "bits": args.bits,
                 "tasks": str(tasks_path.resolve()) if args.tasks else tasks_path.relative_to(HERE).as_posix(), "task_table": digest(tasks_path),
                 "per_utterance": args.per_utterance, "seed": args.seed}
-    if begin(out, settings, args.force):
+    if is_done(out, settings, args.force):
         return print(f"{out}: has its behaviors already")
     say_where()
     model = SpeechLLM(*shared_llm(named(args.llm), args.bits))
+    claim(out, settings)
     todo = draw_questions(tasks, utterances, args.per_utterance, args.seed)
     print(f"{len(todo)} questions about {len(utterances)} transcripts: repeat and {args.per_utterance} of the other training tasks each")
     with timed("imitate"):
         behaviors = answer_transcripts(model, todo, args.batch_size)
     write_behaviors(out / "behaviors.jsonl", behaviors)
-    finish(out)
+    claim(out, settings, done=True)
     for b, u in list(zip(behaviors, (u for u, _, _ in todo)))[:3]:
         print(f"  {b.prompt}  [{u.text}]  ->  {b.response}")
 
@@ -232,10 +212,8 @@ def train_recipe(args):
             "connector": recipe.connector, "k": args.k, "hidden": args.hidden, "lora": recipe.lora}
     chosen = {**spec, "recipe": asdict(recipe), "behaviors": digest(run / "behaviors.jsonl"), "steps": args.steps, "batch_size": args.batch_size,
               "accumulate": args.accumulate, "lr": args.lr, "seed": args.seed}
-    if begin(folder, chosen, args.force):
+    if is_done(folder, chosen, args.force):
         return print(f"{folder}: is trained already")
-    if args.force:
-        (folder / "state.safetensors").unlink(missing_ok=True)
     say_where()
     data = run / settings["data"]
     utterances = [u for u in read_manifest(data / "manifest.jsonl") if u.split == "train"]
@@ -244,10 +222,13 @@ def train_recipe(args):
     frames = encode_all(model.encoder, utterances, data / "features")
     examples = Examples(model, utterances, read_behaviors(run / "behaviors.jsonl"), frames, recipe, args.steps, args.batch_size, args.seed)
     explain(model, examples, frames, args)
+    if args.force:
+        (folder / "state.safetensors").unlink(missing_ok=True)
+    claim(folder, chosen)
     with timed(f"train {args.recipe}"):
         train(model, examples, folder, lr=args.lr, accumulate=args.accumulate, save_every=args.save_every)
     model.save(folder, spec)
-    finish(folder)
+    claim(folder, chosen, done=True)
 
 
 def explain(model, examples, frames, args):
@@ -394,8 +375,14 @@ def build_parser():
         sub.add_argument("--force", action="store_true", help="do the step again, whatever is there") if name != "generate" else None
         return sub
 
+    def positive(text):
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        return int(text)
+
     def option(sub, flag, default, text, **more):
-        sub.add_argument(flag, default=default, help=text, **({"type": type(default)} if default is not None and not more else more))
+        kind = positive if type(default) is int and default else str if default is None else type(default)
+        sub.add_argument(flag, default=default, help=text, **(more or {"type": kind}))
 
     sub = command(prepare, "prepare", ("source", "a JSONL manifest (audio_filepath, duration, text, …), or `tiny` to render speech with espeak-ng"))
     sub.add_argument("--out", required=True, help="the data folder to write")
