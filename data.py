@@ -267,11 +267,15 @@ def join_words(utterances, lengths, count, out, seed=0):
     if not pools["train"] or not pools["test"]:
         raise UserError("--join needs recordings for training and for testing; name the speakers to hold out with --test-speakers")
     while len(made) < count:
-        split, picked = "test" if len(made) % 5 == 4 else "train", None
+        split = "test" if len(made) % 5 == 4 else "train"
         speaker = rng.choice(sorted(pools[split]))
-        while picked is None or held_out(text) != (split == "test"):
+        for _ in range(1000):
             picked = [rng.choice(pools[split][speaker]) for _ in range(rng.randint(*lengths))]
             text = " ".join(u.text for u in picked)
+            if held_out(text) == (split == "test"):
+                break
+        else:
+            raise UserError(f"--join: too few words to make different strings for training and for testing (speaker {speaker!r}); make longer strings")
         audio, words, at = [], [], 0
         for u in picked:
             pause, samples = np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLE_RATE), dtype=np.float32), load_audio(u.audio, u.duration)

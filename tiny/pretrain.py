@@ -295,33 +295,91 @@ def measure_encoder(path, utterances=600, seed=1):
             for name, split in (("seen voices", "train"), ("unseen voices", "test"))}
 
 
+CARD = """# The tiny world's two checkpoints
+
+Made by `python -m tiny.pretrain` from seed {seed}, from nothing but `world.py`, `tasks.toml` and espeak-ng voices; numbers below are printed by
+`python -m tiny.pretrain --measure`. License: MIT, like the rest of the project. They know a closed grammar and nothing else.
+
+| | `llm/` | `encoder/` |
+|---|---|---|
+| architecture | Qwen2, 4 layers, width 192, 4 heads, byte-level BPE | Wav2Vec2-BERT (conformer), 4 layers, width 192, character CTC head |
+| parameters | {llm_parameters:.2f}M | {encoder_parameters:.2f}M |
+| training data | endless conversations about random sentences and digit strings; 60% with hesitations between the words | {utterances} utterances in {n_train} x {n_accents} voices, SpecAugment |
+| steps | {llm_steps} of 64 conversations, the last 40% on weights rounded to NF4 (straight-through) | {encoder_steps} of 16 utterances |
+| time | {llm_time} | {encoder_time} |
+
+Held out from both, for the benchmark: one sentence in eight (by a hash of its words) and the voice variants {test_voices}.
+
+**Encoder**: WER {seen_wer:.2%} on new sentences in the training voices, {unseen_wer:.2%} on held-out sentences in held-out voices ({n_measured} utterances each).
+
+**LLM**, exact match on held-out sentences, by prompt:
+
+| task | unquantized, seen / unseen prompts in stage 2 | NF4, seen / unseen |
+|---|---|---|
+{rows}
+
+"Seen" and "unseen" are stage 2's words: the LLM itself was pre-trained on all prompts and all tasks, as a real LLM knows more than the connector is taught.
+"""
+
+
+def write_card(out, figures):
+    """README.md from what was measured; nothing in it is typed by hand."""
+    from safetensors import safe_open
+
+    def millions(folder):
+        with safe_open(out / folder / "model.safetensors", "pt") as file:
+            return sum(file.get_tensor(key).numel() for key in file.keys()) / 1e6
+
+    def cells(scores):
+        return " / ".join(f"{value:.1%}" for value in scores.values())
+    rows = "\n".join(f"| {name} | {cells(scores)} | {cells(figures['llm_4_bits'][name])} |" for name, scores in figures["llm_16_bits"].items())
+    (out / "README.md").write_text(CARD.format(
+        **figures, rows=rows, llm_parameters=millions("llm"), encoder_parameters=millions("encoder"), n_train=len(speech.TRAIN_VARIANTS),
+        n_accents=len(speech.ACCENTS), test_voices=", ".join(speech.TEST_VARIANTS), seen_wer=figures["encoder_wer"]["seen voices"],
+        unseen_wer=figures["encoder_wer"]["unseen voices"]), encoding="utf-8")
+
+
+def elapsed(since):
+    """"12 minutes (23 CPU minutes) on ...": wall time depends on who else uses the machine, CPU time hardly."""
+    wall, cpu = (now - then for now, then in zip((time.time(), time.process_time()), since))
+    return f"{wall / 60:.0f} minutes ({cpu / 60:.0f} CPU minutes), {torch.get_num_threads()} threads, {DEVICE}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder that gets llm/ and encoder/")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder that gets llm/, encoder/ and README.md")
     parser.add_argument("--only", choices=["llm", "encoder"], help="build one of the two")
     parser.add_argument("--measure", action="store_true", help="measure the checkpoints that are there; train nothing")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     parser.add_argument("--llm-steps", type=int, default=5000, help="steps of 64 conversations")
     parser.add_argument("--encoder-steps", type=int, default=5500, help="steps of 16 utterances")
+    parser.add_argument("--utterances", type=int, default=14000, help="utterances rendered for the encoder")
     args = parser.parse_args()
     print(f"device {DEVICE}, {torch.get_num_threads()} threads")
-    start, figures = time.time(), {}
+    measured = args.out / "measured.json"
+    figures = json.loads(measured.read_text()) if measured.exists() else {}
+    if not args.measure:
+        figures["seed"] = args.seed
     if args.only != "encoder":
         if not args.measure:
+            start = time.time(), time.process_time()
             pretrain_llm(args.out / "llm", args.seed, args.llm_steps)
+            figures |= {"llm_steps": args.llm_steps, "llm_time": elapsed(start)}
         for bits in (16, 4):
-            scores = measure_llm(args.out / "llm", bits)
+            scores = figures[f"llm_{bits}_bits"] = measure_llm(args.out / "llm", bits)
             worst = min((min(cells.values()), name) for name, cells in scores.items())
             print(f"LLM, {bits} bits: exact on held-out utterances, worst {worst[0]:.1%} ({worst[1]})")
             print("\n".join(f"  {name:<12}" + "".join(f"  {seen} prompts {value:.1%}" for seen, value in cells.items()) for name, cells in scores.items()))
-            figures[f"llm_{bits}_bits"] = scores
     if args.only != "llm":
         if not args.measure:
-            pretrain_encoder(args.out / "encoder", args.seed, args.encoder_steps)
-        figures["encoder_wer"] = measure_encoder(args.out / "encoder")
+            start = time.time(), time.process_time()
+            pretrain_encoder(args.out / "encoder", args.seed, args.encoder_steps, utterances=args.utterances)
+            figures |= {"encoder_steps": args.encoder_steps, "utterances": args.utterances, "encoder_time": elapsed(start)}
+        figures |= {"n_measured": 600, "encoder_wer": measure_encoder(args.out / "encoder", utterances=600)}
         print("encoder: " + ", ".join(f"WER {value:.2%} on {name}" for name, value in figures["encoder_wer"].items()))
-    figures["minutes"] = (time.time() - start) / 60
-    print(f"{figures['minutes']:.1f} minutes")
+    measured.write_text(json.dumps(figures, indent=1) + "\n")
+    if all(key in figures for key in ("llm_steps", "llm_4_bits", "encoder_steps", "encoder_wer")):
+        write_card(args.out, figures)
 
 
 if __name__ == "__main__":
