@@ -6,12 +6,14 @@ The reference is the text LLM's own answer to the true transcript, so any LLM an
 import random
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data import Speech, UserError, ask, chat_parts, read_jsonl, transcript_tokens, whole_file
+from data import Speech, UserError, ask, chat_parts, read_json, read_jsonl, transcript_tokens, whole_file
+from model import SpeechLLM, encode_all
 
 QUADRANTS = ["seen_task_seen_prompt", "seen_task_unseen_prompt", "unseen_task_seen_prompt", "unseen_task_unseen_prompt"]
 RESAMPLES = 1000             # bootstrap resamples of the utterances
@@ -40,7 +42,7 @@ def draw_cases(tasks, utterances, per_prompt, seed):
     return cases
 
 
-def answer_cases(model, cases, hear, name, batch_size=96):
+def answer_cases(model, hear, cases, name, batch_size=96):
     """The model's answers; hear(utterance) gives the parts that stand for the utterance: text, speech, or what the cascade heard."""
     heard = {c.utterance.id: hear(c.utterance) for c in cases}
     parts = [chat_parts(model.tokenizer, ask(c.prompt), [heard[c.utterance.id]]) for c in cases]
@@ -53,17 +55,29 @@ def answer_cases(model, cases, hear, name, batch_size=96):
     return answers
 
 
-def hear_text(model):
-    return lambda u: [transcript_tokens(model.tokenizer, u.text)]
+def systems(run, encoders, transcriber, llm, utterances, cache):
+    """{name: function that loads it, giving (model, hear)}: the top line, the cascade if there is a transcriber for it, and each trained recipe.
 
+    encoders: {recipe: function that gives its speech encoder}; llm: the (LLM, tokenizer) that the frozen recipes share.
+    """
+    reader = SpeechLLM(*llm)
 
-def hear_speech(frames):
-    return lambda u: [Speech(frames[u.id])]
+    def text():
+        return reader, lambda u: [transcript_tokens(reader.tokenizer, u.text)]
 
+    def cascade():
+        frames = encode_all(transcriber, utterances, cache)
+        return reader, lambda u: [transcript_tokens(reader.tokenizer, transcriber.transcribe(frames[u.id]) or "…")]
 
-def hear_cascade(model, transcriber, frames):
-    """The cascade: what the CTC head of the speech encoder makes of the utterance, read by the LLM as text."""
-    return lambda u: [transcript_tokens(model.tokenizer, transcriber.transcribe(frames[u.id]) or "…")]
+    def trained(name):
+        own_llm = read_json(run / name / "model.json")["lora"] > 0
+        model = SpeechLLM.from_pretrained(run / name, None if own_llm else llm, encoders[name]())
+        frames = encode_all(model.encoder, utterances, cache)
+        return model, lambda u: [Speech(frames[u.id])]
+
+    if transcriber.head is None:
+        print(f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to transcribe with")
+    return {"text": text, **({"cascade": cascade} if transcriber.head is not None else {}), **{name: partial(trained, name) for name in encoders}}
 
 
 # ---- metrics ----

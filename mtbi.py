@@ -264,7 +264,16 @@ def bench(args):
     tasks = load_tasks(tasks_path)
     utterances = [u for u in read_manifest(data / "manifest.jsonl") if u.split == "test"]
     cases = benchmark.draw_cases(tasks, utterances, args.per_prompt, args.seed)
-    answers, seconds = answer_all(args, run, settings, data, trained, cases, utterances)
+    encoders = {name: (spec["encoder"], spec["pad_whisper"]) for name in trained for spec in [read_json(run / name / "model.json")]}
+    transcriber = SpeechEncoder(named(args.asr)) if args.asr else shared_encoder(*encoders[trained[0]])
+    answers, seconds = {}, {}
+    for name, load in benchmark.systems(run, {name: lambda key=key: shared_encoder(*key) for name, key in encoders.items()}, transcriber,
+                                        shared_llm(settings["llm"], settings["bits"]), utterances, data / "features").items():
+        start = time.perf_counter()
+        with timed(f"bench {name}"):
+            answers[name] = benchmark.answer_cases(*load(), cases, name)
+        log = [row for _, row in read_jsonl(run / name / "log.jsonl")] if name in trained else []
+        seconds[name] = time.perf_counter() - start + (log[-1]["seconds"] if log else 0)
     report = {"recipes": {name: benchmark.grade(cases, answers["text"], rows, seconds[name]) for name, rows in answers.items()},
               "samples": benchmark.draw_samples(cases, answers, args.seed),
               "meta": {"n_utterances": len({c.utterance.id for c in cases}), "n_speakers": len({c.utterance.speaker for c in cases}), "n_cases": len(cases),
@@ -279,32 +288,6 @@ def bench(args):
     benchmark.write_markdown(run / "report.md", report)
     write_json(run / "report.json", report)
     show(report, run)
-
-
-def answer_all(args, run, settings, data, trained, cases, utterances):
-    """({system: answers}, {system: seconds of training and answering}), the top line first."""
-    llm, answers, seconds = shared_llm(settings["llm"], settings["bits"]), {}, {}
-    encoders = {name: (s["encoder"], s["pad_whisper"]) for name in trained for s in [read_json(run / name / "model.json")]}
-    transcriber = SpeechEncoder(named(args.asr)) if args.asr else shared_encoder(*encoders[trained[0]])
-    reader = SpeechLLM(*llm)
-    systems = {"text": lambda: (reader, benchmark.hear_text(reader))}
-    if transcriber.head is None:
-        print(f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to transcribe with")
-    else:
-        systems["cascade"] = lambda: (reader, benchmark.hear_cascade(reader, transcriber, encode_all(transcriber, utterances, data / "features")))
-    for name in trained:
-        def load(name=name):
-            model = SpeechLLM.from_pretrained(run / name, None if RECIPES[name].lora else llm, shared_encoder(*encoders[name]))
-            return model, benchmark.hear_speech(encode_all(model.encoder, utterances, data / "features"))
-        systems[name] = load
-    for name, load in systems.items():
-        start = time.perf_counter()
-        with timed(f"bench {name}"):
-            model, hear = load()
-            answers[name] = benchmark.answer_cases(model, cases, hear, name)
-        log = [row for _, row in read_jsonl(run / name / "log.jsonl")] if name in trained else []
-        seconds[name] = time.perf_counter() - start + (log[-1]["seconds"] if log else 0)
-    return answers, seconds
 
 
 def show(report, run):

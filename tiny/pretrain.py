@@ -304,13 +304,15 @@ Made by `python -m tiny.pretrain` from seed {seed}, from nothing but `world.py`,
 |---|---|---|
 | architecture | Qwen2, 4 layers, width 192, 4 heads, byte-level BPE | Wav2Vec2-BERT (conformer), 4 layers, width 192, character CTC head |
 | parameters | {llm_parameters:.2f}M | {encoder_parameters:.2f}M |
-| training data | endless conversations about random sentences and digit strings; 60% with hesitations between the words | {utterances} utterances in {n_train} x {n_accents} voices, SpecAugment |
+| training data | endless conversations about random sentences and digit strings; 60% with hesitations between the words | espeak-ng voices |
 | steps | {llm_steps} of 64 conversations, the last 40% on weights rounded to NF4 (straight-through) | {encoder_steps} of 16 utterances |
 | time | {llm_time} | {encoder_time} |
 
-Held out from both, for the benchmark: one sentence in eight (by a hash of its words) and the voice variants {test_voices}.
+The encoder heard {utterances} utterances in {n_train} x {n_accents} voices, with SpecAugment. Held out from both, for the benchmark: one sentence in
+eight (by a hash of its words) and the voice variants {test_voices}.
 
-**Encoder**: WER {seen_wer:.2%} on new sentences in the training voices, {unseen_wer:.2%} on held-out sentences in held-out voices ({n_measured} utterances each).
+**Encoder**: WER {seen_wer:.2%} on new sentences in the training voices, {unseen_wer:.2%} on held-out sentences in held-out voices
+({n_measured} utterances each).
 
 **LLM**, exact match on held-out sentences, by prompt:
 
