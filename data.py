@@ -180,6 +180,8 @@ def parse_row(row, folder):
         raise UserError("the transcript is empty")
     if not 0 < duration < float("inf"):
         raise UserError(f"the duration is {duration} s")
+    if row.get("split") not in (None, "", "train", "test"):
+        raise UserError(f"'split' is {row['split']!r}; it must be train or test")
     if words is not None:
         check_words(words, text, duration)
     return Utterance(Path(folder) / row["audio_filepath"], text, float(duration), str(row.get("speaker") or ""), str(row.get("split") or ""),
@@ -204,10 +206,12 @@ def check_words(words, text, duration):
 
 def read_manifest(path, check_audio=False, skipped=None):
     """The utterances of a JSONL manifest. A bad row is a UserError naming file and line; or, if `skipped` is a list, it goes there."""
-    path, utterances = Path(path), []
+    path, utterances, lines = Path(path), [], {}
     for number, row in read_jsonl(path):
         try:
             utterance = parse_row(row, path.parent)
+            if lines.setdefault(utterance.id, number) != number:
+                raise UserError(f"has the same audio file as line {lines[utterance.id]}")
             if check_audio:
                 utterance.duration = len(load_audio(utterance.audio, utterance.duration)) / SAMPLE_RATE
                 check_words(utterance.words, utterance.text, utterance.duration) if utterance.words else None
@@ -290,8 +294,8 @@ def join_words(utterances, lengths, count, out, seed=0):
 
 
 def write_audio(path, samples):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.clip(samples, -1, 1), SAMPLE_RATE)
+    with whole_file(path) as temporary:
+        soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE)
 
 
 # ---- tasks and behaviors ----

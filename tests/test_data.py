@@ -79,6 +79,7 @@ BAD_ROWS = [({"text": ""}, "transcript is empty"), ({"text": "  "}, "transcript 
             ({"words": [["three", 0.5, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 0.9]]}, "run backwards"),
             ({"words": [["three", 0.1, 0.4], ["red", 0.2, 0.6], ["apples", 0.6, 0.9]]}, "run backwards"),
             ({"words": [["three", 0.1, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 1.9]]}, "past the end"),
+            ({}, "same audio file as line 1"), ({"audio_filepath": "b.wav", "split": "dev"}, "'split' is 'dev'"),
             ({"words": [["three", 0.1, 0.4]]}, "1 words"), ({"words": "three"}, "'words' must be"), ({"words": [["three", "x", 1]] * 3}, "'words' must be")]
 
 
@@ -115,7 +116,9 @@ def test_lines_that_are_no_rows(tmp_path, clip, capsys, row, reason):
 
 def test_skip_bad_leaves_bad_rows_out_and_lists_them(tmp_path, clip, capsys):
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
-    others = [{**clip, "text": f"number {i}"} for i in range(12)]
+    others = [{**clip, "audio_filepath": f"{i}.wav", "text": f"number {i}"} for i in range(12)]
+    for row in others:
+        soundfile.write(tmp_path / row["audio_filepath"], tone(), 16000)
     path = manifest(tmp_path, "{no json", {**clip, "audio_filepath": "silent.wav"}, {**clip, "text": ""}, *others)
     assert mtbi.main(["prepare", str(path), "--out", str(tmp_path / "out"), "--skip-bad"]) == 0
     said = capsys.readouterr().out
