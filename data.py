@@ -10,12 +10,13 @@ import random
 import re
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+from tqdm import tqdm
 
 try:
     import tomllib
@@ -23,6 +24,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 SAMPLE_RATE = 16000          # Hz; everything is resampled to it
+MIN_SECONDS = 0.1            # less gives some encoders not one frame
 METRICS = ("exact", "wer", "chrf")
 
 
@@ -65,9 +67,9 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """Yields (line number, the line's object, or UserError's message) of a JSONL file."""
+    """Yields (line number, the line's object, or a string that says why it is none) of a JSONL file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -76,9 +78,10 @@ def read_jsonl(path):
         if line.strip():
             try:
                 row = json.loads(line)
+                row = row if isinstance(row, dict) else "is no JSON object"
             except ValueError as error:
                 row = f"is no JSON ({error})"
-            yield number, row if isinstance(row, (dict, str)) else "is no JSON object"
+            yield number, row
 
 
 def is_done(folder, settings, force=False):
@@ -97,6 +100,14 @@ def is_done(folder, settings, force=False):
 def claim(folder, settings, done=False):
     """Write a step's settings into its folder: when its work begins, and again, with done=True, when it is finished."""
     write_json(Path(folder) / "config.json", {"settings": settings, "done": done})
+
+
+def relative(path, folder):
+    """`path` as seen from `folder`, so that both can be moved together; on another Windows drive the whole path."""
+    try:
+        return os.path.relpath(path, folder).replace(os.sep, "/")
+    except ValueError:
+        return str(Path(path).resolve())
 
 
 TIMES = {}                   # what each step of this process took, in seconds: `demo --profile` prints it
@@ -142,6 +153,8 @@ def load_audio(path, duration=None):
     samples = torch.from_numpy(samples.mean(axis=1))
     if samples.abs().max() < 1e-4:
         raise UserError(f"{path}: the audio is silent")
+    if seconds < MIN_SECONDS:
+        raise UserError(f"{path}: the audio is too short ({seconds:.3f} s; at least {MIN_SECONDS} s are needed)")
     if rate != SAMPLE_RATE:
         from torchaudio.functional import resample
         samples = resample(samples, rate, SAMPLE_RATE)
@@ -161,7 +174,7 @@ class Utterance:
 
     def row(self, folder):
         """The manifest row of this utterance, for a manifest in `folder`."""
-        row = {"audio_filepath": os.path.relpath(self.audio, folder).replace(os.sep, "/"), "duration": round(self.duration, 4), "text": self.text,
+        row = {"audio_filepath": relative(self.audio, folder), "duration": round(self.duration, 4), "text": self.text,
                "speaker": self.speaker, "split": self.split}
         return {**row, "words": [[w, round(s, 4), round(e, 4)] for w, s, e in self.words]} if self.words else row
 
@@ -175,22 +188,22 @@ def parse_row(row, folder):
             raise UserError(f"lacks the key {key!r}")
         if not isinstance(row[key], kinds) or isinstance(row[key], bool):
             raise UserError(f"{key!r} is {row[key]!r}, which is not a {'text' if kinds is str else 'number'}")
-    text, duration, words = " ".join(row["text"].split()), row["duration"], row.get("words")
+    text, duration = " ".join(row["text"].split()), float(row["duration"])
     if not text:
         raise UserError("the transcript is empty")
     if not 0 < duration < float("inf"):
         raise UserError(f"the duration is {duration} s")
     if row.get("split") not in (None, "", "train", "test"):
         raise UserError(f"'split' is {row['split']!r}; it must be train or test")
-    if words is not None:
-        check_words(words, text, duration)
-    return Utterance(Path(folder) / row["audio_filepath"], text, float(duration), str(row.get("speaker") or ""), str(row.get("split") or ""),
-                     words, row["audio_filepath"])
+    speaker = "" if row.get("speaker") is None else str(row["speaker"])
+    words = None if row.get("words") is None else check_words(row["words"], text, duration)
+    return Utterance(Path(folder) / row["audio_filepath"], text, duration, speaker, row.get("split") or "", words, row["audio_filepath"])
 
 
 def check_words(words, text, duration):
+    """[[word, start_s, end_s], ...] as numbers; UserError if they cannot be the times of the transcript's words."""
     try:
-        times = [(str(word), float(start), float(end)) for word, start, end in words]
+        times = [[str(word), float(start), float(end)] for word, start, end in words]
     except (TypeError, ValueError):
         raise UserError("'words' must be [[word, start_s, end_s], …]") from None
     if len(times) != len(text.split()):
@@ -202,26 +215,28 @@ def check_words(words, text, duration):
         if end > duration + 0.05:
             raise UserError(f"the word {word!r} ends at {end} s, past the end of the audio ({duration} s)")
         last = end
+    return times
 
 
 def read_manifest(path, check_audio=False, skipped=None):
     """The utterances of a JSONL manifest. A bad row is a UserError naming file and line; or, if `skipped` is a list, it goes there."""
     path, utterances, lines = Path(path), [], {}
-    for number, row in read_jsonl(path):
+    rows = list(read_jsonl(path))
+    for number, row in tqdm(rows, desc="check audio", unit="utt", disable=not check_audio):
         try:
             utterance = parse_row(row, path.parent)
             if lines.setdefault(utterance.id, number) != number:
                 raise UserError(f"has the same audio file as line {lines[utterance.id]}")
             if check_audio:
                 utterance.duration = len(load_audio(utterance.audio, utterance.duration)) / SAMPLE_RATE
-                check_words(utterance.words, utterance.text, utterance.duration) if utterance.words else None
+                check_words(utterance.words or [], utterance.text if utterance.words else "", utterance.duration)
             utterances.append(utterance)
         except UserError as error:
             if skipped is None:
                 raise UserError(f"{path}:{number}: {error}") from None
             audio = row.get("audio_filepath", "") if isinstance(row, dict) else ""
             skipped.append({"line": number, "audio_filepath": audio, "reason": str(error).removeprefix(f"{path.parent / str(audio)}: ")})
-    if not utterances:
+    if not utterances and not skipped:
         raise UserError(f"{path}: holds no usable utterance")
     return utterances
 
@@ -231,22 +246,22 @@ def held_out(text):
     return hashlib.sha256(text.encode()).digest()[0] < 32
 
 
-def split_speakers(utterances, test_speakers=()):
+def split_speakers(utterances, test_speakers=(), joined=False):
     """Fill in `split`; returns a line that says how it was decided."""
-    speakers = {u.speaker for u in utterances}
+    speakers, given = {u.speaker for u in utterances}, sum(bool(u.split) for u in utterances)
     if missing := [s for s in test_speakers if s not in speakers]:
         raise UserError(f"--test-speakers: there is no speaker {missing[0]!r}; the manifest has {', '.join(sorted(speakers)[:20])}")
-    if test_speakers:
-        why = f"speakers held out: {', '.join(test_speakers)}"
+    if given and given < len(utterances) and not test_speakers:
+        raise UserError(f"'split' is given for {given} of {len(utterances)} rows; give it for all or none, or name --test-speakers")
+    if joined and not given and not test_speakers:
+        raise UserError("--join needs recordings for training and for testing; name the speakers to hold out with --test-speakers")
+    if not given or test_speakers:
         for u in utterances:
-            u.split = "test" if u.speaker in test_speakers else "train"
-    elif all(u.split in ("train", "test") for u in utterances):
-        why = "the manifest's own split"
-    else:
-        why = "no split in the manifest and no --test-speakers: one transcript in eight is held out, by a hash of its words"
-        for u in utterances:
-            u.split = "test" if held_out(u.text) else "train"
-    return why
+            u.split = "test" if (u.speaker in test_speakers if test_speakers else held_out(u.text)) else "train"
+    if {u.split for u in utterances} != {"train", "test"}:
+        raise UserError(f"all {len(utterances)} utterances are for {utterances[0].split}ing; name speakers to hold out with --test-speakers")
+    return (f"speakers held out: {', '.join(test_speakers)}" if test_speakers else "the manifest's own split" if given else
+            "no split in the manifest and no --test-speakers: one transcript in eight is held out, by a hash of its words")
 
 
 def leave_out_tested(utterances):
@@ -255,23 +270,23 @@ def leave_out_tested(utterances):
     kept = [u for u in utterances if u.split == "test" or u.text not in tested]
     if len(kept) < len(utterances):
         print(f"{len(utterances) - len(kept)} training rows left out, because their transcript is tested")
+    if all(u.split == "test" for u in kept):
+        raise UserError("no training rows are left: every transcript is also spoken by a held-out speaker")
     return kept
 
 
 def join_words(utterances, lengths, count, out, seed=0):
     """`count` new utterances, each a string of single-word recordings of one speaker with pauses between and exact word times.
 
-    lengths: (fewest, most) words. One string in five is for testing; texts with held_out() are spoken by test speakers only, others by training speakers only.
+    lengths: (fewest, most) words. One string in five is for testing: from test recordings, with a text that held_out() holds out.
     """
     rng, pools, made = random.Random(f"join-{seed}"), {"train": {}, "test": {}}, []
     for u in utterances:
         if " " in u.text:
             raise UserError(f"--join wants recordings of single words, but {u.id} says {u.text!r}")
         pools[u.split].setdefault(u.speaker, []).append(u)
-    if not pools["train"] or not pools["test"]:
-        raise UserError("--join needs recordings for training and for testing; name the speakers to hold out with --test-speakers")
-    while len(made) < count:
-        split = "test" if len(made) % 5 == 4 else "train"
+    for n in tqdm(range(count), desc="join words", unit="utt"):
+        split = "test" if n % 5 == 4 else "train"
         speaker = rng.choice(sorted(pools[split]))
         for _ in range(1000):
             picked = [rng.choice(pools[split][speaker]) for _ in range(rng.randint(*lengths))]
@@ -287,7 +302,7 @@ def join_words(utterances, lengths, count, out, seed=0):
             at = start + len(samples)
             audio += [pause, samples]
             words.append([u.text, start / SAMPLE_RATE, at / SAMPLE_RATE])
-        path = Path(out) / "audio" / f"{len(made):05d}.flac"
+        path = Path(out) / "audio" / f"{n:05d}.flac"
         write_audio(path, np.concatenate(audio))
         made.append(Utterance(path, text, at / SAMPLE_RATE, speaker, split, words))
     return made
@@ -318,7 +333,7 @@ def load_tasks(path):
     """{name: Task} of a tasks.toml; UserError names the table that is wrong."""
     try:
         table, tasks = tomllib.loads(Path(path).read_text(encoding="utf-8")), {}
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a task table ({error})") from None
     for name, entry in table.items():
         try:
@@ -328,10 +343,12 @@ def load_tasks(path):
             raise UserError(f"{path}: task [{name}]: {str(error).replace('Task.__init__() ', '')}") from None
         if task.split not in ("train", "unseen") or task.metric not in METRICS:
             raise UserError(f"{path}: task [{name}]: split must be train or unseen, metric one of {', '.join(METRICS)}")
-        if not task.prompts or not task.unseen_prompts or set(task.prompts) & set(task.unseen_prompts):
-            raise UserError(f"{path}: task [{name}]: needs prompts and unseen_prompts, and none may be in both")
-    if "repeat" not in tasks:
-        raise UserError(f"{path}: there is no task [repeat], which recipes and the ignored-instruction rate need")
+        if any(not isinstance(ps, list) or not ps or not all(isinstance(p, str) and p for p in ps) for ps in (task.prompts, task.unseen_prompts)):
+            raise UserError(f"{path}: task [{name}]: prompts and unseen_prompts must be lists of texts")
+        if set(task.prompts) & set(task.unseen_prompts):
+            raise UserError(f"{path}: task [{name}]: no prompt may be in prompts and in unseen_prompts")
+    if "repeat" not in tasks or tasks["repeat"].split != "train":
+        raise UserError(f"{path}: there is no training task [repeat], which recipes and the ignored-instruction rate need")
     return tasks
 
 
@@ -344,15 +361,13 @@ class Behavior:
     response: str
 
 
-def write_behaviors(path, behaviors):
-    write_jsonl(path, map(asdict, behaviors))
-
-
 def read_behaviors(path):
-    try:
-        return [Behavior(**row) for _, row in read_jsonl(path)]
-    except TypeError as error:
-        raise UserError(f"{path}: holds a line that is no behavior ({error})") from None
+    behaviors = []
+    for number, row in read_jsonl(path):
+        if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in ("utterance", "task", "prompt", "response")):
+            raise UserError(f"{path}:{number}: is no behavior; run `imitate` again with --force")
+        behaviors.append(Behavior(**row))
+    return behaviors
 
 
 # ---- parts: what a conversation is made of before it becomes embeddings ----
@@ -421,27 +436,3 @@ def interleave(tokenizer, utterance, frames, as_text):
                 parts.append(Speech(frames[cuts[first]:cuts[last]]))
             first = last
     return parts
-
-
-def random_spans(rng, n, share, mean):
-    """n flags, a share of them True in runs of `mean` words on average (a two-state Markov chain)."""
-    if share >= 1:
-        return [True] * n
-    enter, flag, flags = share / (mean * (1 - share)), rng.random() < share, []
-    for _ in range(n):
-        flags.append(flag)
-        flag = rng.random() >= 1 / mean if flag else rng.random() < enter
-    return flags
-
-
-def epoch_batches(lengths, batch_size, seed, step):
-    """The indices of batch number `step`: every epoch visits each item once, in batches of similar length. A pure function: nothing to resume."""
-    per_epoch = max(1, len(lengths) // batch_size)
-    epoch, at = divmod(step, per_epoch)
-    rng = random.Random(f"epoch-{seed}-{epoch}")
-    order = rng.sample(range(len(lengths)), len(lengths))
-    bucket = 8 * batch_size
-    ordered = [i for b in range(0, len(order), bucket) for i in sorted(order[b:b + bucket], key=lengths.__getitem__)]
-    batches = [ordered[b * batch_size:(b + 1) * batch_size] for b in range(per_epoch)]
-    rng.shuffle(batches)
-    return batches[at]

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import Speech, UserError, ask, chat_parts, read_json, read_jsonl, transcript_tokens, whole_file
 from model import SpeechLLM, encode_all
@@ -42,17 +41,11 @@ def draw_cases(tasks, utterances, per_prompt, seed):
     return cases
 
 
-def answer_cases(model, hear, cases, name, batch_size=96):
+def answer_cases(model, hear, cases, name, batch_size, max_new_tokens):
     """The model's answers; hear(utterance) gives the parts that stand for the utterance: text, speech, or what the cascade heard."""
     heard = {c.utterance.id: hear(c.utterance) for c in cases}
     parts = [chat_parts(model.tokenizer, ask(c.prompt), [heard[c.utterance.id]]) for c in cases]
-    order = sorted(range(len(cases)), key=lambda i: (cases[i].task.name, cases[i].utterance.duration))     # answers of one task are about as long
-    answers = [None] * len(cases)
-    for at in tqdm(range(0, len(order), batch_size), desc=f"bench {name}", unit="batch"):
-        rows = order[at:at + batch_size]
-        for i, answer in zip(rows, model.generate([parts[i] for i in rows])):
-            answers[i] = answer
-    return answers
+    return model.generate_all(parts, [(c.task.name, c.utterance.duration) for c in cases], f"bench {name}", batch_size, max_new_tokens)
 
 
 def systems(run, encoders, transcriber, llm, utterances, cache):
@@ -95,7 +88,7 @@ def word_error_rate(reference, answer):
 def score(metric, reference, answer):
     """0..1: "exact" match, "wer" as 1 - word error rate (jiwer), or "chrf" (sacrebleu, Popović 2015)."""
     if metric == "exact":
-        return float(normalize(reference) == normalize(answer))
+        return float((normalize(reference) or reference) == (normalize(answer) or answer))
     if metric == "wer":
         return max(0.0, 1.0 - word_error_rate(reference, answer))
     from sacrebleu import sentence_chrf
@@ -107,27 +100,28 @@ def repeats_instead(case, reference, answer):
     return case.task.name != "repeat" and word_error_rate(case.utterance.text, answer) <= 0.25 < word_error_rate(case.utterance.text, reference)
 
 
-def cell(scores, tops, utterances, seed=0):
-    """{"score", "share_of_text", "n", "ci95"}: mean score, its share of the top line's, and a 95% bootstrap interval over utterances."""
+def cell(scores, utterances, seed=0):
+    """{"score", "share_of_text", "n", "ci95"}: mean score, its share of the top line's, and a 95% bootstrap interval over utterances.
+
+    The text LLM is its own reference, so the top line's score is 1 and the share is the score.
+    """
     if not scores:
         return {"score": None, "share_of_text": None, "n": 0, "ci95": [None, None]}
     scores, ids = np.asarray(scores), np.unique(utterances, return_inverse=True)[1]
     sums, counts = np.bincount(ids, scores), np.bincount(ids)
     picks = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
-    top = float(np.mean(tops))
-    return {"score": float(scores.mean()), "share_of_text": float(scores.mean() / top) if top else None, "n": len(scores),
+    return {"score": float(scores.mean()), "share_of_text": float(scores.mean()), "n": len(scores),
             "ci95": [float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))]}
 
 
 def grade(cases, references, answers, seconds):
-    """One system's entry of report.json."""
+    """One system's entry of report.json; references are the answers of the top line."""
     scores = [score(c.task.metric, r, a) for c, r, a in zip(cases, references, answers)]
-    tops = [score(c.task.metric, r, r) for c, r in zip(cases, references)]
 
     def over(chosen):
         rows = [i for i, c in enumerate(cases) if chosen(c)]
-        return cell([scores[i] for i in rows], [tops[i] for i in rows], [cases[i].utterance.id for i in rows])
+        return cell([scores[i] for i in rows], [cases[i].utterance.id for i in rows])
 
     asked = [repeats_instead(c, r, a) for c, r, a in zip(cases, references, answers) if c.task.name != "repeat"]
     return {"quadrants": {q: over(lambda c: c.quadrant == q) for q in QUADRANTS},
@@ -170,11 +164,12 @@ def task_table(report):
 
 def write_markdown(path, report):
     meta = report["meta"]
-    samples = "\n".join(f"- **{s['prompt']}** ({s['quadrant'].replace('_', ' ')})  \n  speech: *{s['transcript']}*  \n" + "  \n".join(
+    samples = "\n".join(f"- **{s['prompt']}** ({s['quadrant'].replace('_', ' ')})  \n  speech: *{s['transcript']}* ({s['audio']})  \n" + "  \n".join(
         f"  `{name}`: {answer}" for name, answer in s["answers"].items()) for s in report["samples"])
     text = f"""# Benchmark of {', '.join(report['recipes'])}
 
-{meta['n_utterances']} held-out utterances of {meta['n_speakers']} held-out speakers, {meta['n_cases']} questions. The score is a mean over questions of what
+{meta['n_utterances']} held-out utterances of {meta['n_speakers']} speakers, {meta['n_unheard_speakers']} of them never heard in training;
+{meta['n_cases']} questions. The score is a mean over questions of what
 the task asks for: exact match, 1 - word error rate, or chrF, against the text LLM's own answer to the true transcript. `text`, the top line, is therefore 100%
 wherever it is measured against itself, and a score is at the same time its share of the top line. In brackets: 95% bootstrap interval over utterances.
 
@@ -256,10 +251,10 @@ def write_plots(folder, report):
     pyplot.close(figure)
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for log in sorted(Path(folder).glob("*/log.jsonl")):
-        rows = [row for _, row in read_jsonl(log)]
+    for name in report["meta"]["training"]:
+        rows = [row for _, row in read_jsonl(Path(folder) / name / "log.jsonl")]
         smooth = np.convolve(np.pad([r["loss"] for r in rows], (9, 0), mode="edge"), np.ones(10) / 10, mode="valid")
-        axes.plot([r["step"] for r in rows], smooth, label=log.parent.name)
+        axes.plot([r["step"] for r in rows], smooth, label=name)
     axes.set(xlabel="step", ylabel="loss, nats/token (mean of 10 steps)", yscale="log", title="Stage 2")
     axes.legend()
     save_plot(figure, Path(folder) / "loss.png")

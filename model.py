@@ -6,10 +6,12 @@ Shapes:  B conversations, L positions, T encoder frames, N speech tokens, D the 
 import hashlib
 import logging
 import math
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -23,51 +25,53 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100                # label of a position without loss
 
 
+def weights_id(name, kind):
+    """Names the weights in a local model folder, so that a folder with other weights is noticed; empty for a hub name."""
+    folder = TINY / kind if name == "tiny" else Path(name)
+    hashed = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        with open(file, "rb") as content:                          # the end of a file holds weights, and a large file is not read whole
+            content.seek(max(0, file.stat().st_size - 2**20))
+            hashed.update(file.name.encode() + content.read())
+    return hashed.hexdigest()[:12] if folder.is_dir() else ""
+
+
 # ---- connectors: encoder frames (T, D_encoder) -> speech tokens (N, D) ----
 
 class StackMLP(nn.Module):
     """Stack k neighbouring frames, then a two-layer MLP (as in SLAM-ASR, arXiv 2402.08846).
 
-    frames (B, T, D_encoder) -> pad T to a multiple of k -> (B, T/k, k * D_encoder) -> LayerNorm, MLP -> (B, N = T/k, D)
+    frames (B, N * k, D_encoder) -> (B, N, k * D_encoder) -> LayerNorm, MLP -> (B, N, D)
     """
 
-    def __init__(self, width_in, width_out, k=6, hidden=768):
+    def __init__(self, width_in, width_out, k, hidden):
         super().__init__()
         self.k = k
         self.norm = nn.LayerNorm(k * width_in)
         self.mlp = nn.Sequential(nn.Linear(k * width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
 
-    def lengths(self, frames):
-        return -(-frames // self.k)
-
     def forward(self, x):
-        B, T, C = x.shape
-        x = F.pad(x, (0, 0, 0, -T % self.k))                       # (B, N * k, C)
-        return self.mlp(self.norm(x.reshape(B, -1, self.k * C)))   # (B, N, D)
+        return self.mlp(self.norm(x.reshape(len(x), -1, self.k * x.shape[-1])))     # (B, N, k * D_encoder) -> (B, N, D)
 
 
 class Conv(nn.Module):
     """Strided 1-d convolutions, each halving the rate, then a bottleneck MLP with a residual (BLSP, arXiv 2309.00916, section 3.1).
 
-    frames (B, T, D_encoder) -> log2(k) convolutions of stride 2 -> (B, N = T/k, D_encoder) -> (B, N, D)
+    frames (B, N * k, D_encoder) -> log2(k) convolutions of stride 2 -> (B, N, D_encoder) -> (B, N, D)
     """
 
-    def __init__(self, width_in, width_out, k=8, hidden=256):
+    def __init__(self, width_in, width_out, k, hidden):
         super().__init__()
         if k & (k - 1):
-            raise UserError(f"the conv connector halves the frame rate, so k must be a power of two, not {k}")
-        self.k = k
+            raise UserError(f"the conv connector halves the frame rate, so --k must be a power of two, not {k}")
         self.convs = nn.ModuleList(nn.Conv1d(width_in, width_in, 5, stride=2, padding=2) for _ in range(int(math.log2(k))))
         self.project = nn.Linear(width_in, width_out)
         self.norm = nn.LayerNorm(width_out)
         self.adapter = nn.Sequential(nn.Linear(width_out, hidden), nn.GELU(), nn.Linear(hidden, width_out))
 
-    def lengths(self, frames):
-        return -(-frames // self.k)
-
     def forward(self, x):
         for conv in self.convs:
-            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)    # (B, T, C) -> (B, T/2, C)
+            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)    # (B, T, D_encoder) -> (B, T / 2, D_encoder)
         x = self.norm(self.project(x))                             # (B, N, D)
         return x + self.adapter(x)
 
@@ -76,25 +80,27 @@ CONNECTORS = {"stack-mlp": StackMLP, "conv": Conv}
 
 
 class Connector(nn.Module):
-    """A connector and the scale that starts its tokens at the norm of the LLM's own token embeddings."""
+    """Encoder frames to speech tokens: k frames a token, and a scale that starts the tokens at the norm of the LLM's own embeddings."""
 
     def __init__(self, kind, width_in, width_out, k, hidden, embedding_rms=1.0):
         super().__init__()
         if kind not in CONNECTORS:
             raise UserError(f"there is no connector {kind!r}; there are {', '.join(CONNECTORS)}")
-        self.body = CONNECTORS[kind](width_in, width_out, k, hidden)
+        self.k, self.body = k, CONNECTORS[kind](width_in, width_out, k, hidden)
         self.scale = nn.Parameter(torch.full((width_out,), float(embedding_rms)))
 
     def forward(self, spans):
-        """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)]. Spans of one length go together, so nothing is padded."""
+        """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)], N_i = T_i / k rounded up; the last token's missing frames are zeros.
+
+        Spans of as many tokens go through together: nothing is padded beyond that, so a span's tokens do not depend on its batch.
+        """
         tokens, by_length = [None] * len(spans), {}
         for i, frames in enumerate(spans):
-            by_length.setdefault(self.body.lengths(len(frames)), []).append(i)
+            by_length.setdefault(-(-len(frames) // self.k), []).append(i)
         for n, rows in by_length.items():
-            x = torch.stack([F.pad(spans[i], (0, 0, 0, n * self.body.k - len(spans[i]))) for i in rows]).to(self.scale)   # (B, n * k, D_encoder)
-            y = self.body(x) if n else x.new_zeros(len(rows), 0, len(self.scale))
-            y = F.rms_norm(y, y.shape[-1:]) * self.scale
-            for i, row in zip(rows, y):
+            x = torch.stack([F.pad(spans[i], (0, 0, 0, n * self.k - len(spans[i]))) for i in rows]).to(self.scale)   # (B, N * k, D_encoder)
+            y = self.body(x) if n else x.new_zeros(len(rows), 0, len(self.scale))                                    # (B, N, D)
+            for i, row in zip(rows, F.rms_norm(y, y.shape[-1:]) * self.scale):
                 tokens[i] = row
         return tokens
 
@@ -122,6 +128,8 @@ class SpeechEncoder(nn.Module):
                                          key_mapping={r"^(model\.)?encoder\.": ""})        # the decoder is never read
         elif any(a.endswith("ForCTC") for a in self.config.architectures or []):
             model = load_or_explain(AutoModelForCTC, name, "speech encoder", dtype=torch.float32)
+            if not hasattr(model, "lm_head"):
+                raise UserError(f"speech encoder {name}: CTC models of the kind {self.config.model_type} are not supported yet")
             self.model, self.head = getattr(model, model.base_model_prefix), model.lm_head
             self.ctc_tokenizer = load_or_explain(AutoTokenizer, name, "speech encoder")
         else:
@@ -159,11 +167,11 @@ class SpeechEncoder(nn.Module):
         """Greedy CTC: frames (T, D_encoder) -> text."""
         return self.ctc_tokenizer.decode(self.head(frames.float().to(DEVICE)).argmax(-1).tolist())
 
-    @property
+    @cached_property
     def key(self):
-        """Names what determines the frames: the model's weights and the padding option."""
-        weights = next(self.model.parameters()).flatten()[:4096].cpu().numpy().tobytes()
-        return hashlib.sha256(weights + repr((self.name, self.config.to_dict(), self.pad_whisper)).encode()).hexdigest()[:12]
+        """Names what determines the frames: samples of every weight, the feature extractor, and the padding option."""
+        samples = [p.flatten()[::max(1, p.numel() // 1024)].float().cpu().numpy().tobytes() for p in self.model.state_dict().values()]
+        return hashlib.sha256(b"".join(samples) + repr((self.extractor.to_dict(), self.pad_whisper)).encode()).hexdigest()[:12]
 
 
 def encode_all(encoder, utterances, cache):
@@ -171,12 +179,20 @@ def encode_all(encoder, utterances, cache):
     stamp = repr([(u.id, u.audio.stat().st_size, u.audio.stat().st_mtime_ns) if u.audio.is_file() else u.id for u in utterances])
     path = Path(cache) / f"{encoder.key}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.safetensors"
     if path.exists():
-        return load_file(path)
+        return load_tensors(path)
     with timed(f"encode {len(utterances)} utterances"):
         frames = {u.id: encoder(load_audio(u.audio, u.duration), u.audio) for u in tqdm(utterances, desc="encode speech", unit="utt")}
         with whole_file(path) as temporary:
             save_file(frames, temporary)
     return frames
+
+
+def load_tensors(path):
+    """The tensors of a safetensors file; UserError if it is not whole."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: is no readable safetensors file ({error}); delete it and run again") from None
 
 
 # ---- the frozen LLM ----
@@ -187,7 +203,7 @@ def load_or_explain(auto_class, name, what, **options):
         if "dtype" in options:
             options["use_safetensors"] = True
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(f"{what} {name}: cannot be loaded as a Hugging Face checkpoint, local folder or hub name ({why})") from None
 
@@ -217,9 +233,10 @@ def load_llm(name, bits=4):
 
 
 def fingerprint(llm, tokenizer):
-    """Tells one LLM from another: its shape, its vocabulary and a slice of its (never quantized) embeddings."""
-    weights = llm.get_input_embeddings().weight[:64].float().cpu().numpy().tobytes()
-    return hashlib.sha256(weights + repr((llm.config.hidden_size, llm.config.num_hidden_layers, len(tokenizer))).encode()).hexdigest()[:12]
+    """Tells one LLM from another by what is never quantized: its shape, its vocabulary, a slice of its embeddings, its norms."""
+    weights = [llm.get_input_embeddings().weight[:64], *(p for name, p in llm.named_parameters() if "norm" in name)]
+    samples = b"".join(w.to(torch.bfloat16).float().cpu().numpy().tobytes() for w in weights)      # the same whatever precision it was loaded in
+    return hashlib.sha256(samples + repr((llm.config.hidden_size, llm.config.num_hidden_layers, len(tokenizer))).encode()).hexdigest()[:12]
 
 
 def end_of_turn(tokenizer):
@@ -281,27 +298,36 @@ class SpeechLLM(nn.Module):
         return out.logits[:, :-1].float(), labels[:, -R:]          # the logits at one position predict the next
 
     def forward(self, batch, teacher=None):
-        """(summed loss, number of response tokens) of conversations that end in a Response.
+        """The loss of conversations that end in a Response, summed over response tokens.
 
         teacher: the same conversations with the transcript as text; then the loss is KL(LLM reading text || LLM hearing speech).
         """
         logits, labels = self.logits(batch)
         answered = labels != IGNORE                                # (B, R)
         if teacher is None:
-            return F.cross_entropy(logits[answered], labels[answered], reduction="sum"), int(answered.sum())
+            return F.cross_entropy(logits[answered], labels[answered], reduction="sum")
         with torch.no_grad():
             target = self.logits(teacher)[0][answered].log_softmax(-1)
-        return F.kl_div(logits[answered].log_softmax(-1), target, reduction="sum", log_target=True), int(answered.sum())
+        return F.kl_div(logits[answered].log_softmax(-1), target, reduction="sum", log_target=True)
 
     @torch.no_grad()
-    def generate(self, batch, max_new_tokens=48):
+    def generate(self, batch, max_new_tokens=64):
         """Greedy answers to open conversations: parts -> [text]."""
         embeds, mask, _ = self.embed(batch)
         ids = self.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                eos_token_id=self.eot, pad_token_id=self.eot)
+                                repetition_penalty=1.0, eos_token_id=self.eot, pad_token_id=self.eot)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def answer(self, messages, max_new_tokens=48):
+    def generate_all(self, conversations, order, desc, batch_size, max_new_tokens):
+        """Answers to many open conversations, in batches of neighbours by the sort key `order[i]`, with a progress bar."""
+        answers, by_key = [None] * len(conversations), sorted(range(len(conversations)), key=order.__getitem__)
+        for at in tqdm(range(0, len(by_key), batch_size), desc=desc, unit="batch"):
+            rows = by_key[at:at + batch_size]
+            for i, answer in zip(rows, self.generate([conversations[i] for i in rows], max_new_tokens)):
+                answers[i] = answer
+        return answers
+
+    def answer(self, messages, max_new_tokens=64):
         """The answer to one conversation in the Hugging Face message format; audio entries hold the path of a sound file."""
         paths = [c["audio"] for m in messages if not isinstance(m["content"], str) for c in m["content"] if c["type"] == "audio"]
         heard = [[Speech(self.encoder(load_audio(path), path))] for path in paths]
@@ -319,14 +345,15 @@ class SpeechLLM(nn.Module):
             save_file({k: v.contiguous() for k, v in self.connector.state_dict().items()}, temporary)
         if self.lora:
             self.llm.save_pretrained(Path(folder) / "adapter")
-        write_json(Path(folder) / "model.json", {**spec, "llm_fingerprint": self.fingerprint})
+        write_json(Path(folder) / "model.json", {**spec, "llm_fingerprint": self.fingerprint, "encoder_key": self.encoder.key})
 
     @classmethod
-    def build(cls, spec, llm=None, encoder=None):
+    def build(cls, spec, llm=None, encoder=None, seed=0):
         """A SpeechLLM from its spec: llm, bits, encoder, pad_whisper, connector, k, hidden, lora. Pass loaded models to share them."""
         llm, tokenizer = llm or load_llm(spec["llm"], spec["bits"])
         encoder = encoder or SpeechEncoder(spec["encoder"], spec["pad_whisper"])
         table = llm.get_input_embeddings().weight
+        torch.manual_seed(seed)                                    # after loading, which may draw random numbers itself
         connector = Connector(spec["connector"], encoder.width, table.shape[1], spec["k"], spec["hidden"], table.float().pow(2).mean().sqrt())
         return cls(llm, tokenizer, encoder, connector.to(DEVICE), spec["lora"])
 
@@ -335,13 +362,15 @@ class SpeechLLM(nn.Module):
         """Load what save() wrote. UserError if it was trained for another LLM."""
         spec = read_json(Path(folder) / "model.json")
         model = cls.build(spec, llm, encoder)
-        if model.fingerprint != spec["llm_fingerprint"]:
-            raise UserError(f"{folder}: its connector was trained for another LLM than the one that is now at {spec['llm']}; train again with --force")
+        for what, name, now, then in (("LLM", spec["llm"], model.fingerprint, spec["llm_fingerprint"]),
+                                      ("speech encoder", spec["encoder"], model.encoder.key, spec["encoder_key"])):
+            if now != then:
+                raise UserError(f"{folder}: its connector was trained for another {what} than the one that is now at {name}; train again with --force")
         try:
-            model.connector.load_state_dict(load_file(Path(folder) / "connector.safetensors"))
+            model.connector.load_state_dict(load_tensors(Path(folder) / "connector.safetensors"))
             if spec["lora"]:
                 from peft import set_peft_model_state_dict
-                set_peft_model_state_dict(model.llm, load_file(Path(folder) / "adapter" / "adapter_model.safetensors"))
-        except (OSError, RuntimeError, ValueError) as error:
+                set_peft_model_state_dict(model.llm, load_tensors(Path(folder) / "adapter" / "adapter_model.safetensors"))
+        except (RuntimeError, ValueError) as error:
             raise UserError(f"{folder}: the connector cannot be loaded ({str(error).splitlines()[0]}); train again with --force") from None
         return model.train(False)

@@ -10,7 +10,6 @@
 
 import argparse
 import hashlib
-import importlib.metadata
 import os
 import platform
 import random
@@ -20,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,9 +30,10 @@ import transformers
 from tqdm import tqdm
 
 import eval as benchmark
-from data import (TIMES, Behavior, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_tasks, read_behaviors,
-                  read_json, read_jsonl, read_manifest, split_speakers, timed, transcript_tokens, write_audio, write_behaviors, write_json, write_jsonl)
-from model import CONNECTORS, DEVICE, SpeechEncoder, SpeechLLM, encode_all, load_llm
+from data import (TIMES, Behavior, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_tasks,
+                  read_behaviors, read_json, read_jsonl, read_manifest, relative, split_speakers, timed, transcript_tokens, write_audio,
+                  write_json, write_jsonl)
+from model import CONNECTORS, DEVICE, SpeechEncoder, SpeechLLM, encode_all, load_llm, weights_id
 from train import Examples, Recipe, train
 
 RECIPES = {
@@ -41,13 +41,16 @@ RECIPES = {
     "mtbi-no-interleave": Recipe("mtbi without interleaving: what does it add?", repeat=(1.0, 0.2)),
     "mtbi-kl": Recipe("mtbi that imitates the whole next-token distribution", interleave=0.4, repeat=(1.0, 0.2), loss="kl"),
     "asr": Recipe("the task repeat alone: it transcribes whatever it is told", tasks="repeat", repeat=(1.0, 1.0)),
-    "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks="continue", connector="conv"),
+    "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks="continue", connector="conv", k=8),
 }
 
 
 def digest(path):
     """Names the content of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def named(name):
@@ -57,14 +60,12 @@ def named(name):
 
 @lru_cache(maxsize=1)
 def shared_llm(name, bits):
-    """The LLM is frozen, so the steps of one process share it."""
+    """The LLM is frozen, so the steps of one process share it; the speech encoder likewise."""
     with timed("load the LLM"):
         return load_llm(name, bits)
 
 
-@lru_cache(maxsize=2)
-def shared_encoder(name, pad_whisper=False):
-    return SpeechEncoder(name, pad_whisper)
+shared_encoder = lru_cache(maxsize=2)(SpeechEncoder)
 
 
 def say_where():
@@ -75,53 +76,43 @@ def say_where():
 
 def prepare(args):
     """Check speech and transcripts and write DATA/manifest.jsonl; `tiny` renders speech instead."""
-    out, lengths = Path(args.out), parse_join(args.join)
-    settings = {"source": args.source if args.source == "tiny" else digest_or_explain(args.source), "seed": args.seed, "join": args.join, "count": args.count,
-                "test_speakers": args.test_speakers, "skip_bad": args.skip_bad, **({"train": args.train, "test": args.test} if args.source == "tiny" else {})}
+    out, tiny, lengths = Path(args.out), args.source == "tiny", parse_join(args.join)
+    if tiny and (args.join or args.test_speakers or args.skip_bad):
+        raise UserError("prepare tiny: --join, --test-speakers and --skip-bad are for manifests")
+    if not tiny and (out / "manifest.jsonl").resolve() == Path(args.source).resolve():
+        raise UserError(f"--out {out}: would overwrite the manifest it is made from; choose another folder")
+    settings = {"source": "tiny" if tiny else digest(args.source), "seed": args.seed,
+                **({"train": args.train, "test": args.test} if tiny else
+                   {"join": args.join, "count": args.count, "test_speakers": args.test_speakers, "skip_bad": args.skip_bad})}
     if is_done(out, settings, args.force):
         return print(f"{out}: is prepared already")
-    if args.source == "tiny":
-        claim(out, settings)
-        with timed("render speech"):
-            utterances = render_tiny(out, args.train, args.test, args.seed)
-        why = "tiny world: held-out sentences in held-out voices"
-    else:
-        skipped = [] if args.skip_bad else None
-        with timed("read and check the audio"):
-            utterances = read_manifest(args.source, check_audio=True, skipped=skipped)
-        why = split_speakers(utterances, [s for s in args.test_speakers.split(",") if s])
+    skipped, why = [], "tiny world: held-out sentences in held-out voices"
+    if not tiny:
+        with timed("check the audio"):
+            utterances = read_manifest(args.source, check_audio=True, skipped=skipped if args.skip_bad else None)
+        why = split_speakers(utterances, [s for s in args.test_speakers.split(",") if s], joined=bool(lengths))
         utterances = utterances if lengths else leave_out_tested(utterances)
-        claim(out, settings)
-        if skipped is not None:
-            report_skipped(out, skipped)
-        if lengths:
-            with timed("join words"):
-                utterances = join_words(utterances, lengths, args.count, out, args.seed)
+    claim(out, settings)
+    (out / "manifest.jsonl").unlink(missing_ok=True)
+    if args.skip_bad:
+        report_skipped(out, skipped)
+    if tiny or lengths:
+        with timed("render speech" if tiny else "join words"):
+            utterances = render_tiny(out, args.train, args.test, args.seed) if tiny else join_words(utterances, lengths, args.count, out, args.seed)
     write_jsonl(out / "manifest.jsonl", [u.row(out) for u in utterances])
     claim(out, settings, done=True)
-    counts, seconds = Counter(u.split for u in utterances), sum(u.duration for u in utterances)
-    print(f"{out / 'manifest.jsonl'}: {len(utterances)} utterances, {seconds / 60:.1f} minutes; {dict(counts)} ({why}); "
-          f"{sum(bool(u.words) for u in utterances)} with word times")
-
-
-def digest_or_explain(path):
-    try:
-        return digest(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL manifest, or `tiny`") from None
+    print(f"{out / 'manifest.jsonl'}: {len(utterances)} utterances, {sum(u.duration for u in utterances) / 60:.1f} minutes; "
+          f"{dict(Counter(u.split for u in utterances))} ({why}); {sum(bool(u.words) for u in utterances)} with word times")
 
 
 def parse_join(text):
     """"3:6" -> (3, 6)"""
     if not text:
         return None
-    try:
-        low, high = map(int, text.split(":"))
-    except ValueError:
-        raise UserError(f"--join {text}: give the fewest and the most words, like 3:6") from None
-    if not 1 <= low <= high:
-        raise UserError(f"--join {text}: the first number must be at least 1 and at most the second")
-    return low, high
+    low, _, high = text.partition(":")
+    if not (low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high)):
+        raise UserError(f"--join {text}: give the fewest and the most words, like 3:6")
+    return int(low), int(high)
 
 
 def render_tiny(out, n_train, n_test, seed):
@@ -131,7 +122,10 @@ def render_tiny(out, n_train, n_test, seed):
         stream = world.draws(f"prepare-{seed}", held_out=split == "test")
         for i in tqdm(range(n), desc=f"render {split}", unit="utt"):
             text = next(stream).words
-            audio, words, voice = speech.render(text, rng, split)
+            try:
+                audio, words, voice = speech.render(text, rng, split)
+            except (RuntimeError, ValueError, OSError) as error:
+                raise UserError(f"espeak-ng: {error}") from None
             path = out / "audio" / f"{split}-{i:05d}.wav"
             write_audio(path, audio)
             utterances.append(Utterance(path, text, len(audio) / speech.SAMPLE_RATE, voice["voice"], split, words))
@@ -140,7 +134,7 @@ def render_tiny(out, n_train, n_test, seed):
 
 def report_skipped(out, skipped):
     write_jsonl(out / "skipped.jsonl", skipped)
-    reasons = Counter(re.split(r" \(|,| '", row["reason"])[0] for row in skipped)
+    reasons = Counter(re.split(r" \(|,| '| line ", row["reason"])[0] for row in skipped)
     print(f"{len(skipped)} rows left out, listed in {out / 'skipped.jsonl'}: " + "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common()))
 
 
@@ -151,21 +145,24 @@ def imitate(args):
     out, data = Path(args.out), Path(args.data)
     tasks_path = Path(args.tasks or HERE / ("tiny/tasks.toml" if args.llm == "tiny" else "tasks.toml"))
     tasks, utterances = load_tasks(tasks_path), [u for u in read_manifest(data / "manifest.jsonl") if u.split == "train"]
-    settings = {"data": os.path.relpath(data, out), "manifest": digest(data / "manifest.jsonl"), "llm": named(args.llm), "bits": args.bits,
-                "tasks": str(tasks_path.resolve()) if args.tasks else tasks_path.relative_to(HERE).as_posix(), "task_table": digest(tasks_path),
-                "per_utterance": args.per_utterance, "seed": args.seed}
+    settings = {"data": relative(data, out), "manifest": digest(data / "manifest.jsonl"), "llm": named(args.llm), "bits": args.bits,
+                "llm_weights": weights_id(args.llm, "llm"), "tasks": relative(tasks_path, HERE), "task_table": digest(tasks_path),
+                "per_utterance": args.per_utterance, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if is_done(out, settings, args.force):
         return print(f"{out}: has its behaviors already")
     say_where()
-    model = SpeechLLM(*shared_llm(named(args.llm), args.bits))
+    model, todo = SpeechLLM(*shared_llm(named(args.llm), args.bits)), draw_questions(tasks, utterances, args.per_utterance, args.seed)
     claim(out, settings)
-    todo = draw_questions(tasks, utterances, args.per_utterance, args.seed)
     print(f"{len(todo)} questions about {len(utterances)} transcripts: repeat and {args.per_utterance} of the other training tasks each")
     with timed("imitate"):
-        behaviors = answer_transcripts(model, todo, args.batch_size)
-    write_behaviors(out / "behaviors.jsonl", behaviors)
+        parts = [chat_parts(model.tokenizer, ask(prompt), [[transcript_tokens(model.tokenizer, u.text)]]) for u, _, prompt in todo]
+        answers = model.generate_all(parts, [(task.name, len(u.text)) for u, task, _ in todo], "imitate", args.batch_size, args.max_new_tokens)
+    whole = [len(model.response(answer).ids) <= args.max_new_tokens for answer in answers]       # an answer that was cut off is nothing to imitate
+    behaviors = [Behavior(u.id, task.name, prompt, answer) for (u, task, prompt), answer, ended in zip(todo, answers, whole) if ended]
+    write_jsonl(out / "behaviors.jsonl", map(asdict, behaviors))
     claim(out, settings, done=True)
-    for b, u in list(zip(behaviors, (u for u, _, _ in todo)))[:3]:
+    print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors; {len(todo) - len(behaviors)} answers of over {args.max_new_tokens} tokens left out")
+    for b, (u, _, _) in list(zip(behaviors, todo))[:3]:
         print(f"  {b.prompt}  [{u.text}]  ->  {b.response}")
 
 
@@ -179,49 +176,43 @@ def draw_questions(tasks, utterances, per_utterance, seed):
     return questions
 
 
-def answer_transcripts(model, todo, batch_size):
-    answers = [None] * len(todo)
-    order = sorted(range(len(todo)), key=lambda i: (todo[i][1].name, len(todo[i][0].text)))      # answers of one task are about as long
-    for at in tqdm(range(0, len(order), batch_size), desc="imitate", unit="batch"):
-        rows = order[at:at + batch_size]
-        parts = [chat_parts(model.tokenizer, ask(prompt), [[transcript_tokens(model.tokenizer, u.text)]]) for u, _, prompt in (todo[i] for i in rows)]
-        for i, answer in zip(rows, model.generate(parts)):
-            answers[i] = answer
-    return [Behavior(u.id, task.name, prompt, answer) for (u, task, prompt), answer in zip(todo, answers)]
+def run_settings(run):
+    """(settings, data folder, utterances) of a run folder made by `imitate`; UserError if its data has changed since."""
+    config = read_json(Path(run) / "config.json")
+    if "task_table" not in config.get("settings", {}):
+        raise UserError(f"{run}: is no run folder made by `imitate`")
+    if not config["done"]:
+        raise UserError(f"{run}: its behaviors are not complete; run `imitate … --out {run}` first")
+    settings = config["settings"]
+    data = Path(run) / settings["data"]
+    if digest(data / "manifest.jsonl") != settings["manifest"]:
+        raise UserError(f"{data / 'manifest.jsonl'}: has changed since `imitate` wrote {run}; run `imitate` again with --force")
+    return settings, data, read_manifest(data / "manifest.jsonl")
 
 
 # ---- train (stage 2) ----
-
-def run_settings(run):
-    """The settings of a run folder made by `imitate`."""
-    config = read_json(Path(run) / "config.json")
-    if not config.get("done"):
-        raise UserError(f"{run}: its behaviors are not complete; run `imitate … --out {run}` first")
-    return config["settings"]
-
 
 def train_recipe(args):
     """Stage 2: train the connector (and the adapter, if the recipe has one) on the behaviors of RUN."""
     run = Path(args.run)
     if args.recipe not in RECIPES:
         raise UserError(f"there is no recipe {args.recipe!r}; there are {', '.join(RECIPES)}")
-    recipe, settings = RECIPES[args.recipe], run_settings(run)
-    recipe = replace(recipe, **{k: v for k, v in (("connector", args.connector), ("loss", args.loss)) if v})
+    settings, data, utterances = run_settings(run)
+    recipe = replace(RECIPES[args.recipe], **{key: getattr(args, key) for key in ("connector", "loss", "k") if getattr(args, key)})
     folder = run / args.recipe
     spec = {"llm": settings["llm"], "bits": settings["bits"], "encoder": named(args.encoder), "pad_whisper": args.pad_whisper,
-            "connector": recipe.connector, "k": args.k, "hidden": args.hidden, "lora": recipe.lora}
-    chosen = {**spec, "recipe": asdict(recipe), "behaviors": digest(run / "behaviors.jsonl"), "steps": args.steps, "batch_size": args.batch_size,
-              "accumulate": args.accumulate, "lr": args.lr, "seed": args.seed}
+            "connector": recipe.connector, "k": recipe.k, "hidden": args.hidden, "lora": recipe.lora}
+    chosen = {**spec, "encoder_weights": weights_id(args.encoder, "encoder"), "recipe": {k: v for k, v in asdict(recipe).items() if k != "about"},
+              "behaviors": digest(run / "behaviors.jsonl"), "steps": args.steps, "batch_size": args.batch_size, "accumulate": args.accumulate,
+              "lr": args.lr, "seed": args.seed}
     if is_done(folder, chosen, args.force):
         return print(f"{folder}: is trained already")
     say_where()
-    data = run / settings["data"]
-    utterances = [u for u in read_manifest(data / "manifest.jsonl") if u.split == "train"]
-    torch.manual_seed(args.seed)
-    model = SpeechLLM.build(spec, None if recipe.lora else shared_llm(spec["llm"], spec["bits"]), shared_encoder(spec["encoder"], args.pad_whisper))
+    model = SpeechLLM.build(spec, None if recipe.lora else shared_llm(spec["llm"], spec["bits"]), shared_encoder(spec["encoder"], args.pad_whisper), args.seed)
+    utterances = [u for u in utterances if u.split == "train"]
     frames = encode_all(model.encoder, utterances, data / "features")
     examples = Examples(model, utterances, read_behaviors(run / "behaviors.jsonl"), frames, recipe, args.steps, args.batch_size, args.seed)
-    explain(model, examples, frames, args)
+    explain(model, examples, args)
     if args.force:
         (folder / "state.safetensors").unlink(missing_ok=True)
     claim(folder, chosen)
@@ -231,14 +222,13 @@ def train_recipe(args):
     claim(folder, chosen, done=True)
 
 
-def explain(model, examples, frames, args):
+def explain(model, examples, args):
     """Every derived number once, with its reason."""
-    seconds = sum(examples.lengths)
-    rate = sum(len(frames[u.id]) for u in examples.utterances) / seconds
-    print(f"speech: {len(examples.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s, /k = {args.k}: "
-          f"{rate / args.k:.1f} speech tokens/s")
-    print(f"batch: {args.batch_size} x accumulation {args.accumulate} = {args.batch_size * args.accumulate} utterances a step; {args.steps} steps "
-          f"= {args.steps * args.batch_size * args.accumulate / len(examples.utterances):.1f} epochs")
+    seconds, k, step = sum(examples.lengths), examples.recipe.k, args.batch_size * args.accumulate
+    rate = sum(len(examples.frames[u.id]) for u in examples.utterances) / seconds
+    print(f"speech: {len(examples.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s, k = {k}: {rate / k:.1f} speech tokens/s")
+    print(f"batch: {args.batch_size} x accumulation {args.accumulate} = {step} utterances a step; {args.steps} steps "
+          f"= {args.steps * step / len(examples.utterances):.1f} epochs")
     print(f"trainable: {sum(p.numel() for p in model.trainable().values()) / 1e6:.2f}M parameters in fp32 (connector {examples.recipe.connector}"
           f"{', LoRA' if model.lora else ''}); the LLM ({'NF4' if getattr(model.llm, 'is_loaded_in_4bit', False) else 'not 4-bit'}) and the encoder are frozen")
 
@@ -247,40 +237,44 @@ def explain(model, examples, frames, args):
 
 def bench(args):
     """Score the trained recipes of RUN beside the top line and the cascade on the held-out speech of DATA; write report.json, report.md, plots."""
-    run, settings = Path(args.run), run_settings(args.run)
-    data = Path(args.data) if args.data else run / settings["data"]
-    trained = sorted((f.parent.name for f in run.glob("*/config.json") if f.parent.name in RECIPES and read_json(f).get("done")), key=list(RECIPES).index)
-    if not trained:
-        raise UserError(f"{run}: holds no trained recipe; run `train {run} --recipe mtbi` first")
+    run, (settings, data, utterances) = Path(args.run), run_settings(args.run)
+    known = {u.text for u in utterances if u.split == "train"}
+    if args.data and Path(args.data).resolve() != data.resolve():
+        data = Path(args.data)
+        utterances = read_manifest(data / "manifest.jsonl")
+    tested = [u for u in utterances if u.split == "test" and u.text not in known]
+    trained = trained_recipes(run)
     tasks_path = HERE / settings["tasks"]
     if digest(tasks_path) != settings["task_table"]:
         raise UserError(f"{tasks_path}: has changed since `imitate`; run `imitate` again with --force")
     asked = {"manifest": digest(data / "manifest.jsonl"), "per_prompt": args.per_prompt, "seed": args.seed, "asr": args.asr,
-             "trained": {name: digest(run / name / "connector.safetensors") for name in trained}}
+             "max_new_tokens": args.max_new_tokens, "trained": {name: digest(run / name / "connector.safetensors") for name in trained}}
     if (run / "report.json").exists() and not args.force and read_json(run / "report.json")["meta"].get("asked") == asked:
         print(f"{run / 'report.md'}: is written already")
         return show(read_json(run / "report.json"), run)
     say_where()
     tasks = load_tasks(tasks_path)
-    utterances = [u for u in read_manifest(data / "manifest.jsonl") if u.split == "test"]
-    cases = benchmark.draw_cases(tasks, utterances, args.per_prompt, args.seed)
+    cases = benchmark.draw_cases(tasks, tested, args.per_prompt, args.seed)
     encoders = {name: (spec["encoder"], spec["pad_whisper"]) for name in trained for spec in [read_json(run / name / "model.json")]}
-    transcriber = SpeechEncoder(named(args.asr)) if args.asr else shared_encoder(*encoders[trained[0]])
+    llm = shared_llm(settings["llm"], settings["bits"])
+    systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()},
+                                shared_encoder(named(args.asr)) if args.asr else shared_encoder(*encoders[trained[0]]), llm, tested, data / "features")
     answers, seconds = {}, {}
-    for name, load in benchmark.systems(run, {name: lambda key=key: shared_encoder(*key) for name, key in encoders.items()}, transcriber,
-                                        shared_llm(settings["llm"], settings["bits"]), utterances, data / "features").items():
+    for name, load in systems.items():
         start = time.perf_counter()
         with timed(f"bench {name}"):
-            answers[name] = benchmark.answer_cases(*load(), cases, name)
+            answers[name] = benchmark.answer_cases(*load(), cases, name, args.batch_size, args.max_new_tokens)
         log = [row for _, row in read_jsonl(run / name / "log.jsonl")] if name in trained else []
         seconds[name] = time.perf_counter() - start + (log[-1]["seconds"] if log else 0)
+    speakers, heard = {c.utterance.speaker for c in cases}, {u.speaker for u in utterances if u.split == "train"}
+    meta = {"n_utterances": len({c.utterance.id for c in cases}), "n_speakers": len(speakers), "n_unheard_speakers": len(speakers - heard - {""}),
+            "n_cases": len(cases), "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "asked": asked,
+            "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)),
+            "training": {name: read_json(run / name / "config.json")["settings"] for name in trained},
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}", "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__}
     report = {"recipes": {name: benchmark.grade(cases, answers["text"], rows, seconds[name]) for name, rows in answers.items()},
-              "samples": benchmark.draw_samples(cases, answers, args.seed),
-              "meta": {"n_utterances": len({c.utterance.id for c in cases}), "n_speakers": len({c.utterance.speaker for c in cases}), "n_cases": len(cases),
-                       "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "bits": settings["bits"], "asked": asked,
-                       "training": {name: read_json(run / name / "config.json")["settings"] for name in trained},
-                       "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}", "python": platform.python_version(),
-                       **{p: importlib.metadata.version(p) for p in ("torch", "transformers", "bitsandbytes")}}}
+              "samples": benchmark.draw_samples(cases, answers, args.seed), "meta": meta}
     write_jsonl(run / "answers.jsonl", [{"utterance": c.utterance.id, "task": c.task.name, "prompt": c.prompt, "quadrant": c.quadrant,
                                          "answers": {name: rows[i] for name, rows in answers.items()}} for i, c in enumerate(cases)])
     with timed("plots"):
@@ -290,10 +284,22 @@ def bench(args):
     show(report, run)
 
 
+def trained_recipes(run):
+    """Names of the recipes whose training is finished, in the order of the recipe table; UserError if one imitates older behaviors."""
+    configs = {name: read_json(run / name / "config.json") for name in RECIPES if (run / name / "config.json").exists()}
+    trained = [name for name, config in configs.items() if config.get("done")]
+    if not trained:
+        raise UserError(f"{run}: holds no trained recipe; run `train {run} --recipe mtbi` first")
+    for name in trained:
+        if configs[name]["settings"]["behaviors"] != digest(run / "behaviors.jsonl"):
+            raise UserError(f"{run / name}: was trained on other behaviors than those in {run} now; run `train {run} --recipe {name}` again with --force")
+    return trained
+
+
 def show(report, run):
     print("\nScore, % of the text LLM's own answers [95% interval over utterances]\n\n" + benchmark.quadrant_table(report) + "\n")
     for s in report["samples"]:
-        print(f"{s['prompt']}  [{s['transcript']}]  ({s['quadrant'].replace('_', ' ')})")
+        print(f"{s['prompt']}  [{s['transcript']}]  ({s['quadrant'].replace('_', ' ')}; {s['audio']})")
         print("\n".join(f"    {name:<8} {answer}" for name, answer in s["answers"].items()))
     print(f"\nreport: {run / 'report.md'} (and report.json, answers.jsonl, quadrants.png, tasks.png, loss.png)")
 
@@ -345,17 +351,22 @@ def build_parser():
         def error(self, message):
             raise UserError(f"{message} (see {self.prog} --help)")
 
+    class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):        # "(default: None)" explains nothing; such options say in words what happens without them
+            return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+
     parser = Parser(prog="mtbi.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function, name, *positional):
         sub = commands.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                  formatter_class=Defaults)
         sub.set_defaults(function=function)
         for dest, text in positional:
             sub.add_argument(dest, help=text)
-        option(sub, "--seed", 0, "seed of every random choice") if name != "generate" else None
-        sub.add_argument("--force", action="store_true", help="do the step again, whatever is there") if name != "generate" else None
+        if name != "generate":
+            option(sub, "--seed", 0, "seed of every random choice")
+            sub.add_argument("--force", action="store_true", help="do the step again, whatever is there (default: finished steps are kept)")
         return sub
 
     def positive(text):
@@ -369,9 +380,9 @@ def build_parser():
 
     sub = command(prepare, "prepare", ("source", "a JSONL manifest (audio_filepath, duration, text, …), or `tiny` to render speech with espeak-ng"))
     sub.add_argument("--out", required=True, help="the data folder to write")
-    option(sub, "--join", "", "make strings of single-word recordings of one speaker, fewest:most words, like 3:6")
+    option(sub, "--join", "", "make strings of single-word recordings of one speaker, fewest:most words, like 3:6; default: rows as they are")
     option(sub, "--count", 1500, "how many such strings")
-    option(sub, "--test-speakers", "", "speakers to hold out for the benchmark, separated by commas")
+    option(sub, "--test-speakers", "", "speakers to hold out, separated by commas; default: the manifest's split, or one transcript in eight")
     sub.add_argument("--skip-bad", action="store_true", help="leave bad rows out and list them in skipped.jsonl, instead of stopping")
     option(sub, "--train", 1500, "tiny: training utterances to render")
     option(sub, "--test", 300, "tiny: held-out utterances to render, in held-out voices")
@@ -383,14 +394,15 @@ def build_parser():
     option(sub, "--tasks", None, "task table; default: tiny/tasks.toml for the tiny LLM, tasks.toml for any other")
     option(sub, "--per-utterance", 4, "tasks asked about each transcript, beside repeat")
     option(sub, "--batch-size", 128, "transcripts the LLM answers at once")
+    option(sub, "--max-new-tokens", 64, "longest answer, in tokens; longer ones are left out")
 
     sub = command(train_recipe, "train", ("run", "a run folder made by imitate"))
-    option(sub, "--recipe", "mtbi", "one of " + ", ".join(RECIPES))
+    option(sub, "--recipe", "mtbi", "; ".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items()))
     option(sub, "--encoder", "tiny", "the speech encoder: `tiny`, a local folder, or a Hugging Face name")
     sub.add_argument("--pad-whisper", action="store_true", help="run a Whisper encoder on 30 s of padding instead of the audio's own length")
-    option(sub, "--connector", None, "instead of the recipe's connector: " + ", ".join(CONNECTORS))
-    option(sub, "--loss", None, "instead of the recipe's loss: ce or kl", choices=["ce", "kl"])
-    option(sub, "--k", 6, "encoder frames per speech token")
+    option(sub, "--connector", None, f"{', '.join(CONNECTORS)}; default: the recipe's")
+    option(sub, "--loss", None, "ce (the LLM's answer) or kl (its whole distribution); default: the recipe's", choices=["ce", "kl"])
+    option(sub, "--k", None, "encoder frames a speech token; default: the recipe's", type=positive)
     option(sub, "--hidden", 768, "width of the connector's hidden layer")
     option(sub, "--steps", 500, "training steps")
     option(sub, "--batch-size", 32, "utterances in a micro-batch")
@@ -401,12 +413,14 @@ def build_parser():
     sub = command(bench, "bench", ("run", "a run folder with a trained recipe"))
     option(sub, "--data", None, "the data folder whose held-out speech is used; default: the one the run was made from")
     option(sub, "--per-prompt", 8, "questions for each prompt of each task")
+    option(sub, "--batch-size", 96, "questions answered at once")
+    option(sub, "--max-new-tokens", 64, "longest answer, in tokens")
     option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
 
     sub = command(generate, "generate", ("run", "a run folder with a trained recipe"), ("audio", "a WAV, FLAC, OGG or MP3 file"), ("prompt", "what to ask"))
-    option(sub, "--recipe", None, "which of its recipes; default: the first one trained")
-    option(sub, "--system", "", "a system turn before the question")
-    option(sub, "--max-new-tokens", 48, "longest answer, in tokens")
+    option(sub, "--recipe", None, "which of its recipes; default: the first of the table that is there")
+    option(sub, "--system", "", "a system turn before the question; default: none")
+    option(sub, "--max-new-tokens", 64, "longest answer, in tokens")
 
     sub = command(demo, "demo")
     option(sub, "--out", "runs/demo", "the run folder")
@@ -423,6 +437,7 @@ def run_command(argv):
 def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace") if hasattr(sys.stdout, "reconfigure") else None      # a console that cannot show "ñ" is no reason to stop
     try:
         run_command(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError) as error:

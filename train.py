@@ -4,14 +4,15 @@ import math
 import random
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import Speech, UserError, ask, chat_parts, epoch_batches, interleave, random_spans, read_jsonl, transcript_tokens, whole_file, write_jsonl
+from data import Speech, UserError, ask, chat_parts, interleave, read_jsonl, transcript_tokens, whole_file, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,36 @@ class Recipe:
     about: str
     tasks: str = "train"         # "train": all training tasks of the task table; or the name of one task
     connector: str = "stack-mlp"
+    k: int = 6                   # encoder frames a speech token
     lora: int = 0                # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
     interleave: float = 0.0      # share of examples in which spans of words enter as text
     text_words: float = 0.4      # share of words that are text in such an example
     span: float = 2.0            # mean length of a text span, words
     repeat: tuple = (0.0, 0.0)   # share of the task "repeat": at the start, and from half-way on
     loss: str = "ce"             # "ce": the LLM's answer; "kl": its whole next-token distribution
+
+
+@lru_cache(maxsize=2)
+def epoch_order(lengths, batch_size, seed, epoch):
+    """One epoch's batches of indices of similar length; what is left over when the batches are full differs from epoch to epoch."""
+    rng = random.Random(f"epoch-{seed}-{epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
+    bucket = 8 * batch_size
+    ordered = [i for b in range(0, len(order), bucket) for i in sorted(order[b:b + bucket], key=lengths.__getitem__)]
+    batches = [ordered[b:b + batch_size] for b in range(0, len(ordered), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def random_spans(rng, n, share, mean):
+    """n flags, a share of them True in runs of `mean` words on average (a two-state Markov chain)."""
+    if share >= 1:
+        return [True] * n
+    enter, flag, flags = share / (mean * (1 - share)), rng.random() < share, []
+    for _ in range(n):
+        flags.append(flag)
+        flag = rng.random() >= 1 / mean if flag else rng.random() < enter
+    return flags
 
 
 class Examples:
@@ -41,10 +66,10 @@ class Examples:
                 kinds = self.behaviors.setdefault(b.utterance, {"repeat": [], "other": []})
                 kinds["repeat" if b.task == "repeat" else "other"].append(b)
         self.utterances = [by_id[i] for i in self.behaviors]
-        self.lengths = [u.duration for u in self.utterances]
+        self.lengths = tuple(u.duration for u in self.utterances)
         if len(self.utterances) < batch_size:
             raise UserError(f"{len(self.utterances)} utterances have behaviors for this recipe, fewer than one batch of {batch_size}: "
-                            "prepare more speech or lower --batch-size")
+                            "prepare more speech, lower --batch-size, or see that the task table has the recipe's tasks")
         if recipe.interleave and not any(u.words for u in self.utterances):
             print("interleaving is off: no utterance of this data has word times")
 
@@ -57,21 +82,27 @@ class Examples:
         want = "repeat" if rng.random() < self.repeat_share(step) else "other"
         return rng.choice(kinds[want] or kinds["repeat"] or kinds["other"])
 
-    def example(self, rng, utterance, behavior):
-        """(parts heard, parts read): the same conversation with the speech, or speech and text interleaved, and with the transcript."""
-        tokenizer, frames, recipe = self.model.tokenizer, self.frames[utterance.id], self.recipe
-        heard = [Speech(frames)]
-        if utterance.words and rng.random() < recipe.interleave:
-            heard = interleave(tokenizer, utterance, frames, random_spans(rng, len(utterance.words), recipe.text_words, recipe.span))
-        response = self.model.response(behavior.response).ids
-        return [chat_parts(tokenizer, ask(behavior.prompt), [audio], response) for audio in (heard, [transcript_tokens(tokenizer, utterance.text)])]
+    def hear(self, rng, utterance):
+        """The parts that stand for the utterance: its speech, or speech and text interleaved."""
+        frames, recipe = self.frames[utterance.id], self.recipe
+        if not utterance.words or rng.random() >= recipe.interleave:
+            return [Speech(frames)]
+        as_text = random_spans(rng, len(utterance.words), recipe.text_words, recipe.span)
+        if all(as_text):                                           # without speech there is nothing to learn
+            as_text[rng.randrange(len(as_text))] = False
+        return interleave(self.model.tokenizer, utterance, frames, as_text)
 
     def batch(self, step, micro, accumulate):
-        """(batch, teacher batch or None) of micro-batch `micro` of step `step`."""
-        rng = random.Random(f"batch-{self.seed}-{step}-{micro}")
-        rows = [self.utterances[i] for i in epoch_batches(self.lengths, self.batch_size, self.seed, step * accumulate + micro)]
-        pairs = [self.example(rng, u, self.choose(rng, u, step)) for u in rows]
-        return [heard for heard, _ in pairs], [read for _, read in pairs] if self.recipe.loss == "kl" else None
+        """(batch, teacher batch or None) of micro-batch `micro` of step `step`: the same conversations with speech and with the transcript."""
+        rng, tokenizer, heard, read = random.Random(f"batch-{self.seed}-{step}-{micro}"), self.model.tokenizer, [], []
+        epoch, at = divmod(step * accumulate + micro, len(self.utterances) // self.batch_size)
+        for utterance in (self.utterances[i] for i in epoch_order(self.lengths, self.batch_size, self.seed, epoch)[at]):
+            behavior = self.choose(rng, utterance, step)
+            response = self.model.response(behavior.response).ids
+            heard.append(chat_parts(tokenizer, ask(behavior.prompt), [self.hear(rng, utterance)], response))
+            if self.recipe.loss == "kl":
+                read.append(chat_parts(tokenizer, ask(behavior.prompt), [[transcript_tokens(tokenizer, utterance.text)]], response))
+        return heard, read or None
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -84,7 +115,7 @@ def accumulate_gradients(model, micro_batches):
     total = sum(len(parts[-1].ids) for batch, _ in micro_batches for parts in batch)
     loss = 0.0
     for batch, teacher in micro_batches:
-        summed, _ = model(batch, teacher)
+        summed = model(batch, teacher)
         (summed / total).backward()
         loss += summed.item() / total
     return loss, total
@@ -103,7 +134,7 @@ def train(model, examples, folder, *, lr, accumulate=1, warmup=50, clip=1.0, sav
     log = [row for _, row in read_jsonl(folder / "log.jsonl") if row["step"] < first] if first else []
     bar = tqdm(range(first, examples.steps), desc=f"train {folder.name}", initial=first, total=examples.steps, unit="step")
     model.train()
-    step, start, smooth = first, time.perf_counter(), None
+    step, start, smooth = first, time.perf_counter() - (log[-1]["seconds"] if log else 0), None
     try:
         for step in bar:
             rate = optimizer.param_groups[0]["lr"] = learning_rate(step, examples.steps, lr, warmup)
@@ -118,8 +149,8 @@ def train(model, examples, folder, *, lr, accumulate=1, warmup=50, clip=1.0, sav
             log.append({"step": step, "loss": loss, "lr": rate, "grad_norm": norm.item(), "tokens": tokens,
                         "seconds": round(time.perf_counter() - start, 2)})
             if (step + 1) % save_every == 0 or step + 1 == examples.steps:
+                write_jsonl(folder / "log.jsonl", log)             # the log first: what it is ahead of the state is dropped on resuming
                 save_state(state, parameters, optimizer, step + 1)
-                write_jsonl(folder / "log.jsonl", log)
     except KeyboardInterrupt:
         print(f"\ninterrupted in step {step}; the same command goes on from the last saved step ({state})")
         raise
@@ -141,10 +172,10 @@ def load_state(path, parameters, optimizer):
         with safe_open(path, "pt") as file:
             for name, p in parameters.items():
                 p.data.copy_(file.get_tensor(f"weight.{name}"))
-                optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").to(p.device if key != "step" else "cpu")
+                optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").clone().to(p.device if key != "step" else "cpu")
                                       for key in ("step", "exp_avg", "exp_avg_sq")}
             step = int(file.metadata()["step"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: is no state of this training ({error}); --force starts again") from None
     print(f"resuming at step {step}")
     return step

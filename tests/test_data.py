@@ -108,7 +108,7 @@ def test_bad_rows_are_refused_in_one_line_that_names_file_and_line(tmp_path, cli
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("row, reason", [("{no json", "no JSON"), ("[1, 2]", "no JSON object"), ('{"text": "a", "duration": 1}', "audio_filepath")])
+@pytest.mark.parametrize("row, reason", [("{no json", "no JSON"), ("[1, 2]", "no JSON object"), ('"text"', "no JSON object"), ('{"text": "a", "duration": 1}', "audio_filepath")])
 def test_lines_that_are_no_rows(tmp_path, clip, capsys, row, reason):
     assert mtbi.main(["prepare", str(manifest(tmp_path, row)), "--out", str(tmp_path / "out")]) == 2
     one_line(capsys, "manifest.jsonl:1", reason)
@@ -148,12 +148,12 @@ def test_whole_files_are_whole_or_not_there(tmp_path):
     (["prepare", "{tmp}/none.jsonl", "--out", "{tmp}/d"], "none.jsonl"), (["prepare", "{tmp}", "--out", "{tmp}/d"], "cannot be read"),
     (["prepare", "tiny", "--out", "{data}", "--train", "7"], "made with other settings"),
     (["prepare", "x.jsonl", "--join", "6:3", "--out", "{tmp}/d"], "--join 6:3"),
-    (["prepare", "tiny", "--out", "{tmp}/d", "--train", "-1"], "--train"),
+    (["prepare", "tiny", "--out", "{tmp}/d", "--train", "-1"], "--train"), (["prepare", "tiny", "--out", "{tmp}/d", "--join", "3:4"], "are for manifests"),
 ])
 def test_bad_commands_end_with_one_line_and_code_2(argv, reason, run, data, tmp_path, capsys):
     assert mtbi.main([a.format(run=run, data=data, tmp=tmp_path) for a in argv]) == 2
     one_line(capsys, reason)
-    assert not list(tmp_path.glob("**/*.jsonl"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_generate_refuses_a_missing_file_in_one_line(run, tmp_path, capsys):
@@ -206,3 +206,28 @@ def test_real_speech_of_three_corpora_reads(tmp_path):
         rows = read_manifest(shared(f"data/{name}") / "manifest.jsonl")
         for u in rows[::max(1, len(rows) // 10)]:
             assert len(load_audio(u.audio, u.duration)) / SAMPLE_RATE == pytest.approx(u.duration, abs=0.05)
+
+
+def test_a_manifest_is_never_overwritten_by_what_is_made_from_it(tmp_path, clip, capsys):
+    path = manifest(tmp_path, clip)
+    before = path.read_text()
+    assert mtbi.main(["prepare", str(path), "--out", str(tmp_path)]) == 2
+    one_line(capsys, "would overwrite")
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("rows, options, reason", [
+    ([{"speaker": "a"}, {"speaker": "a", "split": "train"}], [], "'split' is given for 1 of 2 rows"),
+    ([{"speaker": "a"}, {"speaker": "b"}], ["--test-speakers", "c"], "no speaker 'c'"),
+    ([{"speaker": "a"}, {"speaker": "b"}], ["--test-speakers", "a"], "no training rows are left"),
+    ([{"speaker": "a", "split": "train"}, {"speaker": "b", "split": "train"}], [], "all 2 utterances are for training"),
+    ([{"speaker": "a"}, {"speaker": "b"}], ["--join", "3:4"], "--test-speakers"),
+    ([{"text": "seven"}, {"text": "seven up"}], ["--join", "3:4", "--test-speakers", ""], "--test-speakers"),
+])
+def test_splits_that_cannot_be_are_refused(tmp_path, capsys, rows, options, reason):
+    for i, row in enumerate(rows):
+        soundfile.write(tmp_path / f"{i}.wav", tone(), 16000)
+        rows[i] = {"audio_filepath": f"{i}.wav", "duration": 1.0, "text": "three", **row}
+    assert mtbi.main(["prepare", str(manifest(tmp_path, *rows)), "--out", str(tmp_path / "out"), *options]) == 2
+    one_line(capsys, reason)
+    assert not (tmp_path / "out").exists()

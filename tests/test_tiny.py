@@ -72,6 +72,7 @@ def test_the_benchmarks_voices_are_not_the_training_voices():
 @pytest.mark.parametrize("hesitations", [False, True])
 def test_the_tiny_llm_in_4_bits_answers_held_out_sentences(llm, hesitations):
     from tiny.pretrain import hesitate
+    assert llm[0].is_loaded_in_4bit
     model, tasks, rng, rows = SpeechLLM(*llm), load_tasks(world.TASKS_TOML), random.Random(1), []
     stream = world.draws("test", held_out=True)
     for _ in range(12):

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from data import Speech, UserError, ask, chat_parts, epoch_batches, load_tasks, read_behaviors, read_manifest, transcript_tokens
+from data import Speech, Text, UserError, ask, chat_parts, load_tasks, read_behaviors, read_json, read_jsonl, read_manifest, transcript_tokens, write_json
 from model import CONNECTORS, Connector, SpeechLLM, load_llm
 from mtbi import HERE, RECIPES, main
-from train import Examples, accumulate_gradients, learning_rate, train
+from train import Examples, accumulate_gradients, epoch_order, learning_rate, train
 
 
 @pytest.fixture
@@ -48,7 +48,6 @@ def test_the_llm_and_the_encoder_never_change_by_a_bit(model, examples, tmp_path
 def test_training_lowers_the_loss(model, utterances, run, frames, tmp_path):
     examples = Examples(model, [u for u in utterances if u.split == "train"], read_behaviors(run / "behaviors.jsonl"), frames, RECIPES["asr"], 40, 8, 0)
     train(model, examples, tmp_path, lr=2e-3, warmup=5)
-    from data import read_jsonl
     losses = [row["loss"] for _, row in read_jsonl(tmp_path / "log.jsonl")]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
@@ -60,22 +59,102 @@ def test_killed_and_resumed_gives_the_weights_of_a_run_never_killed(spec, llm, e
 
     def go(model, folder, die_at=None):
         mine = copy.copy(examples)
-        mine.model = model
+        mine.model, mine.batch_size = model, 4
         if die_at is not None:
             batch = mine.batch
             mine.batch = lambda step, *more: (_ for _ in ()).throw(RuntimeError("killed")) if step == die_at else batch(step, *more)
-        return train(model, mine, folder, lr=1e-3, save_every=2)
+        return train(model, mine, folder, lr=1e-3, accumulate=2, save_every=2)
 
-    whole, again, cut = fresh(), fresh(), fresh()
+    def log(folder):
+        return [{k: v for k, v in row.items() if k != "seconds"} for _, row in read_jsonl(folder / "log.jsonl")]
+
+    whole, again = fresh(), fresh()
     go(whole, tmp_path / "whole")
     go(again, tmp_path / "again")
+    for die_at in (1, 2, 5):
+        folder, resumed = tmp_path / f"cut{die_at}", fresh()
+        with pytest.raises(RuntimeError, match="killed"):
+            go(fresh(), folder, die_at)
+        go(resumed, folder)
+        for name, p in whole.trainable().items():
+            assert torch.equal(p, again.trainable()[name]), "same seed, same machine, same weights"
+            assert torch.equal(p, resumed.trainable()[name]), f"killed in step {die_at}, resumed"
+        assert log(folder) == log(tmp_path / "whole") and len(log(folder)) == 6
+
+
+def test_killed_while_a_state_is_written_resumes_from_the_one_before(model, examples, tmp_path, monkeypatch):
+    import data
+    import train as module
+    whole = train(model, examples, tmp_path / "whole", lr=1e-3, save_every=2).trainable()
+    whole = {name: p.clone() for name, p in whole.items()}
+
+    def fresh():
+        torch.manual_seed(0)
+        return SpeechLLM(model.llm, model.tokenizer, model.encoder, Connector("stack-mlp", model.encoder.width, 192, 6, 64,
+                         model.llm.get_input_embeddings().weight.float().pow(2).mean().sqrt()))
+
+    def half_written(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise RuntimeError("killed")
+
+    cut = copy.copy(examples)
+    cut.model = fresh()
+    calls = []
+    real = module.save_file
+    monkeypatch.setattr(module, "save_file", lambda *a, **k: (calls.append(1), half_written(*a, **k) if len(calls) == 2 else real(*a, **k)))
     with pytest.raises(RuntimeError, match="killed"):
-        go(cut, tmp_path / "cut", die_at=5)
-    resumed = fresh()
-    go(resumed, tmp_path / "cut")
-    for name, p in whole.trainable().items():
-        assert torch.equal(p, again.trainable()[name]), "same seed, same machine, same weights"
-        assert torch.equal(p, resumed.trainable()[name]), "killed at step 5, resumed from step 4"
+        train(cut.model, cut, tmp_path / "cut", lr=1e-3, save_every=2)
+    resumed = copy.copy(examples)
+    resumed.model = fresh()
+    for name, p in train(resumed.model, resumed, tmp_path / "cut", lr=1e-3, save_every=2).trainable().items():
+        assert torch.equal(p, whole[name])
+    assert data.read_jsonl and not list((tmp_path / "cut").glob(".*"))
+
+
+def test_the_same_seed_gives_the_same_start_whether_or_not_the_models_are_loaded_already(spec, llm, encoder):
+    one, other = SpeechLLM.build(spec, llm, encoder, seed=3), SpeechLLM.build(spec, seed=3)
+    assert all(torch.equal(p, other.connector.state_dict()[name]) for name, p in one.connector.state_dict().items())
+    assert one.fingerprint == other.fingerprint and one.encoder.key == other.encoder.key
+
+
+def test_a_micro_batch_always_has_speech_to_learn_from(model, examples):
+    from dataclasses import replace
+    examples.recipe = replace(examples.recipe, interleave=1.0, text_words=1.0)
+    for step in range(3):
+        batch, _ = examples.batch(step, 0, 1)
+        assert all(any(isinstance(p, Speech) for p in parts) for parts in batch)
+    accumulate_gradients(model, [([parts], None) for parts in batch])
+
+
+def test_features_are_encoded_once_and_again_when_audio_or_encoder_changed(encoder, utterances, tmp_path):
+    import os
+    import shutil
+    from dataclasses import replace
+
+    import model as module
+    copies = [replace(u, audio=tmp_path / f"{i}.wav", id=str(i)) for i, u in enumerate(utterances[:2])]
+    for u, c in zip(utterances, copies):
+        shutil.copy(u.audio, c.audio)
+    first = module.encode_all(encoder, copies, tmp_path / "features")
+    assert len(list((tmp_path / "features").iterdir())) == 1
+    again = module.encode_all(encoder, copies, tmp_path / "features")
+    assert all(torch.equal(first[k], again[k]) for k in first) and len(list((tmp_path / "features").iterdir())) == 1
+    os.utime(copies[0].audio, (1, 1))
+    module.encode_all(encoder, copies, tmp_path / "features")
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    other = module.SpeechEncoder("tiny")
+    with torch.no_grad():
+        other.model.encoder.layers[0].ffn1.intermediate_dense.weight += 1.0
+    assert other.key != encoder.key
+
+
+def test_where_bitsandbytes_does_not_work_the_llm_runs_unquantized_and_says_so(monkeypatch, capsys):
+    import sys
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    llm, _ = load_llm("tiny", 4)
+    assert not getattr(llm, "is_loaded_in_4bit", False)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1 and "runs unquantized" in said[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_in_words(model, examples, tmp_path):
@@ -87,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_in_words(model, examples, 
 def test_kl_loss_is_zero_when_the_model_hears_what_the_teacher_reads(model, utterances):
     rows = [chat_parts(model.tokenizer, ask("Repeat this."), [[transcript_tokens(model.tokenizer, u.text)]], model.response(u.text).ids)
             for u in utterances[:3]]
-    assert abs(model(rows, rows)[0].item()) < 1e-3
+    assert abs(model(rows, rows).item()) < 1e-3
 
 
 def test_kl_gradients_reach_the_connector_after_a_teacher_pass(model, utterances, frames):
@@ -96,7 +175,7 @@ def test_kl_gradients_reach_the_connector_after_a_teacher_pass(model, utterances
     heard, read = ([chat_parts(model.tokenizer, ask("Repeat this."), [audio], model.response(u.text).ids)]
                    for audio in ([Speech(frames[u.id])], [transcript_tokens(model.tokenizer, u.text)]))
     model.generate([heard[0][:-1]])
-    model(heard, read)[0].backward()
+    model(heard, read).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trainable().values())
 
 
@@ -111,7 +190,6 @@ def test_connectors_give_the_tokens_they_promise_at_the_norm_of_the_embeddings(k
 
 
 def test_a_saved_model_answers_as_before_and_another_llm_is_refused(model, spec, llm, encoder, utterances, frames, tmp_path):
-    from data import read_json, write_json
     model.save(tmp_path, spec)
     again = SpeechLLM.from_pretrained(tmp_path, llm, encoder)
     rows = [chat_parts(model.tokenizer, ask("Repeat this."), [[Speech(frames[u.id])]]) for u in utterances[:3]]
@@ -124,6 +202,7 @@ def test_a_saved_model_answers_as_before_and_another_llm_is_refused(model, spec,
 def test_a_lora_adapter_trains_and_loads_while_the_quantized_weights_stay(spec, encoder, utterances, frames, tmp_path):
     spec = {**spec, "lora": 4}
     model = SpeechLLM.build(spec, load_llm("tiny", 4), encoder)
+    assert model.llm.is_loaded_in_4bit
     rows = [chat_parts(model.tokenizer, ask("Repeat this."), [[Speech(frames[u.id])]], model.response(u.text).ids) for u in utterances[:4]]
     optimizer = torch.optim.SGD(model.trainable().values(), lr=1.0)
     before = {n: t.clone() for n, t in model.llm.state_dict().items() if "lora" not in n}
@@ -134,15 +213,16 @@ def test_a_lora_adapter_trains_and_loads_while_the_quantized_weights_stay(spec, 
     assert all(torch.equal(t, model.llm.state_dict()[n]) for n, t in before.items())
     model.save(tmp_path, spec)
     again = SpeechLLM.from_pretrained(tmp_path, None, encoder)
-    torch.testing.assert_close(model(rows)[0], again(rows)[0])
+    torch.testing.assert_close(model(rows), again(rows))
 
 
-def test_an_epoch_visits_every_utterance_once_in_batches_of_similar_length():
-    lengths = [((i * 37) % 100) / 10 for i in range(96)]
-    batches = [epoch_batches(lengths, 8, seed=1, step=s) for s in range(12)]
-    assert sorted(i for b in batches for i in b) == list(range(96))
-    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / 12
-    assert spread < 3 and epoch_batches(lengths, 8, 1, 12) != batches[0] and epoch_batches(lengths, 8, 1, 3) == batches[3]
+def test_an_epoch_visits_no_utterance_twice_in_batches_of_similar_length():
+    lengths = tuple(((i * 37) % 100) / 10 for i in range(100))
+    batches = epoch_order(lengths, 8, 1, 0)
+    assert len(batches) == 12 and len({i for b in batches for i in b}) == 96
+    assert sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / 12 < 3
+    assert epoch_order(lengths, 8, 1, 1) != batches and epoch_order(lengths, 8, 2, 0) != batches
+    assert {i for epoch in range(20) for b in epoch_order(lengths, 8, 1, epoch) for i in b} == set(range(100))
 
 
 def test_learning_rate_warms_up_and_ends_near_zero():
@@ -151,7 +231,6 @@ def test_learning_rate_warms_up_and_ends_near_zero():
 
 
 def test_examples_interleave_as_often_as_the_recipe_says_and_start_with_repeat(examples):
-    from data import Text
     batch, teacher = examples.batch(0, 0, 1)
     assert teacher is None and len(batch) == 8
     first = [examples.choose(random.Random(i), examples.utterances[0], 0).task for i in range(50)]
@@ -181,3 +260,16 @@ def test_a_finished_training_is_not_redone_and_other_settings_are_refused(run, c
     assert main([*argv[:5], "4", *argv[6:]]) == 2
     assert "steps was 3, now 4" in capsys.readouterr().err
     assert main([*argv, "--force"]) == 0 and (run / "asr" / "connector.safetensors").stat().st_mtime_ns != stamp
+
+
+def test_data_or_behaviors_that_changed_under_a_run_are_noticed(tmp_path, capsys):
+    data, run = tmp_path / "data", tmp_path / "run"
+    small = ["--steps", "2", "--batch-size", "8", "--hidden", "16"]
+    assert main(["prepare", "tiny", "--out", str(data), "--train", "10", "--test", "4"]) == 0
+    assert main(["imitate", str(data), "--out", str(run), "--per-utterance", "1"]) == 0
+    assert main(["train", str(run), "--recipe", "asr", *small]) == 0
+    assert main(["imitate", str(data), "--out", str(run), "--per-utterance", "2", "--force"]) == 0
+    assert main(["bench", str(run)]) == 2 and "was trained on other behaviors" in capsys.readouterr().err
+    assert main(["prepare", "tiny", "--out", str(data), "--train", "12", "--test", "4", "--force"]) == 0
+    assert main(["train", str(run), "--recipe", "mtbi", *small]) == 2 and "has changed since" in capsys.readouterr().err
+    assert main(["train", str(data)]) == 2 and "no run folder made by" in capsys.readouterr().err

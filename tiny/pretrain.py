@@ -59,7 +59,7 @@ def applies(task, utterance):
 
 
 def hesitate(rng, words):
-    """0 to 3 hesitations between words. Speech takes a varying number of tokens a word; an LLM that has only read clean
+    """0 to 3 hesitations before, between and after words. Speech takes a varying number of tokens a word; an LLM that has only read clean
     text copies by position and cannot follow it."""
     most, out = rng.randint(1, 3), []
     for word in [*words.split(), None]:
@@ -67,13 +67,14 @@ def hesitate(rng, words):
     return " ".join(out)
 
 
-def conversation(rng, tasks, utterance, clean=False):
-    """One training conversation about the utterance: messages with one answer, or with follow-up questions."""
+def conversation(rng, tasks, utterance, clean=False, weights=None):
+    """One training conversation about the utterance: messages with one answer, or with follow-up questions. weights: {task: how often, others 1}."""
     names = [name for name, task in tasks.items() if applies(task, utterance)]
+    chances = [(weights or {}).get(name, 1) for name in names]
     transcript = utterance.words if clean or rng.random() < 0.4 else hesitate(rng, utterance.words)
     messages = [{"role": "system", "content": rng.choice(world.SYSTEM_TURNS)}] if rng.random() < 0.15 else []
     for turn in range(rng.choice([1, 1, 1, 2, 2, 3])):
-        name = rng.choice(names)
+        name = rng.choices(names, chances)[0]
         prompt = rng.choice(tasks[name]["prompts"] + tasks[name]["unseen_prompts"])
         content = prompt if turn else f"{transcript}\n{prompt}" if rng.random() < 0.15 else f"{prompt}\n{transcript}"
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": world.ANSWERS[name](utterance)}]
@@ -92,11 +93,11 @@ def tokenize(tokenizer, messages):
     return ids, labels
 
 
-def conversation_batches(tokenizer, tasks, seed, batch_size, bucket=16):
+def conversation_batches(tokenizer, tasks, seed, batch_size, weights, bucket=16):
     """Endless batches of tokenized conversations of similar length."""
     rng, stream = random.Random(seed), world.draws(f"llm-{seed}", held_out=False)
     while True:
-        rows = [tokenize(tokenizer, conversation(rng, tasks, next(stream))) for _ in range(bucket * batch_size)]
+        rows = [tokenize(tokenizer, conversation(rng, tasks, next(stream), weights=weights)) for _ in range(bucket * batch_size)]
         rows.sort(key=lambda row: len(row[0]))
         starts = list(range(0, len(rows), batch_size))
         rng.shuffle(starts)
@@ -114,7 +115,8 @@ class RoundToNF4(torch.nn.Module):
         return weight + (rounded - weight).detach()
 
 
-def pretrain_llm(out, seed, steps, batch_size=64, lr=3e-3, round_from=0.6):
+def pretrain_llm(out, seed, steps, polish_steps):
+    """Most of the steps on all tasks alike; then, on weights rounded to 4 bits throughout, some with the tasks that are learned last more often."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
     tasks = world.load_tasks()
     torch.manual_seed(seed)
@@ -123,9 +125,19 @@ def pretrain_llm(out, seed, steps, batch_size=64, lr=3e-3, round_from=0.6):
         vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, intermediate_size=512,
         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)).to(DEVICE)
+    llm.generation_config.do_sample = False
+    train_llm(llm, tokenizer, tasks, seed, steps, lr=3e-3, round_from=0.6)
+    llm.half().float()                                         # each phase ends as it is stored
+    train_llm(llm, tokenizer, tasks, seed + 1, polish_steps, lr=1e-3, round_from=0.0, weights={"reverse": 8, "sort_down": 4, "sort": 2})
+    llm.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def train_llm(llm, tokenizer, tasks, seed, steps, lr, round_from, weights=None, batch_size=64):
+    """Next-token training on answers; from the share `round_from` of the steps on, the weights are rounded to NF4 in the forward pass."""
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     scheduler = schedule(optimizer, steps, 200)
-    batches = conversation_batches(tokenizer, tasks, seed, batch_size)
+    batches = conversation_batches(tokenizer, tasks, seed, batch_size, weights)
     linears = [m for name, m in llm.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     bar = tqdm(range(steps), desc="pre-train LLM", unit="step")
     for step in bar:
@@ -136,7 +148,7 @@ def pretrain_llm(out, seed, steps, batch_size=64, lr=3e-3, round_from=0.6):
         length = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows], device=DEVICE)           # (B, T)
         labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows], device=DEVICE)                 # (B, T)
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in rows], device=DEVICE)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in rows], device=DEVICE)                    # (B, T)
         hidden = llm.model(input_ids=ids, attention_mask=mask).last_hidden_state                                               # (B, T, D)
         answered = labels[:, 1:] != -100                       # the vocabulary projection runs on answers only
         loss = torch.nn.functional.cross_entropy(llm.lm_head(hidden[:, :-1][answered]), labels[:, 1:][answered])
@@ -150,9 +162,6 @@ def pretrain_llm(out, seed, steps, batch_size=64, lr=3e-3, round_from=0.6):
     for linear in linears:
         if parametrize.is_parametrized(linear):
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)   # the unrounded weights
-    llm.generation_config.do_sample = False
-    llm.half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 @torch.no_grad()
@@ -162,6 +171,9 @@ def measure_llm(path, bits=16, per_cell=25, seed=1):
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                       bnb_4bit_compute_dtype=torch.float32) if bits == 4 else None
     llm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=quantization, device_map=DEVICE)
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):      # as in model.load_llm: the same kernel for all
+            module.support_avx512bf16_for_cpu = False
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     tasks, streams, cases = world.load_tasks(), {}, []
     for name, task in tasks.items():
@@ -254,7 +266,7 @@ def pretrain_encoder(out, seed, steps, batch_size=16, lr=2e-3, utterances=14000)
     bar = tqdm(range(steps), desc="pre-train encoder", unit="step")
     for step in bar:
         if not queue:                                          # one epoch: length buckets in random order
-            queue = list(range(0, len(rows) - batch_size, batch_size))
+            queue = list(range(0, len(rows) - batch_size + 1, batch_size))
             rng.shuffle(queue)
         at = queue.pop()
         features, mask, labels = pad_speech(rows[at:at + batch_size])
@@ -267,7 +279,7 @@ def pretrain_encoder(out, seed, steps, batch_size=16, lr=2e-3, utterances=14000)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % 1000 == 999:
-            tqdm.write(f"step {step + 1}: WER {word_error_rate(model, tokenizer, rows[::len(rows) // 150]):.2%} on training speech")
+            tqdm.write(f"step {step + 1}: WER {word_error_rate(model, tokenizer, rows[::max(1, len(rows) // 150)]):.2%} on training speech")
             model.train()
     model.half().save_pretrained(out)
 
@@ -305,7 +317,7 @@ Made by `python -m tiny.pretrain` from seed {seed}, from nothing but `world.py`,
 | architecture | Qwen2, 4 layers, width 192, 4 heads, byte-level BPE | Wav2Vec2-BERT (conformer), 4 layers, width 192, character CTC head |
 | parameters | {llm_parameters:.2f}M | {encoder_parameters:.2f}M |
 | training data | endless conversations about random sentences and digit strings; 60% with hesitations between the words | espeak-ng voices |
-| steps | {llm_steps} of 64 conversations, the last 40% on weights rounded to NF4 (straight-through) | {encoder_steps} of 16 utterances |
+| steps | {llm_steps} of 64 conversations, the last 40% on weights rounded to NF4; {polish_steps} more with the hardest tasks more often | {encoder_steps} of 16 utterances |
 | time | {llm_time} | {encoder_time} |
 
 The encoder heard {utterances} utterances in {n_train} x {n_accents} voices, with SpecAugment. Held out from both, for the benchmark: one sentence in
@@ -354,7 +366,8 @@ def main():
     parser.add_argument("--measure", action="store_true", help="measure the checkpoints that are there; train nothing")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     parser.add_argument("--llm-steps", type=int, default=5000, help="steps of 64 conversations")
-    parser.add_argument("--encoder-steps", type=int, default=5500, help="steps of 16 utterances")
+    parser.add_argument("--polish-steps", type=int, default=1000, help="steps at the end with the hardest tasks more often")
+    parser.add_argument("--encoder-steps", type=int, default=4000, help="steps of 16 utterances")
     parser.add_argument("--utterances", type=int, default=14000, help="utterances rendered for the encoder")
     args = parser.parse_args()
     print(f"device {DEVICE}, {torch.get_num_threads()} threads")
@@ -365,8 +378,8 @@ def main():
     if args.only != "encoder":
         if not args.measure:
             start = time.time(), time.process_time()
-            pretrain_llm(args.out / "llm", args.seed, args.llm_steps)
-            figures |= {"llm_steps": args.llm_steps, "llm_time": elapsed(start)}
+            pretrain_llm(args.out / "llm", args.seed, args.llm_steps, args.polish_steps)
+            figures |= {"llm_steps": args.llm_steps, "polish_steps": args.polish_steps, "llm_time": elapsed(start)}
         for bits in (16, 4):
             scores = figures[f"llm_{bits}_bits"] = measure_llm(args.out / "llm", bits)
             worst = min((min(cells.values()), name) for name, cells in scores.items())
