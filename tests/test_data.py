@@ -108,7 +108,8 @@ def test_bad_rows_are_refused_in_one_line_that_names_file_and_line(tmp_path, cli
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("row, reason", [("{no json", "no JSON"), ("[1, 2]", "no JSON object"), ('"text"', "no JSON object"), ('{"text": "a", "duration": 1}', "audio_filepath")])
+@pytest.mark.parametrize("row, reason", [("{no json", "no JSON"), ("[1, 2]", "no JSON object"), ('"text"', "no JSON object"),
+                                         ('{"text": "a", "duration": 1}', "audio_filepath")])
 def test_lines_that_are_no_rows(tmp_path, clip, capsys, row, reason):
     assert mtbi.main(["prepare", str(manifest(tmp_path, row)), "--out", str(tmp_path / "out")]) == 2
     one_line(capsys, "manifest.jsonl:1", reason)
@@ -191,9 +192,9 @@ def test_task_tables_keep_prompts_and_tasks_apart(path):
 
 
 @pytest.mark.parametrize("text, reason", [("[a]\nsplit='x'\nmetric='exact'\nprompts=['p']\nunseen_prompts=['q']", "split must be"),
-                                          ("[a]\nsplit='train'\nmetric='exact'\nprompts=['p']\nunseen_prompts=['p']", "none may be in both"),
+                                          ("[a]\nsplit='train'\nmetric='exact'\nprompts=['p']\nunseen_prompts=['p']", "no prompt may be in"),
                                           ("[a]\nsplit='train'", "missing"), ("[a]\nnosuch=1", "unexpected"), ("a = [", "cannot be read"),
-                                          ("", "no task [repeat]")])
+                                          ("", "no training task [repeat]")])
 def test_bad_task_tables_are_explained(tmp_path, text, reason):
     (tmp_path / "t.toml").write_text(text)
     with pytest.raises(UserError) as error:
