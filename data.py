@@ -1,4 +1,4 @@
-"""From files to parts: audio, manifests, tasks, behaviors, and the pieces a conversation is made of.
+"""From files to parts: audio, manifests, tasks, and the pieces a conversation is made of.
 
 How a sample travels:  manifest row -> Utterance -> (stage 1) Behavior -> parts [Text, Speech, Text, Response] -> SpeechLLM
 """
@@ -313,7 +313,7 @@ def write_audio(path, samples):
         soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE)
 
 
-# ---- tasks and behaviors ----
+# ---- tasks ----
 
 @dataclass
 class Task:
@@ -350,24 +350,6 @@ def load_tasks(path):
     if "repeat" not in tasks or tasks["repeat"].split != "train":
         raise UserError(f"{path}: there is no training task [repeat], which recipes and the ignored-instruction rate need")
     return tasks
-
-
-@dataclass
-class Behavior:
-    """The LLM's own answer to a prompt about a transcript: what stage 2 imitates."""
-    utterance: str           # Utterance.id
-    task: str
-    prompt: str
-    response: str
-
-
-def read_behaviors(path):
-    behaviors = []
-    for number, row in read_jsonl(path):
-        if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in ("utterance", "task", "prompt", "response")):
-            raise UserError(f"{path}:{number}: is no behavior; run `imitate` again with --force")
-        behaviors.append(Behavior(**row))
-    return behaviors
 
 
 # ---- parts: what a conversation is made of before it becomes embeddings ----
@@ -414,25 +396,3 @@ def ask(prompt):
 
 def transcript_tokens(tokenizer, text):
     return Text(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def interleave(tokenizer, utterance, frames, as_text):
-    """The utterance with the words flagged in `as_text` as text tokens and the others as speech: alternating Text and Speech parts.
-
-    Text tokens are the whole transcript's tokens, assigned to words by character offsets; frames are cut midway between two words.
-    All True gives exactly the transcript's tokens, all False exactly the utterance's frames.
-    """
-    encoded = tokenizer(utterance.text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [match.end() for match in re.finditer(r"\S+", utterance.text)]
-    token_word = [sum(end <= start for end in ends[:-1]) for start, _ in encoded["offset_mapping"]]   # a space belongs to the word it precedes
-    rate = len(frames) / utterance.duration
-    cuts = [0, *(round((a[2] + b[1]) / 2 * rate) for a, b in zip(utterance.words, utterance.words[1:])), len(frames)]
-    parts, first = [], 0
-    for last in range(1, len(as_text) + 1):
-        if last == len(as_text) or as_text[last] != as_text[first]:
-            if as_text[first]:
-                parts.append(Text([i for i, word in zip(encoded["input_ids"], token_word) if first <= word < last]))
-            else:
-                parts.append(Speech(frames[cuts[first]:cuts[last]]))
-            first = last
-    return parts

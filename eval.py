@@ -5,13 +5,15 @@ The reference is the text LLM's own answer to the true transcript, so any LLM an
 
 import random
 import re
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data import Speech, UserError, ask, chat_parts, read_json, read_jsonl, transcript_tokens, whole_file
+from data import (Speech, UserError, ask, chat_parts, read_json, read_jsonl, timed, transcript_tokens, whole_file, write_json,
+                  write_jsonl)
 from model import SpeechLLM, encode_all
 
 QUADRANTS = ["seen_task_seen_prompt", "seen_task_unseen_prompt", "unseen_task_seen_prompt", "unseen_task_unseen_prompt"]
@@ -71,6 +73,17 @@ def systems(run, encoders, transcriber, llm, utterances, cache):
     if transcriber.head is None:
         print(f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to transcribe with")
     return {"text": text, **({"cascade": cascade} if transcriber.head is not None else {}), **{name: partial(trained, name) for name in encoders}}
+
+
+def run_systems(systems, cases, batch_size, max_new_tokens):
+    """({system: answers}, {system: seconds of loading and answering})"""
+    answers, seconds = {}, {}
+    for name, load in systems.items():
+        start = time.perf_counter()
+        with timed(f"bench {name}"):
+            answers[name] = answer_cases(*load(), cases, name, batch_size, max_new_tokens)
+        seconds[name] = time.perf_counter() - start
+    return answers, seconds
 
 
 # ---- metrics ----
@@ -197,6 +210,23 @@ wherever it is measured against itself, and a score is at the same time its shar
 """
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_report(folder, report, cases, answers):
+    """answers.jsonl, the plots, report.md, and last report.json."""
+    write_jsonl(folder / "answers.jsonl", [{"utterance": c.utterance.id, "task": c.task.name, "prompt": c.prompt, "quadrant": c.quadrant,
+                                            "answers": {name: rows[i] for name, rows in answers.items()}} for i, c in enumerate(cases)])
+    write_plots(folder, report)
+    write_markdown(folder / "report.md", report)
+    write_json(folder / "report.json", report)
+
+
+def show(report, run):
+    print("\nScore, % of the text LLM's own answers [95% interval over utterances]\n\n" + quadrant_table(report) + "\n")
+    for s in report["samples"]:
+        print(f"{s['prompt']}  [{s['transcript']}]  ({s['quadrant'].replace('_', ' ')}; {s['audio']})")
+        print("\n".join(f"    {name:<8} {answer}" for name, answer in s["answers"].items()))
+    print(f"\nreport: {run / 'report.md'} (and report.json, answers.jsonl, quadrants.png, tasks.png, loss.png)")
 
 
 def draw_samples(cases, answers, seed, n=5):

@@ -30,11 +30,11 @@ import transformers
 from tqdm import tqdm
 
 import eval as benchmark
-from data import (TIMES, Behavior, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_tasks,
-                  read_behaviors, read_json, read_jsonl, read_manifest, relative, split_speakers, timed, transcript_tokens, write_audio,
-                  write_json, write_jsonl)
+from data import (TIMES, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_tasks,
+                  read_json, read_jsonl, read_manifest, relative, split_speakers, timed, transcript_tokens, write_audio,
+                  write_jsonl)
 from model import CONNECTORS, DEVICE, SpeechEncoder, SpeechLLM, encode_all, load_llm, weights_id
-from train import Examples, Recipe, train
+from train import Behavior, Examples, Recipe, read_behaviors, train
 
 RECIPES = {
     "mtbi": Recipe("multi-task behavior imitation with speech-text interleaving (arXiv 2505.18644)", interleave=0.4, repeat=(1.0, 0.2)),
@@ -212,7 +212,7 @@ def train_recipe(args):
     utterances = [u for u in utterances if u.split == "train"]
     frames = encode_all(model.encoder, utterances, data / "features")
     examples = Examples(model, utterances, read_behaviors(run / "behaviors.jsonl"), frames, recipe, args.steps, args.batch_size, args.seed)
-    explain(model, examples, args)
+    examples.explain(args.accumulate)
     if args.force:
         (folder / "state.safetensors").unlink(missing_ok=True)
     claim(folder, chosen)
@@ -220,17 +220,6 @@ def train_recipe(args):
         train(model, examples, folder, lr=args.lr, accumulate=args.accumulate, save_every=args.save_every)
     model.save(folder, spec)
     claim(folder, chosen, done=True)
-
-
-def explain(model, examples, args):
-    """Every derived number once, with its reason."""
-    seconds, k, step = sum(examples.lengths), examples.recipe.k, args.batch_size * args.accumulate
-    rate = sum(len(examples.frames[u.id]) for u in examples.utterances) / seconds
-    print(f"speech: {len(examples.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s, k = {k}: {rate / k:.1f} speech tokens/s")
-    print(f"batch: {args.batch_size} x accumulation {args.accumulate} = {step} utterances a step; {args.steps} steps "
-          f"= {args.steps * step / len(examples.utterances):.1f} epochs")
-    print(f"trainable: {sum(p.numel() for p in model.trainable().values()) / 1e6:.2f}M parameters in fp32 (connector {examples.recipe.connector}"
-          f"{', LoRA' if model.lora else ''}); the LLM ({'NF4' if getattr(model.llm, 'is_loaded_in_4bit', False) else 'not 4-bit'}) and the encoder are frozen")
 
 
 # ---- bench ----
@@ -251,7 +240,7 @@ def bench(args):
              "max_new_tokens": args.max_new_tokens, "trained": {name: digest(run / name / "connector.safetensors") for name in trained}}
     if (run / "report.json").exists() and not args.force and read_json(run / "report.json")["meta"].get("asked") == asked:
         print(f"{run / 'report.md'}: is written already")
-        return show(read_json(run / "report.json"), run)
+        return benchmark.show(read_json(run / "report.json"), run)
     say_where()
     tasks = load_tasks(tasks_path)
     cases = benchmark.draw_cases(tasks, tested, args.per_prompt, args.seed)
@@ -259,29 +248,20 @@ def bench(args):
     llm = shared_llm(settings["llm"], settings["bits"])
     systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()},
                                 shared_encoder(named(args.asr)) if args.asr else shared_encoder(*encoders[trained[0]]), llm, tested, data / "features")
-    answers, seconds = {}, {}
-    for name, load in systems.items():
-        start = time.perf_counter()
-        with timed(f"bench {name}"):
-            answers[name] = benchmark.answer_cases(*load(), cases, name, args.batch_size, args.max_new_tokens)
-        log = [row for _, row in read_jsonl(run / name / "log.jsonl")] if name in trained else []
-        seconds[name] = time.perf_counter() - start + (log[-1]["seconds"] if log else 0)
+    answers, seconds = benchmark.run_systems(systems, cases, args.batch_size, args.max_new_tokens)
+    configs = {name: read_json(run / name / "config.json")["settings"] for name in trained}
+    seconds = {name: s + (list(read_jsonl(run / name / "log.jsonl"))[-1][1]["seconds"] if name in trained else 0) for name, s in seconds.items()}
     speakers, heard = {c.utterance.speaker for c in cases}, {u.speaker for u in utterances if u.split == "train"}
-    meta = {"n_utterances": len({c.utterance.id for c in cases}), "n_speakers": len(speakers), "n_unheard_speakers": len(speakers - heard - {""}),
-            "n_cases": len(cases), "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "asked": asked,
-            "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)),
-            "training": {name: read_json(run / name / "config.json")["settings"] for name in trained},
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}", "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__}
     report = {"recipes": {name: benchmark.grade(cases, answers["text"], rows, seconds[name]) for name, rows in answers.items()},
-              "samples": benchmark.draw_samples(cases, answers, args.seed), "meta": meta}
-    write_jsonl(run / "answers.jsonl", [{"utterance": c.utterance.id, "task": c.task.name, "prompt": c.prompt, "quadrant": c.quadrant,
-                                         "answers": {name: rows[i] for name, rows in answers.items()}} for i, c in enumerate(cases)])
-    with timed("plots"):
-        benchmark.write_plots(run, report)
-    benchmark.write_markdown(run / "report.md", report)
-    write_json(run / "report.json", report)
-    show(report, run)
+              "samples": benchmark.draw_samples(cases, answers, args.seed),
+              "meta": {"n_utterances": len({c.utterance.id for c in cases}), "n_speakers": len(speakers), "n_unheard_speakers": len(speakers - heard - {""}),
+                       "n_cases": len(cases), "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "asked": asked,
+                       "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)), "training": configs,
+                       "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}",
+                       "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}}
+    with timed("write the report"):
+        benchmark.write_report(run, report, cases, answers)
+    benchmark.show(report, run)
 
 
 def trained_recipes(run):
@@ -294,14 +274,6 @@ def trained_recipes(run):
         if configs[name]["settings"]["behaviors"] != digest(run / "behaviors.jsonl"):
             raise UserError(f"{run / name}: was trained on other behaviors than those in {run} now; run `train {run} --recipe {name}` again with --force")
     return trained
-
-
-def show(report, run):
-    print("\nScore, % of the text LLM's own answers [95% interval over utterances]\n\n" + benchmark.quadrant_table(report) + "\n")
-    for s in report["samples"]:
-        print(f"{s['prompt']}  [{s['transcript']}]  ({s['quadrant'].replace('_', ' ')}; {s['audio']})")
-        print("\n".join(f"    {name:<8} {answer}" for name, answer in s["answers"].items()))
-    print(f"\nreport: {run / 'report.md'} (and report.json, answers.jsonl, quadrants.png, tasks.png, loss.png)")
 
 
 # ---- generate, demo ----

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import Speech, UserError, ask, chat_parts, interleave, read_jsonl, transcript_tokens, whole_file, write_jsonl
+from data import Speech, Text, UserError, ask, chat_parts, read_jsonl, transcript_tokens, whole_file, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,26 @@ class Recipe:
     repeat: tuple = (0.0, 0.0)   # share of the task "repeat": at the start, and from half-way on
     loss: str = "ce"             # "ce": the LLM's answer; "kl": its whole next-token distribution
 
+
+@dataclass
+class Behavior:
+    """The LLM's own answer to a prompt about a transcript: what stage 2 imitates."""
+    utterance: str           # Utterance.id
+    task: str
+    prompt: str
+    response: str
+
+
+def read_behaviors(path):
+    behaviors = []
+    for number, row in read_jsonl(path):
+        if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in ("utterance", "task", "prompt", "response")):
+            raise UserError(f"{path}:{number}: is no behavior; run `imitate` again with --force")
+        behaviors.append(Behavior(**row))
+    return behaviors
+
+
+# ---- from behaviors to batches ----
 
 @lru_cache(maxsize=2)
 def epoch_order(lengths, batch_size, seed, epoch):
@@ -53,6 +74,28 @@ def random_spans(rng, n, share, mean):
     return flags
 
 
+def interleave(tokenizer, utterance, frames, as_text):
+    """The utterance with the words flagged in `as_text` as text tokens and the others as speech: alternating Text and Speech parts.
+
+    Text tokens are the whole transcript's tokens, assigned to words by character offsets; frames are cut midway between two words.
+    All True gives exactly the transcript's tokens, all False exactly the utterance's frames.
+    """
+    encoded = tokenizer(utterance.text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [match.end() for match in re.finditer(r"\S+", utterance.text)]
+    token_word = [sum(end <= start for end in ends[:-1]) for start, _ in encoded["offset_mapping"]]   # a space belongs to the word it precedes
+    rate = len(frames) / utterance.duration
+    cuts = [0, *(round((a[2] + b[1]) / 2 * rate) for a, b in zip(utterance.words, utterance.words[1:])), len(frames)]
+    parts, first = [], 0
+    for last in range(1, len(as_text) + 1):
+        if last == len(as_text) or as_text[last] != as_text[first]:
+            if as_text[first]:
+                parts.append(Text([i for i, word in zip(encoded["input_ids"], token_word) if first <= word < last]))
+            else:
+                parts.append(Speech(frames[cuts[first]:cuts[last]]))
+            first = last
+    return parts
+
+
 class Examples:
     """The training set of a run: batches of parts as a pure function of (seed, step), so that there is no data position to save."""
 
@@ -72,6 +115,16 @@ class Examples:
                             "prepare more speech, lower --batch-size, or see that the task table has the recipe's tasks")
         if recipe.interleave and not any(u.words for u in self.utterances):
             print("interleaving is off: no utterance of this data has word times")
+
+    def explain(self, accumulate):
+        """Print every derived number once, with its reason."""
+        seconds, k, step, model = sum(self.lengths), self.recipe.k, self.batch_size * accumulate, self.model
+        rate, trainable = sum(len(self.frames[u.id]) for u in self.utterances) / seconds, sum(p.numel() for p in model.trainable().values())
+        print(f"speech: {len(self.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s, k = {k}: {rate / k:.1f} speech tokens/s")
+        print(f"batch: {self.batch_size} x accumulation {accumulate} = {step} utterances a step; {self.steps} steps = "
+              f"{self.steps * step / len(self.utterances):.1f} epochs")
+        print(f"trainable: {trainable / 1e6:.2f}M parameters in fp32 (connector {self.recipe.connector}{', LoRA' if model.lora else ''}); "
+              f"the LLM ({'NF4' if getattr(model.llm, 'is_loaded_in_4bit', False) else 'not 4-bit'}) and the encoder are frozen")
 
     def repeat_share(self, step):
         start, end = self.recipe.repeat
@@ -104,6 +157,8 @@ class Examples:
                 read.append(chat_parts(tokenizer, ask(behavior.prompt), [[transcript_tokens(tokenizer, utterance.text)]], response))
         return heard, read or None
 
+
+# ---- the loop ----
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up over `warmup` steps, then a cosine to zero."""

@@ -131,7 +131,8 @@ def pretrain_llm(out, seed, steps, polish_steps):
     llm.generation_config.do_sample = False
     train_llm(llm, tokenizer, tasks, seed, steps, lr=3e-3, round_from=0.6)
     llm.half().float()                                         # each phase ends as it is stored
-    train_llm(llm, tokenizer, tasks, seed + 1, polish_steps, lr=1e-3, round_from=0.0, weights={"reverse": 8, "sort_down": 4, "sort": 2})
+    train_llm(llm, tokenizer, tasks, seed + 1, polish_steps, lr=1e-3, round_from=0.0,
+              weights={"reverse": 4, "numerals": 3, "sort_down": 2, "sort": 2, "repeat": 2})
     llm.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -369,7 +370,7 @@ def main():
     parser.add_argument("--measure", action="store_true", help="measure the checkpoints that are there; train nothing")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     parser.add_argument("--llm-steps", type=int, default=5000, help="steps of 64 conversations")
-    parser.add_argument("--polish-steps", type=int, default=1000, help="steps at the end with the hardest tasks more often")
+    parser.add_argument("--polish-steps", type=int, default=1200, help="steps at the end with the hardest tasks more often")
     parser.add_argument("--encoder-steps", type=int, default=4000, help="steps of 16 utterances")
     parser.add_argument("--utterances", type=int, default=14000, help="utterances rendered for the encoder")
     args = parser.parse_args()
