@@ -23,6 +23,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)         # it warns of 
 TINY = Path(__file__).with_name("tiny")                            # the tiny world's checkpoints, by the name "tiny"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100                # label of a position without loss
+DROPOUT = 0.1                # in connectors: little speech is soon learned by heart
 
 
 def weights_id(name, kind):
@@ -41,14 +42,14 @@ def weights_id(name, kind):
 class StackMLP(nn.Module):
     """Stack k neighbouring frames, then a two-layer MLP (as in SLAM-ASR, arXiv 2402.08846).
 
-    frames (B, N * k, D_encoder) -> (B, N, k * D_encoder) -> LayerNorm, MLP -> (B, N, D)
+    frames (B, N * k, D_encoder) -> (B, N, k * D_encoder) -> LayerNorm, MLP with dropout -> (B, N, D)
     """
 
     def __init__(self, width_in, width_out, k, hidden):
         super().__init__()
         self.k = k
         self.norm = nn.LayerNorm(k * width_in)
-        self.mlp = nn.Sequential(nn.Linear(k * width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+        self.mlp = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(k * width_in, hidden), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(hidden, width_out))
 
     def forward(self, x):
         return self.mlp(self.norm(x.reshape(len(x), -1, self.k * x.shape[-1])))     # (B, N, k * D_encoder) -> (B, N, D)
@@ -67,7 +68,7 @@ class Conv(nn.Module):
         self.convs = nn.ModuleList(nn.Conv1d(width_in, width_in, 5, stride=2, padding=2) for _ in range(int(math.log2(k))))
         self.project = nn.Linear(width_in, width_out)
         self.norm = nn.LayerNorm(width_out)
-        self.adapter = nn.Sequential(nn.Linear(width_out, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+        self.adapter = nn.Sequential(nn.Linear(width_out, hidden), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(hidden, width_out))
 
     def forward(self, x):
         for conv in self.convs:

@@ -192,6 +192,7 @@ def train(model, examples, folder, *, lr, accumulate=1, warmup=50, clip=1.0, sav
     step, start, smooth = first, time.perf_counter() - (log[-1]["seconds"] if log else 0), None
     try:
         for step in bar:
+            torch.manual_seed(examples.seed * 1_000_003 + step)    # dropout too is a function of (seed, step)
             rate = optimizer.param_groups[0]["lr"] = learning_rate(step, examples.steps, lr, warmup)
             loss, tokens = accumulate_gradients(model, [examples.batch(step, i, accumulate) for i in range(accumulate)])
             if not math.isfinite(loss):
