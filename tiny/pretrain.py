@@ -226,12 +226,12 @@ def build_processors(out):
     return extractor, tokenizer
 
 
-def spoken(extractor, tokenizer, split, seed, n, desc):
+def spoken(extractor, tokenizer, split, seed, n, desc, echo=0.0):
     """n utterances rendered: [(features (T, 240) half precision, label ids, words)], sorted by length."""
     rng, stream, rows = random.Random(f"speech-{split}-{seed}"), world.draws(f"speech-{seed}", held_out=split == "test"), []
     for _ in tqdm(range(n), desc=desc):
         words = next(stream).words
-        audio, _, _ = speech.render(words, rng, split)
+        audio, _, _ = speech.render(words, rng, split, echo)
         features = extractor(audio, sampling_rate=speech.SAMPLE_RATE, return_tensors="pt", pad_to_multiple_of=3)["input_features"][0]
         rows.append((features.half(), tokenizer(words)["input_ids"], words))
     return sorted(rows, key=lambda row: len(row[0]))
@@ -258,7 +258,12 @@ def mask_bands(rng, features, mask):
     return features
 
 
-def pretrain_encoder(out, seed, steps, batch_size=16, lr=2e-3, utterances=14000):
+# Phases of the encoder's pre-training: (steps of 16 utterances, peak learning rate, utterances rendered, share of them with an echo).
+ENCODER_PHASES = [(4000, 2e-3, 14000, 0.0), (1000, 1e-3, 6000, 0.5)]
+
+
+def pretrain_encoder(out, seed, shorten=1.0):
+    """Build feature extractor, tokenizer and model and run the phases; `shorten` scales their steps and utterances."""
     from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
     torch.manual_seed(seed)
     extractor, tokenizer = build_processors(out)
@@ -268,9 +273,17 @@ def pretrain_encoder(out, seed, steps, batch_size=16, lr=2e-3, utterances=14000)
         add_adapter=False, apply_spec_augment=False, hidden_dropout=0.05, attention_dropout=0.05, activation_dropout=0.05, feat_proj_dropout=0.0,
         conformer_conv_dropout=0.05, final_dropout=0.0, layerdrop=0.0, ctc_loss_reduction="mean", ctc_zero_infinity=True,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=None)).to(DEVICE)
-    rows = spoken(extractor, tokenizer, "train", seed, utterances, "render speech")
+    for phase, (steps, lr, utterances, echo) in enumerate(ENCODER_PHASES):
+        rows = spoken(extractor, tokenizer, "train", seed + phase, max(16, round(shorten * utterances)), "render speech", echo)
+        train_encoder(model, tokenizer, rows, seed + phase, max(1, round(shorten * steps)), lr)
+        model.half().float()                                   # each phase ends as it is stored
+    model.half().save_pretrained(out)
+
+
+def train_encoder(model, tokenizer, rows, seed, steps, lr, batch_size=16):
+    """CTC training with SpecAugment."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
-    scheduler = schedule(optimizer, steps, 400)
+    scheduler = schedule(optimizer, steps, min(400, steps // 5))
     rng, queue = random.Random(seed), []
     model.train()
     bar = tqdm(range(steps), desc="pre-train encoder", unit="step")
@@ -291,7 +304,6 @@ def pretrain_encoder(out, seed, steps, batch_size=16, lr=2e-3, utterances=14000)
         if step % 1000 == 999:
             tqdm.write(f"step {step + 1}: WER {word_error_rate(model, tokenizer, rows[::max(1, len(rows) // 150)]):.2%} on training speech")
             model.train()
-    model.half().save_pretrained(out)
 
 
 @torch.no_grad()
@@ -327,7 +339,7 @@ Made by `python -m tiny.pretrain` from seed {seed}, from nothing but `world.py`,
 | architecture | Qwen2, 4 layers, width 192, 4 heads, byte-level BPE | Wav2Vec2-BERT (conformer), 4 layers, width 192, character CTC head |
 | parameters | {llm_parameters:.2f}M | {encoder_parameters:.2f}M |
 | training data | endless conversations about random sentences and digit strings; 60% with hesitations between the words | espeak-ng voices |
-| steps | {llm_steps} of 64 conversations in phases, from 60% of the first on with weights rounded to NF4 | {encoder_steps} of 16 utterances |
+| steps | {llm_steps} of 64 conversations in phases, from 60% of the first on with weights rounded to NF4 | {encoder_steps} of 16, the latter with echoes |
 | time | {llm_time} | {encoder_time} |
 
 The encoder heard {utterances} utterances in {n_train} x {n_accents} voices, with SpecAugment. Held out from both, for the benchmark: one sentence in
@@ -358,7 +370,7 @@ def write_card(out, figures):
         return " / ".join(f"{value:.1%}" for value in scores.values())
     rows = "\n".join(f"| {name} | {cells(scores)} | {cells(figures['llm_4_bits'][name])} |" for name, scores in figures["llm_16_bits"].items())
     (out / "README.md").write_text(CARD.format(
-        **{**figures, "llm_steps": " + ".join(map(str, figures["llm_steps"]))}, rows=rows,
+        **{**figures, **{key: " + ".join(map(str, figures[key])) for key in ("llm_steps", "encoder_steps", "utterances")}}, rows=rows,
         llm_parameters=millions("llm"), encoder_parameters=millions("encoder"), n_train=len(speech.TRAIN_VARIANTS),
         n_accents=len(speech.ACCENTS), test_voices=", ".join(speech.TEST_VARIANTS), seen_wer=figures["encoder_wer"]["seen voices"],
         unseen_wer=figures["encoder_wer"]["unseen voices"]), encoding="utf-8")
@@ -376,9 +388,7 @@ def main():
     parser.add_argument("--only", choices=["llm", "encoder"], help="build one of the two")
     parser.add_argument("--measure", action="store_true", help="measure the checkpoints that are there; train nothing")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
-    parser.add_argument("--llm-share", type=float, default=1.0, help="share of the LLM's steps to run, to try things")
-    parser.add_argument("--encoder-steps", type=int, default=4000, help="steps of 16 utterances")
-    parser.add_argument("--utterances", type=int, default=14000, help="utterances rendered for the encoder")
+    parser.add_argument("--share", type=float, default=1.0, help="share of all steps to run, to try things")
     args = parser.parse_args()
     if not args.only and not args.measure and DEVICE == "cpu":         # side by side: small models use two cores better apart than together
         builds = [subprocess.Popen([sys.executable, "-m", "tiny.pretrain", *sys.argv[1:], "--only", only],
@@ -390,8 +400,8 @@ def main():
     if args.only != "encoder":
         if not args.measure:
             start = time.time(), time.process_time()
-            pretrain_llm(args.out / "llm", args.seed, args.llm_share)
-            figures |= {"llm_steps": [round(args.llm_share * steps) for steps, *_ in LLM_PHASES], "llm_time": elapsed(start)}
+            pretrain_llm(args.out / "llm", args.seed, args.share)
+            figures |= {"llm_steps": [round(args.share * steps) for steps, *_ in LLM_PHASES], "llm_time": elapsed(start)}
         for bits in (16, 4):
             scores = figures[f"llm_{bits}_bits"] = measure_llm(args.out / "llm", bits)
             worst = min((min(cells.values()), name) for name, cells in scores.items())
@@ -400,8 +410,9 @@ def main():
     if args.only != "llm":
         if not args.measure:
             start = time.time(), time.process_time()
-            pretrain_encoder(args.out / "encoder", args.seed, args.encoder_steps, utterances=args.utterances)
-            figures |= {"encoder_steps": args.encoder_steps, "utterances": args.utterances, "encoder_time": elapsed(start)}
+            pretrain_encoder(args.out / "encoder", args.seed, args.share)
+            figures |= {"encoder_steps": [round(args.share * steps) for steps, *_ in ENCODER_PHASES],
+                        "utterances": [round(args.share * n) for _, _, n, _ in ENCODER_PHASES], "encoder_time": elapsed(start)}
         figures |= {"n_measured": 600, "encoder_wer": measure_encoder(args.out / "encoder", utterances=600)}
         print("encoder: " + ", ".join(f"WER {value:.2%} on {name}" for name, value in figures["encoder_wer"].items()))
     figures = {**(json.loads(measured.read_text()) if measured.exists() else {}), **figures}       # the other build may have written its own

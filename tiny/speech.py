@@ -95,8 +95,10 @@ def speak(text, voice):
     return audio[:end + rate // 20], rate, [[w, s / rate, e / rate] for w, s, e in zip(words, starts, starts[1:] + [end])]
 
 
-def render(text, rng, split):
+def render(text, rng, split, echo=0.5):
     """`text` in a random voice of the split, resampled to 16 kHz, with silence around it and light noise (20 to 45 dB SNR).
+
+    echo: share of the training utterances with an echo of 20 to 80 ms, as of a room; held-out voices are left as espeak-ng made them.
 
     Returns (samples float32 at SAMPLE_RATE, [[word, start_s, end_s], ...], the voice).
     """
@@ -106,6 +108,9 @@ def render(text, rng, split):
     audio, rate, words = speak(text, {**voice, "rate": round(voice["rate"] / voice["size"])})
     played = 250 * round(rate * voice["size"] / 250)       # played faster: higher, and as fast as before since it was spoken slower
     audio = resample(torch.from_numpy(audio), played, SAMPLE_RATE).numpy()
+    if echo and split == "train" and rng.random() < echo:
+        delay, gain = int(rng.uniform(0.02, 0.08) * SAMPLE_RATE), rng.uniform(0.1, 0.6)
+        audio[delay:] += gain * audio[:-delay].copy()
     before, after = (rng.uniform(0.05, 0.2) for _ in range(2))
     audio = np.pad(audio, (int(before * SAMPLE_RATE), int(after * SAMPLE_RATE)))
     audio *= rng.uniform(0.3, 0.9) / max(1e-3, float(np.abs(audio).max()))
