@@ -57,13 +57,17 @@ def write_jsonl(path, rows):
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_json(path):
+def read_json(path, *keys):
+    """The object of a JSON file, which must have these keys."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no readable JSON ({error})") from None
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise UserError(f"{path}: is not what this program writes there; make it again with --force")
+    return value
 
 
 def read_jsonl(path):
@@ -78,23 +82,29 @@ def read_jsonl(path):
         if line.strip():
             try:
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()       # a lone surrogate is no text
                 row = row if isinstance(row, dict) else "is no JSON object"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 row = f"is no JSON ({error})"
             yield number, row
 
 
-def is_done(folder, settings, force=False):
-    """True if the step with these settings is finished in `folder`. A folder that was made with other settings is refused, unless `force`."""
+def is_done(folder, settings, output, force=False):
+    """True if the step with these settings is finished in `folder` and its output is there.
+
+    A folder with work of other settings, finished or saved half-way, is refused, unless `force`.
+    """
     path = Path(folder) / "config.json"
     if force or not path.exists():
         return False
-    old, settings = read_json(path), json.loads(json.dumps(settings))
-    before = old.get("settings", {}) if isinstance(old, dict) else {}
+    old, settings = read_json(path, "settings", "done"), json.loads(json.dumps(settings))
+    if not old["done"] and not (Path(folder) / "state.safetensors").exists():
+        return False                                               # nothing was kept of it
+    before = old["settings"] if isinstance(old["settings"], dict) else {}
     changed = [f"{k} was {before.get(k)}, now {settings.get(k)}" for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
     if changed:
         raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); choose another folder, or --force to redo it")
-    return bool(old.get("done"))
+    return bool(old["done"]) and (Path(folder) / output).exists()
 
 
 def claim(folder, settings, done=False):
@@ -188,23 +198,23 @@ def parse_row(row, folder):
             raise UserError(f"lacks the key {key!r}")
         if not isinstance(row[key], kinds) or isinstance(row[key], bool):
             raise UserError(f"{key!r} is {row[key]!r}, which is not a {'text' if kinds is str else 'number'}")
-    text, duration = " ".join(row["text"].split()), float(row["duration"])
+    text, duration = " ".join(row["text"].split()), row["duration"]
     if not text:
         raise UserError("the transcript is empty")
-    if not 0 < duration < float("inf"):
+    if not 0 < duration < 1e6:
         raise UserError(f"the duration is {duration} s")
     if row.get("split") not in (None, "", "train", "test"):
         raise UserError(f"'split' is {row['split']!r}; it must be train or test")
     speaker = "" if row.get("speaker") is None else str(row["speaker"])
     words = None if row.get("words") is None else check_words(row["words"], text, duration)
-    return Utterance(Path(folder) / row["audio_filepath"], text, duration, speaker, row.get("split") or "", words, row["audio_filepath"])
+    return Utterance(Path(folder) / row["audio_filepath"], text, float(duration), speaker, row.get("split") or "", words, row["audio_filepath"])
 
 
 def check_words(words, text, duration):
     """[[word, start_s, end_s], ...] as numbers; UserError if they cannot be the times of the transcript's words."""
     try:
         times = [[str(word), float(start), float(end)] for word, start, end in words]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError("'words' must be [[word, start_s, end_s], …]") from None
     if len(times) != len(text.split()):
         raise UserError(f"has times for {len(times)} words, but its transcript has {len(text.split())}")
@@ -231,13 +241,13 @@ def read_manifest(path, check_audio=False, skipped=None):
                 utterance.duration = len(load_audio(utterance.audio, utterance.duration)) / SAMPLE_RATE
                 check_words(utterance.words or [], utterance.text if utterance.words else "", utterance.duration)
             utterances.append(utterance)
-        except UserError as error:
+        except (UserError, OSError) as error:
             if skipped is None:
                 raise UserError(f"{path}:{number}: {error}") from None
             audio = row.get("audio_filepath", "") if isinstance(row, dict) else ""
             skipped.append({"line": number, "audio_filepath": audio, "reason": str(error).removeprefix(f"{path.parent / str(audio)}: ")})
-    if not utterances and not skipped:
-        raise UserError(f"{path}: holds no usable utterance")
+    if not utterances:
+        raise UserError(f"{path}: holds no usable utterance" + (f"; the first bad row is line {skipped[0]['line']}: {skipped[0]['reason']}" if skipped else ""))
     return utterances
 
 

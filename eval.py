@@ -65,7 +65,7 @@ def systems(run, encoders, transcriber, llm, utterances, cache):
         return reader, lambda u: [transcript_tokens(reader.tokenizer, transcriber.transcribe(frames[u.id]) or "…")]
 
     def trained(name):
-        own_llm = read_json(run / name / "model.json")["lora"] > 0
+        own_llm = read_json(run / name / "model.json", "lora")["lora"] > 0
         model = SpeechLLM.from_pretrained(run / name, None if own_llm else llm, encoders[name]())
         frames = encode_all(model.encoder, utterances, cache)
         return model, lambda u: [Speech(frames[u.id])]

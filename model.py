@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -188,12 +189,12 @@ def encode_all(encoder, utterances, cache):
     return frames
 
 
-def load_tensors(path):
+def load_tensors(path, advice="delete it and run again"):
     """The tensors of a safetensors file; UserError if it is not whole."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is no readable safetensors file ({error}); delete it and run again") from None
+        raise UserError(f"{path}: is no readable safetensors file ({error}); {advice}") from None
 
 
 # ---- the frozen LLM ----
@@ -204,8 +205,8 @@ def load_or_explain(auto_class, name, what, **options):
         if "dtype" in options:
             options["use_safetensors"] = True
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        why = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:      # what damaged files raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what} {name}: cannot be loaded as a Hugging Face checkpoint, local folder or hub name ({why})") from None
 
 
@@ -224,6 +225,12 @@ def load_llm(name, bits=4):
     tokenizer = load_or_explain(AutoTokenizer, name, "LLM")
     if not tokenizer.chat_template:
         raise UserError(f"LLM {name}: its tokenizer has no chat template; choose an instruction-tuned model")
+    if not tokenizer("a b")["input_ids"]:
+        raise UserError(f"LLM {name}: its tokenizer is empty; is tokenizer.json missing?")
+    try:
+        end_of_turn(tokenizer)
+    except (TemplateError, IndexError) as error:
+        raise UserError(f"LLM {name}: its chat template cannot be used ({type(error).__name__}: {error})") from None
     llm = load_or_explain(AutoModelForCausalLM, name, "LLM", dtype=compute, quantization_config=quantization, device_map={"": DEVICE})
     for module in llm.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call without gradients, into a kernel that has no backward
@@ -361,17 +368,18 @@ class SpeechLLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, llm=None, encoder=None):
         """Load what save() wrote. UserError if it was trained for another LLM."""
-        spec = read_json(Path(folder) / "model.json")
+        spec = read_json(Path(folder) / "model.json", "llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora", "llm_fingerprint",
+                         "encoder_key")
         model = cls.build(spec, llm, encoder)
         for what, name, now, then in (("LLM", spec["llm"], model.fingerprint, spec["llm_fingerprint"]),
                                       ("speech encoder", spec["encoder"], model.encoder.key, spec["encoder_key"])):
             if now != then:
                 raise UserError(f"{folder}: its connector was trained for another {what} than the one that is now at {name}; train again with --force")
         try:
-            model.connector.load_state_dict(load_tensors(Path(folder) / "connector.safetensors"))
+            model.connector.load_state_dict(load_tensors(Path(folder) / "connector.safetensors", "train again with --force"))
             if spec["lora"]:
                 from peft import set_peft_model_state_dict
-                set_peft_model_state_dict(model.llm, load_tensors(Path(folder) / "adapter" / "adapter_model.safetensors"))
+                set_peft_model_state_dict(model.llm, load_tensors(Path(folder) / "adapter" / "adapter_model.safetensors", "train again with --force"))
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{folder}: the connector cannot be loaded ({str(error).splitlines()[0]}); train again with --force") from None
         return model.train(False)

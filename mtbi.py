@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 import eval as benchmark
 from data import (TIMES, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_tasks,
-                  read_json, read_jsonl, read_manifest, relative, split_speakers, timed, transcript_tokens, write_audio,
+                  read_json, read_manifest, relative, split_speakers, timed, transcript_tokens, write_audio,
                   write_jsonl)
 from model import CONNECTORS, DEVICE, SpeechEncoder, SpeechLLM, encode_all, load_llm, weights_id
-from train import Behavior, Examples, Recipe, read_behaviors, train
+from train import Behavior, Examples, Recipe, read_behaviors, read_log, train
 
 RECIPES = {
     "mtbi": Recipe("multi-task behavior imitation with speech-text interleaving (arXiv 2505.18644)", interleave=0.4, repeat=(1.0, 0.2)),
@@ -81,10 +81,10 @@ def prepare(args):
         raise UserError("prepare tiny: --join, --test-speakers and --skip-bad are for manifests")
     if not tiny and (out / "manifest.jsonl").resolve() == Path(args.source).resolve():
         raise UserError(f"--out {out}: would overwrite the manifest it is made from; choose another folder")
-    settings = {"source": "tiny" if tiny else digest(args.source), "seed": args.seed,
+    settings = {"source": "tiny" if tiny else digest(args.source), "folder": "" if tiny else relative(Path(args.source).parent, out), "seed": args.seed,
                 **({"train": args.train, "test": args.test} if tiny else
                    {"join": args.join, "count": args.count, "test_speakers": args.test_speakers, "skip_bad": args.skip_bad})}
-    if is_done(out, settings, args.force):
+    if is_done(out, settings, "manifest.jsonl", args.force):
         return print(f"{out}: is prepared already")
     skipped, why = [], "tiny world: held-out sentences in held-out voices"
     if not tiny:
@@ -92,8 +92,8 @@ def prepare(args):
             utterances = read_manifest(args.source, check_audio=True, skipped=skipped if args.skip_bad else None)
         why = split_speakers(utterances, [s for s in args.test_speakers.split(",") if s], joined=bool(lengths))
         utterances = utterances if lengths else leave_out_tested(utterances)
-    claim(out, settings)
     (out / "manifest.jsonl").unlink(missing_ok=True)
+    claim(out, settings)
     if args.skip_bad:
         report_skipped(out, skipped)
     if tiny or lengths:
@@ -110,7 +110,7 @@ def parse_join(text):
     if not text:
         return None
     low, _, high = text.partition(":")
-    if not (low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high)):
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
         raise UserError(f"--join {text}: give the fewest and the most words, like 3:6")
     return int(low), int(high)
 
@@ -148,7 +148,9 @@ def imitate(args):
     settings = {"data": relative(data, out), "manifest": digest(data / "manifest.jsonl"), "llm": named(args.llm), "bits": args.bits,
                 "llm_weights": weights_id(args.llm, "llm"), "tasks": relative(tasks_path, HERE), "task_table": digest(tasks_path),
                 "per_utterance": args.per_utterance, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    if is_done(out, settings, args.force):
+    if not utterances:
+        raise UserError(f"{data / 'manifest.jsonl'}: has no row with split train; run prepare first")
+    if is_done(out, settings, "behaviors.jsonl", args.force):
         return print(f"{out}: has its behaviors already")
     say_where()
     model, todo = SpeechLLM(*shared_llm(named(args.llm), args.bits)), draw_questions(tasks, utterances, args.per_utterance, args.seed)
@@ -178,8 +180,8 @@ def draw_questions(tasks, utterances, per_utterance, seed):
 
 def run_settings(run):
     """(settings, data folder, utterances) of a run folder made by `imitate`; UserError if its data has changed since."""
-    config = read_json(Path(run) / "config.json")
-    if "task_table" not in config.get("settings", {}):
+    config = read_json(Path(run) / "config.json", "settings", "done")
+    if not {"data", "manifest", "llm", "bits", "tasks", "task_table"} <= set(config["settings"] or {}):
         raise UserError(f"{run}: is no run folder made by `imitate`")
     if not config["done"]:
         raise UserError(f"{run}: its behaviors are not complete; run `imitate … --out {run}` first")
@@ -205,7 +207,7 @@ def train_recipe(args):
     chosen = {**spec, "encoder_weights": weights_id(args.encoder, "encoder"), "recipe": {k: v for k, v in asdict(recipe).items() if k != "about"},
               "behaviors": digest(run / "behaviors.jsonl"), "steps": args.steps, "batch_size": args.batch_size, "accumulate": args.accumulate,
               "lr": args.lr, "seed": args.seed}
-    if is_done(folder, chosen, args.force):
+    if is_done(folder, chosen, "connector.safetensors", args.force):
         return print(f"{folder}: is trained already")
     say_where()
     model = SpeechLLM.build(spec, None if recipe.lora else shared_llm(spec["llm"], spec["bits"]), shared_encoder(spec["encoder"], args.pad_whisper), args.seed)
@@ -213,8 +215,8 @@ def train_recipe(args):
     frames = encode_all(model.encoder, utterances, data / "features")
     examples = Examples(model, utterances, read_behaviors(run / "behaviors.jsonl"), frames, recipe, args.steps, args.batch_size, args.seed)
     examples.explain(args.accumulate)
-    if args.force:
-        (folder / "state.safetensors").unlink(missing_ok=True)
+    for name in ("model.json", "connector.safetensors", *(["state.safetensors"] if args.force else [])):      # what is there is not this training's
+        (folder / name).unlink(missing_ok=True)
     claim(folder, chosen)
     with timed(f"train {args.recipe}"):
         train(model, examples, folder, lr=args.lr, accumulate=args.accumulate, save_every=args.save_every)
@@ -233,30 +235,34 @@ def bench(args):
         utterances = read_manifest(data / "manifest.jsonl")
     tested = [u for u in utterances if u.split == "test" and u.text not in known]
     trained = trained_recipes(run)
+    if not trained:
+        raise UserError(f"{run}: holds no trained recipe; run `train {run} --recipe mtbi` first")
+    for name, chosen in trained.items():                           # a recipe that imitated other behaviors may have trained on what is tested now
+        if chosen["behaviors"] != digest(run / "behaviors.jsonl"):
+            raise UserError(f"{run / name}: was trained on other behaviors than those in {run} now; run `train {run} --recipe {name}` again with --force")
     tasks_path = HERE / settings["tasks"]
     if digest(tasks_path) != settings["task_table"]:
         raise UserError(f"{tasks_path}: has changed since `imitate`; run `imitate` again with --force")
     asked = {"manifest": digest(data / "manifest.jsonl"), "per_prompt": args.per_prompt, "seed": args.seed, "asr": args.asr,
              "max_new_tokens": args.max_new_tokens, "trained": {name: digest(run / name / "connector.safetensors") for name in trained}}
-    if (run / "report.json").exists() and not args.force and read_json(run / "report.json")["meta"].get("asked") == asked:
+    if not args.force and (report := earlier_report(run, asked)):
         print(f"{run / 'report.md'}: is written already")
-        return benchmark.show(read_json(run / "report.json"), run)
+        return benchmark.show(report, run)
     say_where()
     tasks = load_tasks(tasks_path)
     cases = benchmark.draw_cases(tasks, tested, args.per_prompt, args.seed)
-    encoders = {name: (spec["encoder"], spec["pad_whisper"]) for name in trained for spec in [read_json(run / name / "model.json")]}
+    encoders = {name: (chosen["encoder"], chosen["pad_whisper"]) for name, chosen in trained.items()}
     llm = shared_llm(settings["llm"], settings["bits"])
     systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()},
-                                shared_encoder(named(args.asr)) if args.asr else shared_encoder(*encoders[trained[0]]), llm, tested, data / "features")
+                                shared_encoder(named(args.asr)) if args.asr else shared_encoder(*next(iter(encoders.values()))), llm, tested, data / "features")
+    train_seconds = {name: read_log(run / name / "log.jsonl")[-1]["seconds"] for name in trained}
     answers, seconds = benchmark.run_systems(systems, cases, args.batch_size, args.max_new_tokens)
-    configs = {name: read_json(run / name / "config.json")["settings"] for name in trained}
-    seconds = {name: s + (list(read_jsonl(run / name / "log.jsonl"))[-1][1]["seconds"] if name in trained else 0) for name, s in seconds.items()}
     speakers, heard = {c.utterance.speaker for c in cases}, {u.speaker for u in utterances if u.split == "train"}
-    report = {"recipes": {name: benchmark.grade(cases, answers["text"], rows, seconds[name]) for name, rows in answers.items()},
+    report = {"recipes": {name: benchmark.grade(cases, answers["text"], rows, seconds[name] + train_seconds.get(name, 0)) for name, rows in answers.items()},
               "samples": benchmark.draw_samples(cases, answers, args.seed),
               "meta": {"n_utterances": len({c.utterance.id for c in cases}), "n_speakers": len(speakers), "n_unheard_speakers": len(speakers - heard - {""}),
                        "n_cases": len(cases), "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "asked": asked,
-                       "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)), "training": configs,
+                       "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)), "training": trained,
                        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}",
                        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}}
     with timed("write the report"):
@@ -264,16 +270,20 @@ def bench(args):
     benchmark.show(report, run)
 
 
+def earlier_report(run, asked):
+    """The report of an earlier `bench` that was asked for the very same, or None."""
+    try:
+        report = read_json(run / "report.json", "recipes", "samples", "meta")
+    except UserError:
+        return None                                                # none, or not whole: it is written anew
+    return report if isinstance(report["meta"], dict) and report["meta"].get("asked") == asked else None
+
+
 def trained_recipes(run):
-    """Names of the recipes whose training is finished, in the order of the recipe table; UserError if one imitates older behaviors."""
-    configs = {name: read_json(run / name / "config.json") for name in RECIPES if (run / name / "config.json").exists()}
-    trained = [name for name, config in configs.items() if config.get("done")]
-    if not trained:
-        raise UserError(f"{run}: holds no trained recipe; run `train {run} --recipe mtbi` first")
-    for name in trained:
-        if configs[name]["settings"]["behaviors"] != digest(run / "behaviors.jsonl"):
-            raise UserError(f"{run / name}: was trained on other behaviors than those in {run} now; run `train {run} --recipe {name}` again with --force")
-    return trained
+    """{recipe: its settings} of the recipes whose training is finished, in the order of the recipe table."""
+    paths = {name: run / name / "config.json" for name in RECIPES}
+    configs = {name: read_json(path, "settings", "done") for name, path in paths.items() if path.exists()}
+    return {name: config["settings"] for name, config in configs.items() if config["done"] and (run / name / "connector.safetensors").exists()}
 
 
 # ---- generate, demo ----
@@ -281,7 +291,11 @@ def trained_recipes(run):
 def generate(args):
     """Ask a trained model about a sound file."""
     run = Path(args.run)
-    found = [name for name in RECIPES if (run / name / "model.json").exists()]
+    found = list(trained_recipes(run))
+    try:
+        f"{args.prompt}{args.system}".encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is no UTF-8 text") from None
     name = args.recipe or (found[0] if found else "")
     if name not in found:
         raise UserError(f"{run}: holds no trained recipe{' ' + repr(name) if name else ''}; there are {', '.join(found) or 'none: run `train` first'}")
@@ -337,14 +351,27 @@ def build_parser():
         for dest, text in positional:
             sub.add_argument(dest, help=text)
         if name != "generate":
-            option(sub, "--seed", 0, "seed of every random choice")
+            option(sub, "--seed", 0, "seed of every random choice", type=seed)
             sub.add_argument("--force", action="store_true", help="do the step again, whatever is there (default: finished steps are kept)")
         return sub
 
     def positive(text):
-        if not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        if not text.isdecimal() or not 1 <= int(text) <= 2**20:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {2**20}")
         return int(text)
+
+    def seed(text):
+        if not text.isdecimal() or int(text) >= 2**31:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**31 - 1}")
+        return int(text)
+
+    def rate(text):
+        try:
+            if 0 < float(text) <= 1:
+                return float(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is no number over 0, at most 1")
 
     def option(sub, flag, default, text, **more):
         kind = positive if type(default) is int and default else str if default is None else type(default)
@@ -379,7 +406,7 @@ def build_parser():
     option(sub, "--steps", 500, "training steps")
     option(sub, "--batch-size", 32, "utterances in a micro-batch")
     option(sub, "--accumulate", 1, "micro-batches in a step")
-    option(sub, "--lr", 2e-3, "peak learning rate")
+    option(sub, "--lr", 2e-3, "peak learning rate", type=rate)
     option(sub, "--save-every", 100, "steps between two saved states")
 
     sub = command(bench, "bench", ("run", "a run folder with a trained recipe"))

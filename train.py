@@ -45,7 +45,7 @@ def read_behaviors(path):
     for number, row in read_jsonl(path):
         if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in ("utterance", "task", "prompt", "response")):
             raise UserError(f"{path}:{number}: is no behavior; run `imitate` again with --force")
-        behaviors.append(Behavior(**row))
+        behaviors.append(Behavior(row["utterance"], row["task"], row["prompt"], row["response"]))
     return behaviors
 
 
@@ -186,7 +186,7 @@ def train(model, examples, folder, *, lr, accumulate=1, warmup=50, clip=1.0, sav
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     state = folder / "state.safetensors"
     first = load_state(state, parameters, optimizer) if state.exists() else 0
-    log = [row for _, row in read_jsonl(folder / "log.jsonl") if row["step"] < first] if first else []
+    log = [row for row in read_log(folder / "log.jsonl") if row["step"] < first] if first else []
     bar = tqdm(range(first, examples.steps), desc=f"train {folder.name}", initial=first, total=examples.steps, unit="step")
     model.train()
     step, start, smooth = first, time.perf_counter() - (log[-1]["seconds"] if log else 0), None
@@ -211,6 +211,14 @@ def train(model, examples, folder, *, lr, accumulate=1, warmup=50, clip=1.0, sav
         print(f"\ninterrupted in step {step}; the same command goes on from the last saved step ({state})")
         raise
     return model.train(False)
+
+
+def read_log(path):
+    """The rows of a training log."""
+    rows = [row for _, row in read_jsonl(path)]
+    if not rows or not all(isinstance(row, dict) and {"step", "loss", "seconds"} <= set(row) for row in rows):
+        raise UserError(f"{path}: is no whole training log; train again with --force")
+    return rows
 
 
 def save_state(path, parameters, optimizer, step):

@@ -75,7 +75,7 @@ BAD_AUDIO = [(break_missing, "no such audio"), (break_empty, "is empty"), (break
              (break_short, "truncated"), (break_nan, "NaN"), (break_silent, "silent"), (break_no_audio, "cannot be read as audio")]
 BAD_ROWS = [({"text": ""}, "transcript is empty"), ({"text": "  "}, "transcript is empty"), ({"text": 3}, "'text' is 3"),
             ({"duration": None}, "'duration' is None"),
-            ({"duration": -1}, "duration is -1"), ({"duration": math.inf}, "duration is inf"), ({"duration": math.nan}, "duration is nan"),
+            ({"duration": -1}, "duration is -1"), ({"duration": math.inf}, "duration is 1000"), ({"duration": math.nan}, "duration is nan"),
             ({"words": [["three", 0.5, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 0.9]]}, "run backwards"),
             ({"words": [["three", 0.1, 0.4], ["red", 0.2, 0.6], ["apples", 0.6, 0.9]]}, "run backwards"),
             ({"words": [["three", 0.1, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 1.9]]}, "past the end"),
@@ -149,7 +149,9 @@ def test_whole_files_are_whole_or_not_there(tmp_path):
     (["prepare", "{tmp}/none.jsonl", "--out", "{tmp}/d"], "none.jsonl"), (["prepare", "{tmp}", "--out", "{tmp}/d"], "cannot be read"),
     (["prepare", "tiny", "--out", "{data}", "--train", "7"], "made with other settings"),
     (["prepare", "x.jsonl", "--join", "6:3", "--out", "{tmp}/d"], "--join 6:3"),
-    (["prepare", "tiny", "--out", "{tmp}/d", "--train", "-1"], "--train"), (["prepare", "tiny", "--out", "{tmp}/d", "--join", "3:4"], "are for manifests"),
+    (["prepare", "tiny", "--out", "{tmp}/d", "--train", "-1"], "--train"), (["train", "{run}", "--lr", "nan"], "--lr"),
+    (["train", "{run}", "--lr", "-1"], "--lr"), (["train", "{run}", "--seed", "9" * 30], "--seed"), (["train", "{run}", "--k", "9" * 13], "--k"),
+    (["prepare", "x.jsonl", "--join", "²:3", "--out", "{tmp}/d"], "--join"),  (["prepare", "tiny", "--out", "{tmp}/d", "--join", "3:4"], "are for manifests"),
 ])
 def test_bad_commands_end_with_one_line_and_code_2(argv, reason, run, data, tmp_path, capsys):
     assert mtbi.main([a.format(run=run, data=data, tmp=tmp_path) for a in argv]) == 2
@@ -232,3 +234,17 @@ def test_splits_that_cannot_be_are_refused(tmp_path, capsys, rows, options, reas
     assert mtbi.main(["prepare", str(manifest(tmp_path, *rows)), "--out", str(tmp_path / "out"), *options]) == 2
     one_line(capsys, reason)
     assert not (tmp_path / "out").exists()
+
+
+def test_after_a_mistake_the_corrected_command_works(tmp_path, clip, capsys):
+    for i in range(6):
+        soundfile.write(tmp_path / f"{i}.wav", tone(), 16000)
+    rows = [{"audio_filepath": f"{i}.wav", "duration": 1.0, "text": "one", "speaker": "ab"[i % 2]} for i in range(6)]
+    argv = ["prepare", str(manifest(tmp_path, *rows)), "--out", str(tmp_path / "out"), "--test-speakers", "b", "--count", "10"]
+    assert mtbi.main([*argv, "--join", "1:1"]) == 2 and "too few words" in one_line(capsys)
+    assert mtbi.main([*argv, "--join", "1:30"]) == 0
+
+
+def test_when_every_row_is_bad_the_first_is_named(tmp_path, clip, capsys):
+    assert mtbi.main(["prepare", str(manifest(tmp_path, "{no json")), "--skip-bad", "--out", str(tmp_path / "out")]) == 2
+    one_line(capsys, "no usable utterance", "line 1: is no JSON")
