@@ -75,7 +75,7 @@ BAD_AUDIO = [(break_missing, "no such audio"), (break_empty, "is empty"), (break
              (break_short, "truncated"), (break_nan, "NaN"), (break_silent, "silent"), (break_no_audio, "cannot be read as audio")]
 BAD_ROWS = [({"text": ""}, "transcript is empty"), ({"text": "  "}, "transcript is empty"), ({"text": 3}, "'text' is 3"),
             ({"duration": None}, "'duration' is None"),
-            ({"duration": -1}, "duration is -1"), ({"duration": math.inf}, "duration is 1000"), ({"duration": math.nan}, "duration is nan"),
+            ({"duration": -1}, "duration is -1"), ({"duration": math.inf}, "duration is inf"), ({"duration": math.nan}, "duration is nan"),
             ({"words": [["three", 0.5, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 0.9]]}, "run backwards"),
             ({"words": [["three", 0.1, 0.4], ["red", 0.2, 0.6], ["apples", 0.6, 0.9]]}, "run backwards"),
             ({"words": [["three", 0.1, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 1.9]]}, "past the end"),
