@@ -403,7 +403,7 @@ def build_parser():
     option(sub, "--loss", None, "ce (the LLM's answer) or kl (its whole distribution); default: the recipe's", choices=["ce", "kl"])
     option(sub, "--k", None, "encoder frames a speech token; default: the recipe's", type=positive)
     option(sub, "--hidden", 768, "width of the connector's hidden layer")
-    option(sub, "--steps", 500, "training steps")
+    option(sub, "--steps", 1000, "training steps")
     option(sub, "--batch-size", 32, "utterances in a micro-batch")
     option(sub, "--accumulate", 1, "micro-batches in a step")
     option(sub, "--lr", 2e-3, "peak learning rate", type=rate)
