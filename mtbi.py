@@ -40,7 +40,7 @@ RECIPES = {
     "mtbi": Recipe("multi-task behavior imitation with speech-text interleaving (arXiv 2505.18644)", interleave=0.4, repeat=(1.0, 0.2)),
     "mtbi-no-interleave": Recipe("mtbi without interleaving: what does it add?", repeat=(1.0, 0.2)),
     "mtbi-kl": Recipe("mtbi that imitates the whole next-token distribution", interleave=0.4, repeat=(1.0, 0.2), loss="kl"),
-    "asr": Recipe("the task repeat alone: it transcribes whatever it is told", tasks="repeat", repeat=(1.0, 1.0)),
+    "asr": Recipe("the task repeat alone: the baseline that was never shown another task", tasks="repeat", repeat=(1.0, 1.0)),
     "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks="continue", connector="conv", k=8),
 }
 
