@@ -169,6 +169,40 @@ class SpeechEncoder(nn.Module):
         """Greedy CTC: frames (T, D_encoder) -> text."""
         return self.ctc_tokenizer.decode(self.head(frames.float().to(DEVICE)).argmax(-1).tolist())
 
+    @torch.no_grad()
+    def align(self, frames, text, duration):
+        """Word times [[word, start_s, end_s], ...] of a transcript by CTC forced alignment (torchaudio.functional.forced_align).
+
+        Characters the CTC vocabulary lacks are passed over; a word of only such characters gets the time between its neighbours. A CTC
+        head names a letter some time after it was said; the tiny encoder's config.json holds its delay, as measured on espeak-ng's own times.
+        """
+        from torchaudio.functional import forced_align, merge_tokens
+        vocabulary, bar = self.ctc_tokenizer.get_vocab(), self.ctc_tokenizer.word_delimiter_token
+        spelled = [[vocabulary[c] for c in word if c in vocabulary and c != bar] or [vocabulary[c] for c in word.upper() if c in vocabulary]
+                   for word in (text.lower().split())]
+        targets = [i for letters in spelled if letters for i in [*letters, vocabulary[bar]]][:-1]
+        try:
+            path, scores = forced_align(self.head(frames.float().to(DEVICE)).log_softmax(-1)[None].cpu(), torch.tensor([targets], dtype=torch.int32),
+                                        blank=self.ctc_tokenizer.pad_token_id)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the transcript does not fit the audio: {len(targets)} characters in {duration:.2f} s ({str(error).splitlines()[0]})") from None
+        spans, seconds, times, at = merge_tokens(path[0], scores[0], blank=self.ctc_tokenizer.pad_token_id), duration / len(frames), [], 0
+        for letters in spelled:
+            if letters:
+                times.append([spans[at].start * seconds, spans[at + len(letters) - 1].end * seconds])
+                at += len(letters) + 1                             # and the delimiter
+            else:
+                times.append(None)
+        for i, time in enumerate(times):
+            if time is None:
+                after = next((t[0] for t in times[i + 1:] if t), duration)
+                times[i] = [times[i - 1][1] if i else 0.0, after]
+        delay = getattr(self.config, "ctc_delay", 0.0)
+        times = [[max(0.0, start - delay), max(0.0, end - delay)] for start, end in times]
+        for a, b in zip(times, times[1:]):                         # CTC peaks are short: words meet midway between them
+            a[1] = b[0] = (a[1] + b[0]) / 2
+        return [[word, start, end] for word, (start, end) in zip(text.split(), times)]
+
     @cached_property
     def key(self):
         """Names what determines the frames: samples of every weight, the feature extractor, and the padding option."""

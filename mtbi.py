@@ -1,6 +1,7 @@
 """MTBI: a frozen speech encoder and a small trained connector give a frozen, 4-bit LLM ears (arXiv 2505.18644).
 
     prepare   speech and transcripts           ->  DATA/manifest.jsonl
+    align     word times for speech that has none, by CTC forced alignment
     imitate   stage 1: the LLM answers the transcripts, over many tasks   ->  RUN/behaviors.jsonl
     train     stage 2: the connector learns to get the same answers from the speech  ->  RUN/<recipe>/
     bench     unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
@@ -30,8 +31,8 @@ import transformers
 from tqdm import tqdm
 
 import eval as benchmark
-from data import (TIMES, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_tasks,
-                  read_json, read_manifest, relative, split_speakers, timed, transcript_tokens, write_audio,
+from data import (TIMES, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_audio,
+                  load_tasks, read_json, read_manifest, relative, split_speakers, timed, transcript_tokens, write_audio,
                   write_jsonl)
 from model import CONNECTORS, DEVICE, SpeechEncoder, SpeechLLM, encode_all, load_llm, weights_id
 from train import Behavior, Examples, Recipe, read_behaviors, read_log, train
@@ -136,6 +137,23 @@ def report_skipped(out, skipped):
     write_jsonl(out / "skipped.jsonl", skipped)
     reasons = Counter(re.split(r" \(|,| '| line ", row["reason"])[0] for row in skipped)
     print(f"{len(skipped)} rows left out, listed in {out / 'skipped.jsonl'}: " + "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common()))
+
+
+# ---- align ----
+
+def align(args):
+    """Add word times to the rows of a manifest that have none, by CTC forced alignment; interleaving needs them."""
+    encoder, out = shared_encoder(named(args.asr)), Path(args.out)
+    if encoder.head is None:
+        raise UserError(f"--asr {args.asr}: has no CTC head to align with")
+    utterances = read_manifest(args.manifest)
+    for u in tqdm([u for u in utterances if not u.words], desc="align", unit="utt"):
+        try:
+            u.words = encoder.align(encoder(load_audio(u.audio, u.duration), u.audio), u.text, u.duration)
+        except UserError as error:
+            raise UserError(f"{u.audio}: {error}") from None
+    write_jsonl(out, [u.row(out.parent) for u in utterances])
+    print(f"{out}: {len(utterances)} utterances with word times")
 
 
 # ---- imitate (stage 1) ----
@@ -385,6 +403,10 @@ def build_parser():
     sub.add_argument("--skip-bad", action="store_true", help="leave bad rows out and list them in skipped.jsonl, instead of stopping")
     option(sub, "--train", 1500, "tiny: training utterances to render")
     option(sub, "--test", 300, "tiny: held-out utterances to render, in held-out voices")
+
+    sub = command(align, "align", ("manifest", "a JSONL manifest"))
+    sub.add_argument("--out", required=True, help="the manifest to write")
+    option(sub, "--asr", "tiny", "the CTC model: `tiny`, a local folder, or a Hugging Face name")
 
     sub = command(imitate, "imitate", ("data", "a data folder made by prepare"))
     sub.add_argument("--out", required=True, help="the run folder to write")

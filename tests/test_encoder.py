@@ -63,3 +63,33 @@ def test_what_is_no_checkpoint_is_refused_in_words(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
     with pytest.raises(UserError, match="speech encoder .*cannot be loaded"):
         SpeechEncoder(tmp_path)
+
+
+def test_word_alignment_is_close_to_espeaks_own_times_on_unseen_voices(encoder, utterances, frames):
+    tested = [u for u in utterances if u.split == "test"]
+    errors = [abs(ours[1] - theirs[1]) for u in tested for ours, theirs in zip(encoder.align(frames[u.id], u.text, u.duration)[1:], u.words[1:])]
+    print(f"mean boundary error: {1000 * np.mean(errors):.0f} ms over {len(errors)} boundaries")
+    assert np.mean(errors) <= 0.04
+
+
+def test_alignment_keeps_words_it_cannot_spell(encoder, utterances, frames):
+    u = utterances[0]
+    text = u.text + " 12 —"
+    words = encoder.align(frames[u.id], text, u.duration)
+    assert [w for w, _, _ in words] == text.split()
+    assert all(0 <= s <= e <= u.duration for _, s, e in words) and all(a[2] <= b[1] + 1e-6 for a, b in zip(words, words[1:]))
+
+
+def test_a_transcript_too_long_for_its_audio_cannot_be_aligned(encoder, utterances, frames):
+    with pytest.raises(UserError, match="does not fit the audio"):
+        encoder.align(frames[utterances[0].id], "seven " * 200, utterances[0].duration)
+
+
+def test_align_adds_word_times_to_a_manifest(data, tmp_path, capsys):
+    import json
+
+    import mtbi
+    rows = [{k: v for k, v in json.loads(line).items() if k != "words"} for line in (data / "manifest.jsonl").read_text().splitlines()[:3]]
+    (data / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert mtbi.main(["align", str(data / "bare.jsonl"), "--out", str(tmp_path / "aligned.jsonl")]) == 0
+    assert all(len(u.words) == len(u.text.split()) for u in read_manifest(tmp_path / "aligned.jsonl", check_audio=True))

@@ -329,6 +329,33 @@ def measure_encoder(path, utterances=600, seed=1):
             for name, split in (("seen voices", "train"), ("unseen voices", "test"))}
 
 
+@torch.no_grad()
+def measure_delay(path, utterances=150, seed=2):
+    """Seconds by which the CTC head names a word's letters late (median over word boundaries of training voices, whose times are known).
+
+    Written to the encoder's config.json as ctc_delay: word alignment subtracts it.
+    """
+    from torchaudio.functional import forced_align, merge_tokens
+    from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+    model = AutoModelForCTC.from_pretrained(path, dtype=torch.float32).eval()
+    extractor, tokenizer = AutoFeatureExtractor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    rng, stream, late = random.Random(f"delay-{seed}"), world.draws(f"delay-{seed}", held_out=False), []
+    for _ in range(utterances):
+        text = next(stream).words
+        audio, words, _ = speech.render(text, rng, "train")
+        inputs = extractor(audio, sampling_rate=speech.SAMPLE_RATE, return_tensors="pt", pad_to_multiple_of=3)
+        scores = model(**inputs).logits.log_softmax(-1)                                        # (1, T, characters)
+        target = torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.int32)
+        path_, weights = forced_align(scores, target, blank=tokenizer.pad_token_id)
+        seconds, spans = len(audio) / speech.SAMPLE_RATE / scores.shape[1], merge_tokens(path_[0], weights[0], blank=tokenizer.pad_token_id)
+        bars = [i for i, span in enumerate(spans) if span.token == tokenizer.convert_tokens_to_ids("|")]
+        late += [(spans[i - 1].end + spans[i + 1].start) / 2 * seconds - start for i, (_, start, _) in zip(bars, words[1:])]
+    config = json.loads((path / "config.json").read_text())
+    config["ctc_delay"] = round(sorted(late)[len(late) // 2], 3)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config["ctc_delay"]
+
+
 CARD = """# The tiny world's two checkpoints
 
 Made by `python -m tiny.pretrain` from seed {seed}, from nothing but `world.py`, `tasks.toml` and espeak-ng voices; numbers below are printed by
@@ -346,7 +373,7 @@ The encoder heard {utterances} utterances in {n_train} x {n_accents} voices, wit
 eight (by a hash of its words) and the voice variants {test_voices}.
 
 **Encoder**: WER {seen_wer:.2%} on new sentences in the training voices, {unseen_wer:.2%} on held-out sentences in held-out voices
-({n_measured} utterances each).
+({n_measured} utterances each). Its letters come {ctc_delay} s late (median), which `config.json` records for word alignment.
 
 **LLM**, exact match on held-out sentences, by prompt:
 
@@ -413,6 +440,7 @@ def main():
             pretrain_encoder(args.out / "encoder", args.seed, args.share)
             figures |= {"encoder_steps": [round(args.share * steps) for steps, *_ in ENCODER_PHASES],
                         "utterances": [round(args.share * n) for _, _, n, _ in ENCODER_PHASES], "encoder_time": elapsed(start)}
+        figures["ctc_delay"] = measure_delay(args.out / "encoder")
         figures |= {"n_measured": 600, "encoder_wer": measure_encoder(args.out / "encoder", utterances=600)}
         print("encoder: " + ", ".join(f"WER {value:.2%} on {name}" for name, value in figures["encoder_wer"].items()))
     figures = {**(json.loads(measured.read_text()) if measured.exists() else {}), **figures}       # the other build may have written its own
