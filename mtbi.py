@@ -144,6 +144,8 @@ def report_skipped(out, skipped):
 def align(args):
     """Add word times to the rows of a manifest that have none, by CTC forced alignment; interleaving needs them."""
     encoder, out = shared_encoder(named(args.asr)), Path(args.out)
+    if out.resolve() == Path(args.manifest).resolve():
+        raise UserError(f"--out {out}: would overwrite the manifest it is made from; choose another name")
     if encoder.head is None:
         raise UserError(f"--asr {args.asr}: has no CTC head to align with")
     utterances = read_manifest(args.manifest)
@@ -350,15 +352,45 @@ What to try next
   Open model.py: SpeechLLM.embed is where speech becomes tokens.""")
 
 
+# ---- the command line ----
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):        # "(default: None)" explains nothing; such options say in words what happens without them
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+
+
+def positive(text):
+    if not text.isdecimal() or not 1 <= int(text) <= 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {2**20}")
+    return int(text)
+
+
+def seed(text):
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
+def rate(text):
+    try:
+        if 0 < float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number over 0, at most 1")
+
+
+def option(sub, flag, default, text, **more):
+    kind = positive if type(default) is int and default else str if default is None else type(default)
+    sub.add_argument(flag, default=default, help=text, **(more or {"type": kind}))
+
+
 def build_parser():
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (see {self.prog} --help)")
-
-    class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):        # "(default: None)" explains nothing; such options say in words what happens without them
-            return action.help if action.default in (None, "", False) else super()._get_help_string(action)
-
     parser = Parser(prog="mtbi.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -368,32 +400,10 @@ def build_parser():
         sub.set_defaults(function=function)
         for dest, text in positional:
             sub.add_argument(dest, help=text)
-        if name != "generate":
+        if name not in ("align", "generate"):
             option(sub, "--seed", 0, "seed of every random choice", type=seed)
             sub.add_argument("--force", action="store_true", help="do the step again, whatever is there (default: finished steps are kept)")
         return sub
-
-    def positive(text):
-        if not text.isdecimal() or not 1 <= int(text) <= 2**20:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {2**20}")
-        return int(text)
-
-    def seed(text):
-        if not text.isdecimal() or int(text) >= 2**31:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**31 - 1}")
-        return int(text)
-
-    def rate(text):
-        try:
-            if 0 < float(text) <= 1:
-                return float(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is no number over 0, at most 1")
-
-    def option(sub, flag, default, text, **more):
-        kind = positive if type(default) is int and default else str if default is None else type(default)
-        sub.add_argument(flag, default=default, help=text, **(more or {"type": kind}))
 
     sub = command(prepare, "prepare", ("source", "a JSONL manifest (audio_filepath, duration, text, …), or `tiny` to render speech with espeak-ng"))
     sub.add_argument("--out", required=True, help="the data folder to write")
