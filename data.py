@@ -239,7 +239,8 @@ def read_manifest(path, check_audio=False, skipped=None):
                 raise UserError(f"has the same audio file as line {lines[utterance.id]}")
             if check_audio:
                 utterance.duration = len(load_audio(utterance.audio, utterance.duration)) / SAMPLE_RATE
-                check_words(utterance.words or [], utterance.text if utterance.words else "", utterance.duration)
+                if utterance.words:
+                    check_words(utterance.words, utterance.text, utterance.duration)
             utterances.append(utterance)
         except (UserError, OSError) as error:
             if skipped is None:

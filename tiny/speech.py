@@ -56,7 +56,7 @@ def _library():
     rate = espeak.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data.encode(), _DO_NOT_EXIT)
     if rate <= 0:
         raise RuntimeError("espeak-ng could not be started; is the package espeakng-loader whole?")
-    heard = {"audio": [], "starts": [], "end": 0}
+    heard = {"audio": [], "starts": []}
 
     def callback(samples, n, events):
         if samples and n:
