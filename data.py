@@ -5,18 +5,21 @@ How a sample travels:  manifest row -> Utterance -> (stage 1) Behavior -> parts 
 
 import hashlib
 import json
+import math
 import os
-import random
 import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
+from transformers import AddedToken
 
 try:
     import tomllib
@@ -70,15 +73,19 @@ def read_json(path, *keys):
     return value
 
 
-def read_jsonl(path):
-    """Yields (line number, the line's object, or a string that says why it is none) of a JSONL file."""
+def read_lines(path):
+    """The lines of a UTF-8 text file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a JSONL text file ({error})") from None
-    for number, line in enumerate(lines, 1):
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+
+
+def read_jsonl(path):
+    """Yields (line number, the line's object, or a string that says why it is none) of a JSONL file."""
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -189,25 +196,33 @@ class Utterance:
         return {**row, "words": [[w, round(s, 4), round(e, 4)] for w, s, e in self.words]} if self.words else row
 
 
+KEYS = {                     # our names of a row's keys, and what NeMo, BLSP, Self-Powered LSM and Common Voice call them
+    "audio_filepath": ("audio_filepath", "audio", "path"), "text": ("text", "sentence", "transcript"),
+    "speaker": ("speaker", "speaker_id", "client_id"), "duration": ("duration",), "split": ("split",), "words": ("words",), "offset": ("offset",)}
+
+
 def parse_row(row, folder):
-    """The Utterance of a manifest row; UserError says what is wrong with it."""
+    """The Utterance of a manifest row; UserError says what is wrong with it. Its duration is 0 if the row does not say."""
     if isinstance(row, str):
         raise UserError(row)
-    for key, kinds in (("audio_filepath", str), ("text", str), ("duration", (int, float))):
-        if key not in row:
-            raise UserError(f"lacks the key {key!r}")
-        if not isinstance(row[key], kinds) or isinstance(row[key], bool):
-            raise UserError(f"{key!r} is {row[key]!r}, which is not a {'text' if kinds is str else 'number'}")
+    row = {key: next((row[name] for name in names if row.get(name) is not None), None) for key, names in KEYS.items()}
+    for key in ("audio_filepath", "text"):
+        if not isinstance(row[key], str):
+            raise UserError(f"lacks the key {key!r}" if row[key] is None else f"{key!r} is {row[key]!r}, which is not a text")
     text, duration = " ".join(row["text"].split()), row["duration"]
     if not text:
         raise UserError("the transcript is empty")
-    if not 0 < duration < 1e6:
+    if duration is not None and (isinstance(duration, bool) or not isinstance(duration, (int, float))):
+        raise UserError(f"'duration' is {duration!r}, which is not a number")
+    if duration is not None and not 0 < duration < 1e6:
         raise UserError(f"the duration is {duration} s")
-    if row.get("split") not in (None, "", "train", "test"):
+    if row["offset"]:
+        raise UserError(f"has the offset {row['offset']}: parts of longer recordings are not read; cut them into files of their own")
+    if row["split"] not in (None, "", "train", "test"):
         raise UserError(f"'split' is {row['split']!r}; it must be train or test")
-    speaker = "" if row.get("speaker") is None else str(row["speaker"])
-    words = None if row.get("words") is None else check_words(row["words"], text, duration)
-    return Utterance(Path(folder) / row["audio_filepath"], text, float(duration), speaker, row.get("split") or "", words, row["audio_filepath"])
+    words = None if row["words"] is None else check_words(row["words"], text, duration or math.inf)
+    speaker = "" if row["speaker"] is None else str(row["speaker"])
+    return Utterance(Path(folder) / row["audio_filepath"], text, float(duration or 0), speaker, row["split"] or "", words, row["audio_filepath"])
 
 
 def check_words(words, text, duration):
@@ -228,95 +243,43 @@ def check_words(words, text, duration):
     return times
 
 
-def read_manifest(path, check_audio=False, skipped=None):
-    """The utterances of a JSONL manifest. A bad row is a UserError naming file and line; or, if `skipped` is a list, it goes there."""
+def read_manifest(path, rows=None, check_audio=False, skipped=None):
+    """The utterances of a JSONL manifest, or of the rows [(line number or name, row)] of another corpus at `path`.
+
+    A bad row is a UserError naming file and line; or, if `skipped` is a list, it goes there. check_audio: read every file, and measure its duration.
+    """
     path, utterances, lines = Path(path), [], {}
-    rows = list(read_jsonl(path))
+    folder, rows = path if path.is_dir() else path.parent, list(read_jsonl(path)) if rows is None else rows
     for number, row in tqdm(rows, desc="check audio", unit="utt", disable=not check_audio):
         try:
-            utterance = parse_row(row, path.parent)
+            utterance = parse_row(row, folder)
             if lines.setdefault(utterance.id, number) != number:
                 raise UserError(f"has the same audio file as line {lines[utterance.id]}")
             if check_audio:
                 utterance.duration = len(load_audio(utterance.audio, utterance.duration)) / SAMPLE_RATE
                 if utterance.words:
                     check_words(utterance.words, utterance.text, utterance.duration)
+            elif not utterance.duration:
+                raise UserError("lacks the key 'duration'; `prepare` measures it")
             utterances.append(utterance)
         except (UserError, OSError) as error:
             if skipped is None:
                 raise UserError(f"{path}:{number}: {error}") from None
-            audio = row.get("audio_filepath", "") if isinstance(row, dict) else ""
-            skipped.append({"line": number, "audio_filepath": audio, "reason": str(error).removeprefix(f"{path.parent / str(audio)}: ")})
+            audio = "" if isinstance(row, str) else next((str(row[name]) for name in KEYS["audio_filepath"] if name in row), "")
+            skipped.append({"line": number, "audio_filepath": audio, "reason": str(error).removeprefix(f"{folder / audio}: ")})
     if not utterances:
         raise UserError(f"{path}: holds no usable utterance" + (f"; the first bad row is line {skipped[0]['line']}: {skipped[0]['reason']}" if skipped else ""))
     return utterances
 
 
+def utterances_id(utterances):
+    """Names what stage 1 depends on: audio, transcripts and split; word times may be added later."""
+    return hashlib.sha256(repr([(u.id, u.text, u.split) for u in utterances]).encode()).hexdigest()[:12]
+
+
 def held_out(text):
     """One transcript in eight, by a hash of its words: the same texts are held out whoever asks (the tiny LLM's pre-training too)."""
     return hashlib.sha256(text.encode()).digest()[0] < 32
-
-
-def split_speakers(utterances, test_speakers=(), joined=False):
-    """Fill in `split`; returns a line that says how it was decided."""
-    speakers, given = {u.speaker for u in utterances}, sum(bool(u.split) for u in utterances)
-    if missing := [s for s in test_speakers if s not in speakers]:
-        raise UserError(f"--test-speakers: there is no speaker {missing[0]!r}; the manifest has {', '.join(sorted(speakers)[:20])}")
-    if given and given < len(utterances) and not test_speakers:
-        raise UserError(f"'split' is given for {given} of {len(utterances)} rows; give it for all or none, or name --test-speakers")
-    if joined and not given and not test_speakers:
-        raise UserError("--join needs recordings for training and for testing; name the speakers to hold out with --test-speakers")
-    if not given or test_speakers:
-        for u in utterances:
-            u.split = "test" if (u.speaker in test_speakers if test_speakers else held_out(u.text)) else "train"
-    if {u.split for u in utterances} != {"train", "test"}:
-        raise UserError(f"all {len(utterances)} utterances are for {utterances[0].split}ing; name speakers to hold out with --test-speakers")
-    return (f"speakers held out: {', '.join(test_speakers)}" if test_speakers else "the manifest's own split" if given else
-            "no split in the manifest and no --test-speakers: one transcript in eight is held out, by a hash of its words")
-
-
-def leave_out_tested(utterances):
-    """The utterances without training rows whose transcript is tested."""
-    tested = {u.text for u in utterances if u.split == "test"}
-    kept = [u for u in utterances if u.split == "test" or u.text not in tested]
-    if len(kept) < len(utterances):
-        print(f"{len(utterances) - len(kept)} training rows left out, because their transcript is tested")
-    if all(u.split == "test" for u in kept):
-        raise UserError("no training rows are left: every transcript is also spoken by a held-out speaker")
-    return kept
-
-
-def join_words(utterances, lengths, count, out, seed=0):
-    """`count` new utterances, each a string of single-word recordings of one speaker with pauses between and exact word times.
-
-    lengths: (fewest, most) words. One string in five is for testing: from test recordings, with a text that held_out() holds out.
-    """
-    rng, pools, made = random.Random(f"join-{seed}"), {"train": {}, "test": {}}, []
-    for u in utterances:
-        if " " in u.text:
-            raise UserError(f"--join wants recordings of single words, but {u.id} says {u.text!r}")
-        pools[u.split].setdefault(u.speaker, []).append(u)
-    for n in tqdm(range(count), desc="join words", unit="utt"):
-        split = "test" if n % 5 == 4 else "train"
-        speaker = rng.choice(sorted(pools[split]))
-        for _ in range(1000):
-            picked = [rng.choice(pools[split][speaker]) for _ in range(rng.randint(*lengths))]
-            text = " ".join(u.text for u in picked)
-            if held_out(text) == (split == "test"):
-                break
-        else:
-            raise UserError(f"--join: too few words to make different strings for training and for testing (speaker {speaker!r}); make longer strings")
-        audio, words, at = [], [], 0
-        for u in picked:
-            pause, samples = np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLE_RATE), dtype=np.float32), load_audio(u.audio, u.duration)
-            start = at + len(pause)
-            at = start + len(samples)
-            audio += [pause, samples]
-            words.append([u.text, start / SAMPLE_RATE, at / SAMPLE_RATE])
-        path = Path(out) / "audio" / f"{n:05d}.flac"
-        write_audio(path, np.concatenate(audio))
-        made.append(Utterance(path, text, at / SAMPLE_RATE, speaker, split, words))
-    return made
 
 
 def write_audio(path, samples):
@@ -378,7 +341,41 @@ class Response:
     ids: list                # token ids to be answered, with the end-of-turn token: the only part that carries loss
 
 
-AUDIO_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+AUDIO_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"     # stands where audio goes while a conversation is rendered and tokenized
+
+
+@lru_cache(maxsize=8)
+def audio_mark_id(tokenizer):
+    """AUDIO_MARK as one token of its own: text beside it is tokenized as in the middle of a conversation, and the cut is exact."""
+    tokenizer.add_tokens(AddedToken(AUDIO_MARK, normalized=False, special=True))
+    return tokenizer.convert_tokens_to_ids(AUDIO_MARK)
+
+
+def tokenize_in_context(tokenizer, text):
+    """(token ids, the character each begins at) of a text in the middle of a conversation; at the start of a string some tokenizers add a space."""
+    audio_mark_id(tokenizer)
+    encoded = tokenizer(AUDIO_MARK + text.replace(AUDIO_MARK, " "), add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"][1:], [start - 1 for start, _ in encoded["offset_mapping"][1:]]
+
+
+def transcript_tokens(tokenizer, text):
+    return Text(tokenize_in_context(tokenizer, text)[0])
+
+
+A_DAY = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"      # before a chat template that asks for today's date (Llama 3)
+
+
+def render(tokenizer, messages, add_generation_prompt=True):
+    """The conversation as the chat template writes it: thinking off, the same date every day, and a system turn that it refuses before the question."""
+    template = tokenizer.get_chat_template()
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False,
+                                             chat_template=A_DAY + template if "strftime_now" in template else template)
+    except (TemplateError, TypeError, ValueError) as error:
+        if len(messages) > 1 and messages[0]["role"] == "system":
+            asked = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+            return render(tokenizer, [asked, *messages[2:]], add_generation_prompt)
+        raise UserError(f"the chat template refuses this conversation ({type(error).__name__}: {error})") from None
 
 
 def chat_parts(tokenizer, messages, audio, response=None):
@@ -387,23 +384,22 @@ def chat_parts(tokenizer, messages, audio, response=None):
     audio: one list of parts per audio entry, in order (speech, its transcript as text, or the two interleaved).
     response: token ids of the answer, or None to leave the conversation open for generation.
     """
-    flat = [{"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else
-             "\n".join(c["text"] if c["type"] == "text" else AUDIO_MARK for c in m["content"])} for m in messages]
-    rendered = tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    pieces = rendered.split(AUDIO_MARK)
-    if len(pieces) != len(audio) + 1:
-        raise UserError(f"the conversation names {len(pieces) - 1} audio entries, but {len(audio)} were given")
-    parts = []
-    for piece, heard in zip(pieces, [*audio, []]):
-        ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
-        parts += ([Text(ids)] if ids else []) + list(heard)
-    return parts + ([Response(response)] if response is not None else [])
+    def flat(content):
+        return content.replace(AUDIO_MARK, " ") if isinstance(content, str) else "\n".join(
+            flat(c["text"]) if c["type"] == "text" else AUDIO_MARK for c in content)
+
+    mark, parts, audio = audio_mark_id(tokenizer), [Text([])], list(audio)
+    rendered = render(tokenizer, [{"role": m["role"], "content": flat(m["content"])} for m in messages])
+    if rendered.count(AUDIO_MARK) != len(audio):
+        raise UserError(f"the conversation names {rendered.count(AUDIO_MARK)} audio entries, but {len(audio)} were given")
+    for token in tokenizer(rendered, add_special_tokens=False)["input_ids"]:
+        if token == mark:
+            parts += [*audio.pop(0), Text([])]
+        else:
+            parts[-1].ids.append(token)
+    return [p for p in parts if not isinstance(p, Text) or p.ids] + ([Response(response)] if response is not None else [])
 
 
-def ask(prompt):
+def ask(prompt, audio=None):
     """The one-turn conversation of the benchmark and of stages 1 and 2: a prompt, then an utterance."""
-    return [{"role": "user", "content": [{"type": "text", "text": prompt}, {"type": "audio", "audio": None}]}]
-
-
-def transcript_tokens(tokenizer, text):
-    return Text(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [{"role": "user", "content": [{"type": "text", "text": prompt}, {"type": "audio", "audio": audio}]}]

@@ -47,7 +47,7 @@ def answer_cases(model, hear, cases, name, batch_size, max_new_tokens):
     """The model's answers; hear(utterance) gives the parts that stand for the utterance: text, speech, or what the cascade heard."""
     heard = {c.utterance.id: hear(c.utterance) for c in cases}
     parts = [chat_parts(model.tokenizer, ask(c.prompt), [heard[c.utterance.id]]) for c in cases]
-    return model.generate_all(parts, [(c.task.name, c.utterance.duration) for c in cases], f"bench {name}", batch_size, max_new_tokens)
+    return [text for text, _ in model.generate_all(parts, [(c.task.name, c.utterance.duration) for c in cases], f"bench {name}", batch_size, max_new_tokens)]
 
 
 def systems(run, encoders, transcriber, llm, utterances, cache):

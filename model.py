@@ -6,25 +6,27 @@ Shapes:  B conversations, L positions, T encoder frames, N speech tokens, D the 
 import hashlib
 import logging
 import math
-from functools import cached_property
+import shutil
+from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForCTC, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForCTC, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from data import AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, chat_parts, load_audio, read_json, timed, whole_file, write_json
+from connectors import Connector
+from data import (AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, ask, chat_parts, load_audio, read_json, render, timed, tokenize_in_context,
+                  whole_file, write_json)
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)         # it warns of an optional kernel package it would load from the network
 TINY = Path(__file__).with_name("tiny")                            # the tiny world's checkpoints, by the name "tiny"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100                # label of a position without loss
-DROPOUT = 0.1                # in connectors: little speech is soon learned by heart
 
 
 def weights_id(name, kind):
@@ -38,82 +40,19 @@ def weights_id(name, kind):
     return hashed.hexdigest()[:12] if folder.is_dir() else ""
 
 
-# ---- connectors: encoder frames (T, D_encoder) -> speech tokens (N, D) ----
-
-class StackMLP(nn.Module):
-    """Stack k neighbouring frames, then a two-layer MLP (as in SLAM-ASR, arXiv 2402.08846).
-
-    frames (B, N * k, D_encoder) -> (B, N, k * D_encoder) -> LayerNorm, MLP with dropout -> (B, N, D)
-    """
-
-    def __init__(self, width_in, width_out, k, hidden):
-        super().__init__()
-        self.k = k
-        self.norm = nn.LayerNorm(k * width_in)
-        self.mlp = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(k * width_in, hidden), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(hidden, width_out))
-
-    def forward(self, x):
-        return self.mlp(self.norm(x.reshape(len(x), -1, self.k * x.shape[-1])))     # (B, N, k * D_encoder) -> (B, N, D)
-
-
-class Conv(nn.Module):
-    """Strided 1-d convolutions, each halving the rate, then a bottleneck MLP with a residual (BLSP, arXiv 2309.00916, section 3.1).
-
-    frames (B, N * k, D_encoder) -> log2(k) convolutions of stride 2 -> (B, N, D_encoder) -> (B, N, D)
-    """
-
-    def __init__(self, width_in, width_out, k, hidden):
-        super().__init__()
-        if k & (k - 1):
-            raise UserError(f"the conv connector halves the frame rate, so --k must be a power of two, not {k}")
-        self.convs = nn.ModuleList(nn.Conv1d(width_in, width_in, 5, stride=2, padding=2) for _ in range(int(math.log2(k))))
-        self.project = nn.Linear(width_in, width_out)
-        self.norm = nn.LayerNorm(width_out)
-        self.adapter = nn.Sequential(nn.Linear(width_out, hidden), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(hidden, width_out))
-
-    def forward(self, x):
-        for conv in self.convs:
-            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)    # (B, T, D_encoder) -> (B, T / 2, D_encoder)
-        x = self.norm(self.project(x))                             # (B, N, D)
-        return x + self.adapter(x)
-
-
-CONNECTORS = {"stack-mlp": StackMLP, "conv": Conv}
-
-
-class Connector(nn.Module):
-    """Encoder frames to speech tokens: k frames a token, and a scale that starts the tokens at the norm of the LLM's own embeddings."""
-
-    def __init__(self, kind, width_in, width_out, k, hidden, embedding_rms=1.0):
-        super().__init__()
-        if kind not in CONNECTORS:
-            raise UserError(f"there is no connector {kind!r}; there are {', '.join(CONNECTORS)}")
-        self.k, self.body = k, CONNECTORS[kind](width_in, width_out, k, hidden)
-        self.scale = nn.Parameter(torch.full((width_out,), float(embedding_rms)))
-
-    def forward(self, spans):
-        """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)], N_i = T_i / k rounded up; the last token's missing frames are zeros.
-
-        Spans of as many tokens go through together: nothing is padded beyond that, so a span's tokens do not depend on its batch.
-        """
-        tokens, by_length = [None] * len(spans), {}
-        for i, frames in enumerate(spans):
-            by_length.setdefault(-(-len(frames) // self.k), []).append(i)
-        for n, rows in by_length.items():
-            x = torch.stack([F.pad(spans[i], (0, 0, 0, n * self.k - len(spans[i]))) for i in rows]).to(self.scale)   # (B, N * k, D_encoder)
-            y = self.body(x) if n else x.new_zeros(len(rows), 0, len(self.scale))                                    # (B, N, D)
-            for i, row in zip(rows, F.rms_norm(y, y.shape[-1:]) * self.scale):
-                tokens[i] = row
-        return tokens
+def named(name):
+    """A local model folder as an absolute path; "tiny" and hub names as they are."""
+    return str(Path(name).resolve()) if name != "tiny" and Path(name).exists() else name
 
 
 # ---- the frozen speech encoder ----
 
 class SpeechEncoder(nn.Module):
-    """Any Hugging Face speech encoder, frozen, in eval mode, one utterance at a time: with no padding there is nothing to mask.
+    """Any Hugging Face speech encoder (Whisper, WavLM, HuBERT, wav2vec 2.0, Parakeet, …) with its own feature extractor, frozen, in eval mode.
 
+    One utterance at a time: nothing is padded, and what its extractor pads by itself is masked and cut off. `width` and `frame_rate` (frames a second)
+    are read from the model by letting it hear noise. A CTC model keeps its head: `transcribe` is what the cascade hears.
     A Whisper encoder runs on the audio's own length (`pad_whisper`: on 30 s of padding, as it was trained; only the audio's frames are kept).
-    A CTC model keeps its head: `transcribe` is what the cascade hears.
     """
 
     def __init__(self, name, pad_whisper=False):
@@ -122,92 +61,71 @@ class SpeechEncoder(nn.Module):
         name = TINY / "encoder" if name == "tiny" else name
         self.config = load_or_explain(AutoConfig, name, "speech encoder")
         self.extractor = load_or_explain(AutoFeatureExtractor, name, "speech encoder")
+        if self.extractor.sampling_rate != SAMPLE_RATE:
+            raise UserError(f"speech encoder {name}: hears {self.extractor.sampling_rate} Hz; encoders of {SAMPLE_RATE} Hz are supported")
         self.is_whisper = self.config.model_type == "whisper"
         self.head, self.ctc_tokenizer = None, None
         if self.is_whisper:
             from transformers.models.whisper.modeling_whisper import WhisperEncoder
-            self.model = load_or_explain(WhisperEncoder, name, "speech encoder", dtype=torch.float32,
+            self.model = load_or_explain(WhisperEncoder, name, "speech encoder", dtype=torch.float16 if DEVICE == "cuda" else torch.float32,
                                          key_mapping={r"^(model\.)?encoder\.": ""})        # the decoder is never read
         elif any(a.endswith("ForCTC") for a in self.config.architectures or []):
             model = load_or_explain(AutoModelForCTC, name, "speech encoder", dtype=torch.float32)
-            if not hasattr(model, "lm_head"):
-                raise UserError(f"speech encoder {name}: CTC models of the kind {self.config.model_type} are not supported yet")
-            self.model, self.head = getattr(model, model.base_model_prefix), model.lm_head
+            self.model = model.encoder if hasattr(model, "ctc_head") else model.base_model                     # Parakeet; the wav2vec 2.0 family
+            self.head = model.ctc_head if hasattr(model, "ctc_head") else model.lm_head
             self.ctc_tokenizer = load_or_explain(AutoTokenizer, name, "speech encoder")
         else:
-            self.model = load_or_explain(AutoModel, name, "speech encoder", dtype=torch.float32)
-        self.width = getattr(self.config, "d_model", None) or self.config.hidden_size
+            model = load_or_explain(AutoModel, name, "speech encoder", dtype=torch.float32)
+            self.model = getattr(model, "encoder", model) if self.config.is_encoder_decoder else model
         self.to(DEVICE).eval().requires_grad_(False)
+        noise = np.random.default_rng(0).normal(0, 0.1, 13 * SAMPLE_RATE).astype(np.float32)
+        short, long = self(noise[:SAMPLE_RATE]), self(noise)
+        self.width, self.frame_rate = long.shape[1], (len(long) - len(short)) / 12
 
     @torch.no_grad()
     def forward(self, audio, name="the audio"):
-        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder) on the CPU, half precision."""
-        if self.is_whisper:
-            return self.whisper(audio, name).half().cpu()
+        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder) on the CPU, half precision. `name` is for error messages."""
+        if self.is_whisper:                                        # it hears 30 s at a time: longer audio goes in as equal pieces
+            pieces = np.array_split(audio, math.ceil(len(audio) / SAMPLE_RATE / self.extractor.chunk_length))
+            return torch.cat([self.whisper(piece) for piece in pieces]).half().cpu()
         inputs = self.extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(DEVICE)
-        frames = self.model(**inputs).last_hidden_state[0]         # (T, D_encoder)
-        if "input_features" in inputs:                             # stacked extractors pad to whole stacks
-            frames = frames[:int(inputs["attention_mask"].sum())]
+        try:
+            out = self.model(**inputs)
+        except (RuntimeError, ValueError) as error:                # how convolutions say that the input is shorter than they are
+            raise UserError(f"{name}: {len(audio) / SAMPLE_RATE:.2f} s of audio, which {self.name} cannot hear ({str(error).splitlines()[0]})") from None
+        frames, mask = out.last_hidden_state[0], out.get("attention_mask", inputs.get("attention_mask"))       # (T, D_encoder)
+        if mask is not None and mask.shape[1] == len(frames):      # a mask of frames, not of samples
+            frames = frames[mask[0].bool()]
         return frames.half().cpu()
 
-    def whisper(self, audio, name):
-        """WhisperEncoder.forward of transformers without its check that the input is 30 s long."""
-        seconds = len(audio) / SAMPLE_RATE
-        if seconds > self.extractor.chunk_length:
-            raise UserError(f"{name}: {seconds:.1f} s is more than the {self.extractor.chunk_length} s that a Whisper encoder hears; cut it into shorter clips")
+    def whisper(self, audio):
+        """WhisperEncoder.forward of transformers without its check that the input is 30 s long: samples -> frames (T, D_encoder)."""
         mel = self.extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt",
-                             padding="max_length" if self.pad_whisper else "longest")["input_features"].to(DEVICE)     # (1, bins, 2T)
+                             padding="max_length" if self.pad_whisper else "longest")["input_features"].to(self.model.conv1.weight)    # (1, bins, 2T)
         x = F.gelu(self.model.conv1(mel))
-        x = F.gelu(self.model.conv2(x)).transpose(1, 2)                                                                # (1, T, D_encoder)
+        x = F.gelu(self.model.conv2(x)).transpose(1, 2)                                                                                # (1, T, D_encoder)
         x = x + self.model.embed_positions.weight[:x.shape[1]]
         for layer in self.model.layers:
             x = layer(x, None)
-        return self.model.layer_norm(x)[0, :math.ceil(len(audio) / SAMPLE_RATE * 50)]
+        return self.model.layer_norm(x)[0, :math.ceil(len(audio) / self.extractor.hop_length / 2)]
 
     @torch.no_grad()
+    def ctc(self, frames):
+        """frames (T, D_encoder) -> log-probabilities of the CTC vocabulary (T, V) on the CPU."""
+        return self.head(frames.float().to(DEVICE)[None])[0].log_softmax(-1).cpu()
+
     def transcribe(self, frames):
         """Greedy CTC: frames (T, D_encoder) -> text."""
-        return self.ctc_tokenizer.decode(self.head(frames.float().to(DEVICE)).argmax(-1).tolist())
-
-    @torch.no_grad()
-    def align(self, frames, text, duration):
-        """Word times [[word, start_s, end_s], ...] of a transcript by CTC forced alignment (torchaudio.functional.forced_align).
-
-        Characters the CTC vocabulary lacks are passed over; a word of only such characters gets the time between its neighbours. A CTC
-        head names a letter some time after it was said; the tiny encoder's config.json holds its delay, as measured on espeak-ng's own times.
-        """
-        from torchaudio.functional import forced_align, merge_tokens
-        vocabulary, bar = self.ctc_tokenizer.get_vocab(), self.ctc_tokenizer.word_delimiter_token
-        spelled = [[vocabulary[c] for c in word if c in vocabulary and c != bar] or [vocabulary[c] for c in word.upper() if c in vocabulary]
-                   for word in (text.lower().split())]
-        targets = [i for letters in spelled if letters for i in [*letters, vocabulary[bar]]][:-1]
-        try:
-            path, scores = forced_align(self.head(frames.float().to(DEVICE)).log_softmax(-1)[None].cpu(), torch.tensor([targets], dtype=torch.int32),
-                                        blank=self.ctc_tokenizer.pad_token_id)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"the transcript does not fit the audio: {len(targets)} characters in {duration:.2f} s ({str(error).splitlines()[0]})") from None
-        spans, seconds, times, at = merge_tokens(path[0], scores[0], blank=self.ctc_tokenizer.pad_token_id), duration / len(frames), [], 0
-        for letters in spelled:
-            if letters:
-                times.append([spans[at].start * seconds, spans[at + len(letters) - 1].end * seconds])
-                at += len(letters) + 1                             # and the delimiter
-            else:
-                times.append(None)
-        for i, time in enumerate(times):
-            if time is None:
-                after = next((t[0] for t in times[i + 1:] if t), duration)
-                times[i] = [times[i - 1][1] if i else 0.0, after]
-        delay = getattr(self.config, "ctc_delay", 0.0)
-        times = [[max(0.0, start - delay), max(0.0, end - delay)] for start, end in times]
-        for a, b in zip(times, times[1:]):                         # CTC peaks are short: words meet midway between them
-            a[1] = b[0] = (a[1] + b[0]) / 2
-        return [[word, start, end] for word, (start, end) in zip(text.split(), times)]
+        return self.ctc_tokenizer.decode(self.ctc(frames).argmax(-1).tolist())
 
     @cached_property
     def key(self):
         """Names what determines the frames: samples of every weight, the feature extractor, and the padding option."""
         samples = [p.flatten()[::max(1, p.numel() // 1024)].float().cpu().numpy().tobytes() for p in self.model.state_dict().values()]
         return hashlib.sha256(b"".join(samples) + repr((self.extractor.to_dict(), self.pad_whisper)).encode()).hexdigest()[:12]
+
+
+shared_encoder = lru_cache(maxsize=2)(SpeechEncoder)                # it is frozen, so the steps of one process share it; the LLM likewise
 
 
 def encode_all(encoder, utterances, cache):
@@ -264,32 +182,48 @@ def load_llm(name, bits=4):
         raise UserError(f"LLM {name}: its tokenizer has no chat template; choose an instruction-tuned model")
     if not tokenizer("a b")["input_ids"]:
         raise UserError(f"LLM {name}: its tokenizer is empty; is tokenizer.json missing?")
+    if not tokenizer.is_fast:
+        raise UserError(f"LLM {name}: its tokenizer gives no character offsets, which interleaving needs; it must have a tokenizer.json")
     try:
         end_of_turn(tokenizer)
-    except (TemplateError, IndexError) as error:
-        raise UserError(f"LLM {name}: its chat template cannot be used ({type(error).__name__}: {error})") from None
+    except (UserError, IndexError) as error:
+        raise UserError(f"LLM {name}: its chat template cannot be used ({error})") from None
     llm = load_or_explain(AutoModelForCausalLM, name, "LLM", dtype=compute, quantization_config=quantization, device_map={"": DEVICE})
     for module in llm.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call without gradients, into a kernel that has no backward
         # and other rounding. One set of weights for training and generation:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    # Greedy decoding and nothing else, whatever sampling or penalties the checkpoint recommends; its end tokens are kept.
+    llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)
     return llm.eval().requires_grad_(False), tokenizer
+
+
+@lru_cache(maxsize=1)
+def shared_llm(name, bits):
+    with timed("load the LLM"):
+        return load_llm(name, bits)
 
 
 def fingerprint(llm, tokenizer):
     """Tells one LLM from another by what is never quantized: its shape, its vocabulary, a slice of its embeddings, its norms."""
     weights = [llm.get_input_embeddings().weight[:64], *(p for name, p in llm.named_parameters() if "norm" in name)]
     samples = b"".join(w.to(torch.bfloat16).float().cpu().numpy().tobytes() for w in weights)      # the same whatever precision it was loaded in
-    return hashlib.sha256(samples + repr((llm.config.hidden_size, llm.config.num_hidden_layers, len(tokenizer))).encode()).hexdigest()[:12]
+    return hashlib.sha256(samples + repr((llm.config.hidden_size, llm.config.num_hidden_layers, tokenizer.vocab_size)).encode()).hexdigest()[:12]
 
 
 def end_of_turn(tokenizer):
-    """The token the chat template puts after an answer."""
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
-    after = tokenizer.apply_chat_template(turn, tokenize=False).rsplit(AUDIO_MARK, 1)[1]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return ids[0] if ids else tokenizer.eos_token_id
+    """The token the chat template puts after an answer: the first of its special tokens there."""
+    after = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}], add_generation_prompt=False)
+    ids = tokenize_in_context(tokenizer, after.rsplit(AUDIO_MARK, 1)[1])[0]
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), ids[0] if ids else tokenizer.eos_token_id)
+
+
+def embedding_rms(llm):
+    """Root mean square of the LLM's input embeddings as its layers see them (Gemma scales them on the way), over up to 4096 tokens."""
+    table = llm.get_input_embeddings()
+    with torch.no_grad():
+        return table(torch.arange(0, len(table.weight), -(-len(table.weight) // 4096), device=DEVICE)).float().pow(2).mean().sqrt()
 
 
 # ---- the speech LLM ----
@@ -302,6 +236,8 @@ class SpeechLLM(nn.Module):
         super().__init__()
         self.llm, self.tokenizer, self.encoder, self.connector = llm, tokenizer, encoder, connector
         self.eot, self.fingerprint, self.lora = end_of_turn(tokenizer), fingerprint(llm, tokenizer), lora
+        ends = llm.generation_config.eos_token_id
+        self.ends = sorted({self.eot, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
         if lora:
             from peft import LoraConfig, get_peft_model
             self.llm = get_peft_model(llm, LoraConfig(r=lora, lora_alpha=2 * lora, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -356,31 +292,38 @@ class SpeechLLM(nn.Module):
         return F.kl_div(logits[answered].log_softmax(-1), target, reduction="sum", log_target=True)
 
     @torch.no_grad()
-    def generate(self, batch, max_new_tokens=64):
-        """Greedy answers to open conversations: parts -> [text]."""
+    def generate_rows(self, batch, max_new_tokens=64):
+        """Greedy answers to open conversations: parts -> [(text, did it end by itself)]."""
         embeds, mask, _ = self.embed(batch)
-        ids = self.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                repetition_penalty=1.0, eos_token_id=self.eot, pad_token_id=self.eot)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        rows = self.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                                 eos_token_id=self.ends, pad_token_id=self.eot).tolist()
+        lengths = [next((i for i, token in enumerate(row) if token in self.ends), None) for row in rows]
+        texts = self.tokenizer.batch_decode([row[:n] for row, n in zip(rows, lengths)], skip_special_tokens=True)
+        return [(text.strip(), n is not None) for text, n in zip(texts, lengths)]
+
+    def generate(self, batch, max_new_tokens=64):
+        """The texts of generate_rows."""
+        return [text for text, _ in self.generate_rows(batch, max_new_tokens)]
 
     def generate_all(self, conversations, order, desc, batch_size, max_new_tokens):
-        """Answers to many open conversations, in batches of neighbours by the sort key `order[i]`, with a progress bar."""
+        """generate_rows for many open conversations, in batches of neighbours by the sort key `order[i]`, with a progress bar."""
         answers, by_key = [None] * len(conversations), sorted(range(len(conversations)), key=order.__getitem__)
         for at in tqdm(range(0, len(by_key), batch_size), desc=desc, unit="batch"):
             rows = by_key[at:at + batch_size]
-            for i, answer in zip(rows, self.generate([conversations[i] for i in rows], max_new_tokens)):
+            for i, answer in zip(rows, self.generate_rows([conversations[i] for i in rows], max_new_tokens)):
                 answers[i] = answer
         return answers
 
-    def answer(self, messages, max_new_tokens=64):
-        """The answer to one conversation in the Hugging Face message format; audio entries hold the path of a sound file."""
+    def answer(self, question, audio=None, max_new_tokens=64):
+        """The answer to a question about a sound file; or to a whole conversation in the Hugging Face message format (audio entries hold a path)."""
+        messages = ask(question, audio) if isinstance(question, str) else question
         paths = [c["audio"] for m in messages if not isinstance(m["content"], str) for c in m["content"] if c["type"] == "audio"]
         heard = [[Speech(self.encoder(load_audio(path), path))] for path in paths]
         return self.generate([chat_parts(self.tokenizer, messages, heard)], max_new_tokens)[0]
 
-    def response(self, text):
-        """The token ids to imitate: the answer and the end of its turn."""
-        return Response(self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eot])
+    def response(self, text, ended=True):
+        """The token ids to imitate: the answer and, unless it was cut off, the end of its turn."""
+        return Response(tokenize_in_context(self.tokenizer, text)[0] + [self.eot] * ended)
 
     # -- a run folder holds the connector (and the adapter), and names the LLM and the encoder --
 
@@ -388,8 +331,11 @@ class SpeechLLM(nn.Module):
         """Write connector.safetensors (and adapter/) and what is needed to load them again."""
         with whole_file(Path(folder) / "connector.safetensors") as temporary:
             save_file({k: v.contiguous() for k, v in self.connector.state_dict().items()}, temporary)
-        if self.lora:
-            self.llm.save_pretrained(Path(folder) / "adapter")
+        if self.lora:                                              # a folder that PEFT loads by itself
+            written, adapter = Path(folder) / ".adapter", Path(folder) / "adapter"
+            self.llm.save_pretrained(written, save_embedding_layers=False)
+            shutil.rmtree(adapter, ignore_errors=True)
+            written.rename(adapter)
         write_json(Path(folder) / "model.json", {**spec, "llm_fingerprint": self.fingerprint, "encoder_key": self.encoder.key})
 
     @classmethod
@@ -397,14 +343,13 @@ class SpeechLLM(nn.Module):
         """A SpeechLLM from its spec: llm, bits, encoder, pad_whisper, connector, k, hidden, lora. Pass loaded models to share them."""
         llm, tokenizer = llm or load_llm(spec["llm"], spec["bits"])
         encoder = encoder or SpeechEncoder(spec["encoder"], spec["pad_whisper"])
-        table = llm.get_input_embeddings().weight
         torch.manual_seed(seed)                                    # after loading, which may draw random numbers itself
-        connector = Connector(spec["connector"], encoder.width, table.shape[1], spec["k"], spec["hidden"], table.float().pow(2).mean().sqrt())
+        connector = Connector(spec["connector"], encoder.width, llm.get_input_embeddings().weight.shape[1], spec["k"], spec["hidden"], embedding_rms(llm))
         return cls(llm, tokenizer, encoder, connector.to(DEVICE), spec["lora"])
 
     @classmethod
     def from_pretrained(cls, folder, llm=None, encoder=None):
-        """Load what save() wrote. UserError if it was trained for another LLM."""
+        """Load what save() wrote (RUN/<recipe>). UserError if it was trained for another LLM or another encoder."""
         spec = read_json(Path(folder) / "model.json", "llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora", "llm_fingerprint",
                          "encoder_key")
         model = cls.build(spec, llm, encoder)

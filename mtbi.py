@@ -1,11 +1,12 @@
 """MTBI: a frozen speech encoder and a small trained connector give a frozen, 4-bit LLM ears (arXiv 2505.18644).
 
-    prepare   speech and transcripts           ->  DATA/manifest.jsonl
+    prepare   speech and transcripts, of any common corpus        ->  DATA/manifest.jsonl
     align     word times for speech that has none, by CTC forced alignment
     imitate   stage 1: the LLM answers the transcripts, over many tasks   ->  RUN/behaviors.jsonl
     train     stage 2: the connector learns to get the same answers from the speech  ->  RUN/<recipe>/
     bench     unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
     generate  ask a trained model about a sound file
+    info      what a run folder is: models, recipes, data, steps, scores
     demo      all of it in the tiny world: offline, on a laptop CPU
 """
 
@@ -14,13 +15,11 @@ import hashlib
 import os
 import platform
 import random
-import re
 import shlex
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,13 +27,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from tqdm import tqdm
+from huggingface_hub.utils import enable_progress_bars
 
 import eval as benchmark
-from data import (TIMES, UserError, Utterance, ask, chat_parts, claim, is_done, join_words, leave_out_tested, load_audio,
-                  load_tasks, read_json, read_manifest, relative, split_speakers, timed, transcript_tokens, write_audio,
-                  write_jsonl)
-from model import CONNECTORS, DEVICE, SpeechEncoder, SpeechLLM, encode_all, load_llm, weights_id
+from connectors import CONNECTORS, frames_a_token
+from corpora import align, prepare
+from data import (TIMES, UserError, ask, chat_parts, claim, is_done, load_tasks, read_json, read_manifest, relative, timed, transcript_tokens,
+                  utterances_id, write_jsonl)
+from model import DEVICE, SpeechLLM, encode_all, load_llm, named, shared_encoder, shared_llm, weights_id
 from train import Behavior, Examples, Recipe, read_behaviors, read_log, train
 
 RECIPES = {
@@ -42,7 +42,7 @@ RECIPES = {
     "mtbi-no-interleave": Recipe("mtbi without interleaving: what does it add?", repeat=(1.0, 0.2)),
     "mtbi-kl": Recipe("mtbi that imitates the whole next-token distribution", interleave=0.4, repeat=(1.0, 0.2), loss="kl"),
     "asr": Recipe("the task repeat alone: the baseline that was never shown another task", tasks="repeat", repeat=(1.0, 1.0)),
-    "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks="continue", connector="conv", k=8),
+    "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks="continue", connector="conv"),
 }
 
 
@@ -54,108 +54,8 @@ def digest(path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def named(name):
-    """A local model folder as an absolute path; "tiny" and hub names as they are."""
-    return str(Path(name).resolve()) if name != "tiny" and Path(name).exists() else name
-
-
-@lru_cache(maxsize=1)
-def shared_llm(name, bits):
-    """The LLM is frozen, so the steps of one process share it; the speech encoder likewise."""
-    with timed("load the LLM"):
-        return load_llm(name, bits)
-
-
-shared_encoder = lru_cache(maxsize=2)(SpeechEncoder)
-
-
 def say_where():
     print(f"device: {DEVICE} ({torch.get_num_threads()} threads), because " + ("CUDA is there" if DEVICE == "cuda" else "there is no CUDA"))
-
-
-# ---- prepare ----
-
-def prepare(args):
-    """Check speech and transcripts and write DATA/manifest.jsonl; `tiny` renders speech instead."""
-    out, tiny, lengths = Path(args.out), args.source == "tiny", parse_join(args.join)
-    if tiny and (args.join or args.test_speakers or args.skip_bad):
-        raise UserError("prepare tiny: --join, --test-speakers and --skip-bad are for manifests")
-    if not tiny and (out / "manifest.jsonl").resolve() == Path(args.source).resolve():
-        raise UserError(f"--out {out}: would overwrite the manifest it is made from; choose another folder")
-    settings = {"source": "tiny" if tiny else digest(args.source), "folder": "" if tiny else relative(Path(args.source).parent, out), "seed": args.seed,
-                **({"train": args.train, "test": args.test} if tiny else
-                   {"join": args.join, "count": args.count, "test_speakers": args.test_speakers, "skip_bad": args.skip_bad})}
-    if is_done(out, settings, "manifest.jsonl", args.force):
-        return print(f"{out}: is prepared already")
-    skipped, why = [], "tiny world: held-out sentences in held-out voices"
-    if not tiny:
-        with timed("check the audio"):
-            utterances = read_manifest(args.source, check_audio=True, skipped=skipped if args.skip_bad else None)
-        why = split_speakers(utterances, [s for s in args.test_speakers.split(",") if s], joined=bool(lengths))
-        utterances = utterances if lengths else leave_out_tested(utterances)
-    (out / "manifest.jsonl").unlink(missing_ok=True)
-    claim(out, settings)
-    if args.skip_bad:
-        report_skipped(out, skipped)
-    if tiny or lengths:
-        with timed("render speech" if tiny else "join words"):
-            utterances = render_tiny(out, args.train, args.test, args.seed) if tiny else join_words(utterances, lengths, args.count, out, args.seed)
-    write_jsonl(out / "manifest.jsonl", [u.row(out) for u in utterances])
-    claim(out, settings, done=True)
-    print(f"{out / 'manifest.jsonl'}: {len(utterances)} utterances, {sum(u.duration for u in utterances) / 60:.1f} minutes; "
-          f"{dict(Counter(u.split for u in utterances))} ({why}); {sum(bool(u.words) for u in utterances)} with word times")
-
-
-def parse_join(text):
-    """"3:6" -> (3, 6)"""
-    if not text:
-        return None
-    low, _, high = text.partition(":")
-    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
-        raise UserError(f"--join {text}: give the fewest and the most words, like 3:6")
-    return int(low), int(high)
-
-
-def render_tiny(out, n_train, n_test, seed):
-    from tiny import speech, world
-    rng, utterances = random.Random(f"prepare-{seed}"), []
-    for split, n in (("train", n_train), ("test", n_test)):
-        stream = world.draws(f"prepare-{seed}", held_out=split == "test")
-        for i in tqdm(range(n), desc=f"render {split}", unit="utt"):
-            text = next(stream).words
-            try:
-                audio, words, voice = speech.render(text, rng, split)
-            except (RuntimeError, ValueError, OSError) as error:
-                raise UserError(f"espeak-ng: {error}") from None
-            path = out / "audio" / f"{split}-{i:05d}.wav"
-            write_audio(path, audio)
-            utterances.append(Utterance(path, text, len(audio) / speech.SAMPLE_RATE, voice["voice"], split, words))
-    return utterances
-
-
-def report_skipped(out, skipped):
-    write_jsonl(out / "skipped.jsonl", skipped)
-    reasons = Counter(re.split(r" \(|,| '| line ", row["reason"])[0] for row in skipped)
-    print(f"{len(skipped)} rows left out, listed in {out / 'skipped.jsonl'}: " + "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common()))
-
-
-# ---- align ----
-
-def align(args):
-    """Add word times to the rows of a manifest that have none, by CTC forced alignment; interleaving needs them."""
-    encoder, out = shared_encoder(named(args.asr)), Path(args.out)
-    if out.resolve() == Path(args.manifest).resolve():
-        raise UserError(f"--out {out}: would overwrite the manifest it is made from; choose another name")
-    if encoder.head is None:
-        raise UserError(f"--asr {args.asr}: has no CTC head to align with")
-    utterances = read_manifest(args.manifest)
-    for u in tqdm([u for u in utterances if not u.words], desc="align", unit="utt"):
-        try:
-            u.words = encoder.align(encoder(load_audio(u.audio, u.duration), u.audio), u.text, u.duration)
-        except UserError as error:
-            raise UserError(f"{u.audio}: {error}") from None
-    write_jsonl(out, [u.row(out.parent) for u in utterances])
-    print(f"{out}: {len(utterances)} utterances with word times")
 
 
 # ---- imitate (stage 1) ----
@@ -164,10 +64,11 @@ def imitate(args):
     """Stage 1, text only: the LLM answers the training transcripts over the training tasks. These answers are the behaviors."""
     out, data = Path(args.out), Path(args.data)
     tasks_path = Path(args.tasks or HERE / ("tiny/tasks.toml" if args.llm == "tiny" else "tasks.toml"))
-    tasks, utterances = load_tasks(tasks_path), [u for u in read_manifest(data / "manifest.jsonl") if u.split == "train"]
-    settings = {"data": relative(data, out), "manifest": digest(data / "manifest.jsonl"), "llm": named(args.llm), "bits": args.bits,
+    tasks, utterances = load_tasks(tasks_path), read_manifest(data / "manifest.jsonl")
+    settings = {"data": relative(data, out), "utterances": utterances_id(utterances), "llm": named(args.llm), "bits": args.bits,
                 "llm_weights": weights_id(args.llm, "llm"), "tasks": relative(tasks_path, HERE), "task_table": digest(tasks_path),
                 "per_utterance": args.per_utterance, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    utterances = [u for u in utterances if u.split == "train"]
     if not utterances:
         raise UserError(f"{data / 'manifest.jsonl'}: has no row with split train; run prepare first")
     if is_done(out, settings, "behaviors.jsonl", args.force):
@@ -176,14 +77,14 @@ def imitate(args):
     model, todo = SpeechLLM(*shared_llm(named(args.llm), args.bits)), draw_questions(tasks, utterances, args.per_utterance, args.seed)
     claim(out, settings)
     print(f"{len(todo)} questions about {len(utterances)} transcripts: repeat and {args.per_utterance} of the other training tasks each")
-    with timed("imitate"):
+    with timed("imitate"):                                         # (text, did it end by itself) of each answer
         parts = [chat_parts(model.tokenizer, ask(prompt), [[transcript_tokens(model.tokenizer, u.text)]]) for u, _, prompt in todo]
         answers = model.generate_all(parts, [(task.name, len(u.text)) for u, task, _ in todo], "imitate", args.batch_size, args.max_new_tokens)
-    whole = [len(model.response(answer).ids) <= args.max_new_tokens for answer in answers]       # an answer that was cut off is nothing to imitate
-    behaviors = [Behavior(u.id, task.name, prompt, answer) for (u, task, prompt), answer, ended in zip(todo, answers, whole) if ended]
+    behaviors = [Behavior(u.id, task.name, prompt, answer, ended) for (u, task, prompt), (answer, ended) in zip(todo, answers)]
     write_jsonl(out / "behaviors.jsonl", map(asdict, behaviors))
     claim(out, settings, done=True)
-    print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors; {len(todo) - len(behaviors)} answers of over {args.max_new_tokens} tokens left out")
+    print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors; {sum(not b.ended for b in behaviors)} were cut off at --max-new-tokens "
+          f"{args.max_new_tokens}: their beginning is imitated, and no end")
     for b, (u, _, _) in list(zip(behaviors, todo))[:3]:
         print(f"  {b.prompt}  [{u.text}]  ->  {b.response}")
 
@@ -201,15 +102,16 @@ def draw_questions(tasks, utterances, per_utterance, seed):
 def run_settings(run):
     """(settings, data folder, utterances) of a run folder made by `imitate`; UserError if its data has changed since."""
     config = read_json(Path(run) / "config.json", "settings", "done")
-    if not {"data", "manifest", "llm", "bits", "tasks", "task_table"} <= set(config["settings"] or {}):
+    if not {"data", "utterances", "llm", "bits", "tasks", "task_table"} <= set(config["settings"] or {}):
         raise UserError(f"{run}: is no run folder made by `imitate`")
     if not config["done"]:
         raise UserError(f"{run}: its behaviors are not complete; run `imitate … --out {run}` first")
     settings = config["settings"]
     data = Path(run) / settings["data"]
-    if digest(data / "manifest.jsonl") != settings["manifest"]:
+    utterances = read_manifest(data / "manifest.jsonl")
+    if utterances_id(utterances) != settings["utterances"]:
         raise UserError(f"{data / 'manifest.jsonl'}: has changed since `imitate` wrote {run}; run `imitate` again with --force")
-    return settings, data, read_manifest(data / "manifest.jsonl")
+    return settings, data, utterances
 
 
 # ---- train (stage 2) ----
@@ -220,17 +122,21 @@ def train_recipe(args):
     if args.recipe not in RECIPES:
         raise UserError(f"there is no recipe {args.recipe!r}; there are {', '.join(RECIPES)}")
     settings, data, utterances = run_settings(run)
-    recipe = replace(RECIPES[args.recipe], **{key: getattr(args, key) for key in ("connector", "loss", "k") if getattr(args, key)})
-    folder = run / args.recipe
-    spec = {"llm": settings["llm"], "bits": settings["bits"], "encoder": named(args.encoder), "pad_whisper": args.pad_whisper,
-            "connector": recipe.connector, "k": recipe.k, "hidden": args.hidden, "lora": recipe.lora}
+    recipe = replace(RECIPES[args.recipe], **{key: getattr(args, key) for key in ("connector", "loss", "lora") if getattr(args, key) is not None})
+    if recipe.connector not in CONNECTORS:
+        raise UserError(f"there is no connector {recipe.connector!r}; there are {', '.join(CONNECTORS)}")
+    folder, spec = run / args.recipe, {"llm": settings["llm"], "bits": settings["bits"], "encoder": named(args.encoder), "pad_whisper": args.pad_whisper,
+                                       "connector": recipe.connector, "k": args.k, "hidden": args.hidden, "lora": recipe.lora}
     chosen = {**spec, "encoder_weights": weights_id(args.encoder, "encoder"), "recipe": {k: v for k, v in asdict(recipe).items() if k != "about"},
-              "behaviors": digest(run / "behaviors.jsonl"), "steps": args.steps, "batch_size": args.batch_size, "accumulate": args.accumulate,
-              "lr": args.lr, "seed": args.seed}
+              "behaviors": digest(run / "behaviors.jsonl"), "manifest": digest(data / "manifest.jsonl"), "steps": args.steps,
+              "batch_size": args.batch_size, "accumulate": args.accumulate, "lr": args.lr, "seed": args.seed}
     if is_done(folder, chosen, "connector.safetensors", args.force):
         return print(f"{folder}: is trained already")
     say_where()
-    model = SpeechLLM.build(spec, None if recipe.lora else shared_llm(spec["llm"], spec["bits"]), shared_encoder(spec["encoder"], args.pad_whisper), args.seed)
+    llm = load_llm(spec["llm"], spec["bits"]) if recipe.lora else shared_llm(spec["llm"], spec["bits"])
+    encoder = shared_encoder(spec["encoder"], spec["pad_whisper"])
+    spec |= connector_size(args, recipe, llm[0].config.hidden_size, encoder)
+    model = SpeechLLM.build(spec, llm, encoder, args.seed)
     utterances = [u for u in utterances if u.split == "train"]
     frames = encode_all(model.encoder, utterances, data / "features")
     examples = Examples(model, utterances, read_behaviors(run / "behaviors.jsonl"), frames, recipe, args.steps, args.batch_size, args.seed)
@@ -242,6 +148,16 @@ def train_recipe(args):
         train(model, examples, folder, lr=args.lr, accumulate=args.accumulate, save_every=args.save_every)
     model.save(folder, spec)
     claim(folder, chosen, done=True)
+
+
+def connector_size(args, recipe, llm_width, encoder):
+    """{"k", "hidden"}: as asked for, or derived; printed with the reason."""
+    k = args.k or frames_a_token(recipe.connector, encoder.frame_rate, recipe.tokens_per_second)
+    hidden = args.hidden or min(2048, 4 * llm_width)
+    print(f"k: {k} encoder frames a speech token, " + ("as asked by --k" if args.k else
+          f"because the encoder gives {encoder.frame_rate:.1f} frames/s and the recipe wants about {recipe.tokens_per_second} speech tokens/s"))
+    print(f"hidden: {hidden}, " + ("as asked by --hidden" if args.hidden else f"four times the LLM's width of {llm_width}, at most 2048"))
+    return {"k": k, "hidden": hidden}
 
 
 # ---- bench ----
@@ -321,8 +237,49 @@ def generate(args):
         raise UserError(f"{run}: holds no trained recipe{' ' + repr(name) if name else ''}; there are {', '.join(found) or 'none: run `train` first'}")
     model = SpeechLLM.from_pretrained(run / name)
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    print(model.answer(messages + [{"role": "user", "content": [{"type": "text", "text": args.prompt}, {"type": "audio", "audio": args.audio}]}],
-                       args.max_new_tokens))
+    start = time.perf_counter()
+    print(model.answer(messages + ask(args.prompt, args.audio), max_new_tokens=args.max_new_tokens))
+    print(f"{run / name}: answered in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def info(args):
+    """Print what a run folder is: its models, recipes, data, steps and scores. Loads no model."""
+    run, (settings, data, utterances) = Path(args.run), run_settings(args.run)
+    behaviors, report = read_behaviors(run / "behaviors.jsonl"), {}
+    if (run / "report.json").exists():
+        report = read_json(run / "report.json", "recipes", "meta")["recipes"]
+    spoken = {split: [u for u in utterances if u.split == split] for split in ("train", "test")}
+    print(f"run        {run}, seed {settings['seed']}\nLLM        {settings['llm']}, " +
+          {4: "4 bits (NF4)", 8: "8 bits", 16: "not quantized"}.get(settings["bits"], ""))
+    print(f"data       {data.resolve()}")
+    for split, rows in spoken.items():
+        print(f"  {split:<8} {len(rows)} utterances, {sum(u.duration for u in rows) / 60:.1f} minutes, {len({u.speaker for u in rows} - {''})} known speakers, "
+              f"{sum(bool(u.words) for u in rows)} with word times")
+    print(f"behaviors  {len(behaviors)} over {len({b.task for b in behaviors})} tasks of {settings['tasks']}")
+    for name in RECIPES:
+        if (run / name / "config.json").exists():
+            print("\n".join([f"{name}", *("  " + line for line in describe_recipe(run / name, report.get(name)))]))
+    for name in [n for n in report if n not in RECIPES]:
+        print(f"{name}\n  {describe_scores(report[name])}")
+    print(f"report     {run / 'report.md'}" if report else f"report     none yet: run `bench {run}`")
+
+
+def describe_recipe(folder, scored):
+    """Lines about one trained recipe of a run."""
+    config = read_json(folder / "config.json", "settings", "done")
+    chosen, log = config["settings"], read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+    spec = read_json(folder / "model.json") if config["done"] else chosen
+    yield (f"encoder {spec['encoder']}, connector {spec['connector']}" + (f" (k {spec['k']}, hidden {spec['hidden']})" if config["done"] else "") +
+           (f", LoRA of rank {spec['lora']}" if spec["lora"] else ", LLM frozen"))
+    yield (f"steps {log[-1]['step'] + 1 if log else 0} of {chosen['steps']}, {chosen['batch_size'] * chosen['accumulate']} utterances each"
+           + (f"; loss {log[0]['loss']:.3f} -> {sum(row['loss'] for row in log[-20:]) / len(log[-20:]):.3f} nats/token (mean of the last 20 steps), "
+              f"{log[-1]['seconds']:.0f} s" if log else "") + ("" if config["done"] else "; not finished: the same `train` command goes on"))
+    yield describe_scores(scored) if scored else "not benchmarked yet"
+
+
+def describe_scores(entry):
+    quadrants = {q.replace("_task_", " × ").removesuffix("_prompt"): benchmark.percent(cell["score"]) for q, cell in entry["quadrants"].items()}
+    return "scores (task × prompt) " + ", ".join(f"{q} {score}" for q, score in quadrants.items()) + f"; repeat WER {benchmark.percent(entry['repeat_wer'])}"
 
 
 def demo(args):
@@ -364,16 +321,16 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, "", False) else super()._get_help_string(action)
 
 
-def positive(text):
-    if not text.isdecimal() or not 1 <= int(text) <= 2**20:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {2**20}")
-    return int(text)
+def whole(low, high):
+    """The type of an option that is a whole number from low to high."""
+    def parse(text):
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
+        return int(text)
+    return parse
 
 
-def seed(text):
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**31 - 1}")
-    return int(text)
+positive, seed, rank = whole(1, 2**20), whole(0, 2**31 - 1), whole(0, 1024)
 
 
 def rate(text):
@@ -400,13 +357,15 @@ def build_parser():
         sub.set_defaults(function=function)
         for dest, text in positional:
             sub.add_argument(dest, help=text)
-        if name not in ("align", "generate"):
+        if name not in ("align", "generate", "info"):
             option(sub, "--seed", 0, "seed of every random choice", type=seed)
             sub.add_argument("--force", action="store_true", help="do the step again, whatever is there (default: finished steps are kept)")
         return sub
 
-    sub = command(prepare, "prepare", ("source", "a JSONL manifest (audio_filepath, duration, text, …), or `tiny` to render speech with espeak-ng"))
+    sub = command(prepare, "prepare", ("source", "`tiny`, `librispeech`, a manifest or table, or a folder: see above"))
+    sub.add_argument("part", nargs="?", help="librispeech: which part, like dev-clean (337 MB) or train-clean-100 (6.3 GB)")
     sub.add_argument("--out", required=True, help="the data folder to write")
+    option(sub, "--download-to", "datasets", "librispeech: the folder it is downloaded to, and found in the next time")
     option(sub, "--join", "", "make strings of single-word recordings of one speaker, fewest:most words, like 3:6; default: rows as they are")
     option(sub, "--count", 1500, "how many such strings")
     option(sub, "--test-speakers", "", "speakers to hold out, separated by commas; default: the manifest's split, or one transcript in eight")
@@ -414,8 +373,8 @@ def build_parser():
     option(sub, "--train", 1500, "tiny: training utterances to render")
     option(sub, "--test", 300, "tiny: held-out utterances to render, in held-out voices")
 
-    sub = command(align, "align", ("manifest", "a JSONL manifest"))
-    sub.add_argument("--out", required=True, help="the manifest to write")
+    sub = command(align, "align", ("manifest", "a JSONL manifest, or a data folder made by prepare"))
+    option(sub, "--out", None, "the manifest to write; default: in a data folder made by prepare that manifest itself, elsewhere NAME-aligned.jsonl beside it")
     option(sub, "--asr", "tiny", "the CTC model: `tiny`, a local folder, or a Hugging Face name")
 
     sub = command(imitate, "imitate", ("data", "a data folder made by prepare"))
@@ -425,7 +384,7 @@ def build_parser():
     option(sub, "--tasks", None, "task table; default: tiny/tasks.toml for the tiny LLM, tasks.toml for any other")
     option(sub, "--per-utterance", 4, "tasks asked about each transcript, beside repeat")
     option(sub, "--batch-size", 128, "transcripts the LLM answers at once")
-    option(sub, "--max-new-tokens", 64, "longest answer, in tokens; longer ones are left out")
+    option(sub, "--max-new-tokens", 64, "longest answer, in tokens; longer ones are cut off")
 
     sub = command(train_recipe, "train", ("run", "a run folder made by imitate"))
     option(sub, "--recipe", "mtbi", "; ".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items()))
@@ -433,8 +392,9 @@ def build_parser():
     sub.add_argument("--pad-whisper", action="store_true", help="run a Whisper encoder on 30 s of padding instead of the audio's own length")
     option(sub, "--connector", None, f"{', '.join(CONNECTORS)}; default: the recipe's")
     option(sub, "--loss", None, "ce (the LLM's answer) or kl (its whole distribution); default: the recipe's", choices=["ce", "kl"])
-    option(sub, "--k", None, "encoder frames a speech token; default: the recipe's", type=positive)
-    option(sub, "--hidden", 768, "width of the connector's hidden layer")
+    option(sub, "--lora", None, "rank of a LoRA adapter on the LLM, 0 for none; default: the recipe's", type=rank)
+    option(sub, "--k", None, "encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech tokens a second", type=positive)
+    option(sub, "--hidden", None, "width of the connector's hidden layer; default: four times the LLM's width, at most 2048", type=positive)
     option(sub, "--steps", 1000, "training steps")
     option(sub, "--batch-size", 32, "utterances in a micro-batch")
     option(sub, "--accumulate", 1, "micro-batches in a step")
@@ -453,6 +413,8 @@ def build_parser():
     option(sub, "--system", "", "a system turn before the question; default: none")
     option(sub, "--max-new-tokens", 64, "longest answer, in tokens")
 
+    command(info, "info", ("run", "a run folder made by imitate"))
+
     sub = command(demo, "demo")
     option(sub, "--out", "runs/demo", "the run folder")
     sub.add_argument("--short", action="store_true", help="a few steps only, to see that everything runs")
@@ -468,6 +430,7 @@ def run_command(argv):
 def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    enable_progress_bars()                                         # but a download is seen
     sys.stdout.reconfigure(errors="replace") if hasattr(sys.stdout, "reconfigure") else None      # a console that cannot show "ñ" is no reason to stop
     try:
         run_command(sys.argv[1:] if argv is None else argv)

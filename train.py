@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import Speech, Text, UserError, ask, chat_parts, read_jsonl, transcript_tokens, whole_file, write_jsonl
+from data import Speech, Text, UserError, ask, chat_parts, read_jsonl, tokenize_in_context, transcript_tokens, whole_file, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Recipe:
     about: str
     tasks: str = "train"         # "train": all training tasks of the task table; or the name of one task
     connector: str = "stack-mlp"
-    k: int = 6                   # encoder frames a speech token
+    tokens_per_second: float = 5.6    # speech tokens a second of speech; how many encoder frames that makes one, the encoder's frame rate tells
     lora: int = 0                # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
     interleave: float = 0.0      # share of examples in which spans of words enter as text
     text_words: float = 0.4      # share of words that are text in such an example
@@ -38,6 +38,7 @@ class Behavior:
     task: str
     prompt: str
     response: str
+    ended: bool = True       # False: cut off at the longest length allowed, so its end is not imitated
 
 
 def read_behaviors(path):
@@ -45,7 +46,7 @@ def read_behaviors(path):
     for number, row in read_jsonl(path):
         if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in ("utterance", "task", "prompt", "response")):
             raise UserError(f"{path}:{number}: is no behavior; run `imitate` again with --force")
-        behaviors.append(Behavior(row["utterance"], row["task"], row["prompt"], row["response"]))
+        behaviors.append(Behavior(row["utterance"], row["task"], row["prompt"], row["response"], bool(row.get("ended", True))))
     return behaviors
 
 
@@ -80,16 +81,16 @@ def interleave(tokenizer, utterance, frames, as_text):
     Text tokens are the whole transcript's tokens, assigned to words by character offsets; frames are cut midway between two words.
     All True gives exactly the transcript's tokens, all False exactly the utterance's frames.
     """
-    encoded = tokenizer(utterance.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, starts = tokenize_in_context(tokenizer, utterance.text)
     ends = [match.end() for match in re.finditer(r"\S+", utterance.text)]
-    token_word = [sum(end <= start for end in ends[:-1]) for start, _ in encoded["offset_mapping"]]   # a space belongs to the word it precedes
+    token_word = [sum(end <= start for end in ends[:-1]) for start in starts]   # a space belongs to the word it precedes
     rate = len(frames) / utterance.duration
     cuts = [0, *(round((a[2] + b[1]) / 2 * rate) for a, b in zip(utterance.words, utterance.words[1:])), len(frames)]
     parts, first = [], 0
     for last in range(1, len(as_text) + 1):
         if last == len(as_text) or as_text[last] != as_text[first]:
             if as_text[first]:
-                parts.append(Text([i for i, word in zip(encoded["input_ids"], token_word) if first <= word < last]))
+                parts.append(Text([i for i, word in zip(ids, token_word) if first <= word < last]))
             else:
                 parts.append(Speech(frames[cuts[first]:cuts[last]]))
             first = last
@@ -118,9 +119,9 @@ class Examples:
 
     def explain(self, accumulate):
         """Print every derived number once, with its reason."""
-        seconds, k, step, model = sum(self.lengths), self.recipe.k, self.batch_size * accumulate, self.model
+        seconds, k, step, model = sum(self.lengths), self.model.connector.k, self.batch_size * accumulate, self.model
         rate, trainable = sum(len(self.frames[u.id]) for u in self.utterances) / seconds, sum(p.numel() for p in model.trainable().values())
-        print(f"speech: {len(self.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s, k = {k}: {rate / k:.1f} speech tokens/s")
+        print(f"speech: {len(self.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s / k = {rate / k:.1f} speech tokens/s")
         print(f"batch: {self.batch_size} x accumulation {accumulate} = {step} utterances a step; {self.steps} steps = "
               f"{self.steps * step / len(self.utterances):.1f} epochs")
         print(f"trainable: {trainable / 1e6:.2f}M parameters in fp32 (connector {self.recipe.connector}{', LoRA' if model.lora else ''}); "
@@ -151,7 +152,7 @@ class Examples:
         epoch, at = divmod(step * accumulate + micro, len(self.utterances) // self.batch_size)
         for utterance in (self.utterances[i] for i in epoch_order(self.lengths, self.batch_size, self.seed, epoch)[at]):
             behavior = self.choose(rng, utterance, step)
-            response = self.model.response(behavior.response).ids
+            response = self.model.response(behavior.response, behavior.ended).ids
             heard.append(chat_parts(tokenizer, ask(behavior.prompt), [self.hear(rng, utterance)], response))
             if self.recipe.loss == "kl":
                 read.append(chat_parts(tokenizer, ask(behavior.prompt), [[transcript_tokens(tokenizer, utterance.text)]], response))

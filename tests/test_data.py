@@ -74,7 +74,7 @@ def break_no_audio(folder):
 BAD_AUDIO = [(break_missing, "no such audio"), (break_empty, "is empty"), (break_truncated, "truncated"), (break_flac, "truncated|cannot be read"),
              (break_short, "truncated"), (break_nan, "NaN"), (break_silent, "silent"), (break_no_audio, "cannot be read as audio")]
 BAD_ROWS = [({"text": ""}, "transcript is empty"), ({"text": "  "}, "transcript is empty"), ({"text": 3}, "'text' is 3"),
-            ({"duration": None}, "'duration' is None"),
+            ({"duration": "long"}, "'duration' is 'long'"), ({"offset": 3.5}, "has the offset 3.5"),
             ({"duration": -1}, "duration is -1"), ({"duration": math.inf}, "duration is inf"), ({"duration": math.nan}, "duration is nan"),
             ({"words": [["three", 0.5, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 0.9]]}, "run backwards"),
             ({"words": [["three", 0.1, 0.4], ["red", 0.2, 0.6], ["apples", 0.6, 0.9]]}, "run backwards"),
@@ -146,12 +146,12 @@ def test_whole_files_are_whole_or_not_there(tmp_path):
     (["imitate", "{data}", "--out", "{run}", "--bits", "16"], "bits was 4, now 16"),
     (["imitate", "{data}", "--out", "{tmp}/r", "--tasks", "{tmp}/no.toml"], "no.toml"),
     (["bench", "{tmp}"], "config.json"), (["generate", "{tmp}", "a.wav", "Who?"], "no trained recipe"),
-    (["prepare", "{tmp}/none.jsonl", "--out", "{tmp}/d"], "none.jsonl"), (["prepare", "{tmp}", "--out", "{tmp}/d"], "cannot be read"),
+    (["prepare", "{tmp}/none.jsonl", "--out", "{tmp}/d"], "none.jsonl"), (["prepare", "{tmp}", "--out", "{tmp}/d"], "no speech in a form that is known"),
     (["prepare", "tiny", "--out", "{data}", "--train", "7"], "made with other settings"),
     (["prepare", "x.jsonl", "--join", "6:3", "--out", "{tmp}/d"], "--join 6:3"),
     (["prepare", "tiny", "--out", "{tmp}/d", "--train", "-1"], "--train"), (["train", "{run}", "--lr", "nan"], "--lr"),
     (["train", "{run}", "--lr", "-1"], "--lr"), (["train", "{run}", "--seed", "9" * 30], "--seed"), (["train", "{run}", "--k", "9" * 13], "--k"),
-    (["prepare", "x.jsonl", "--join", "²:3", "--out", "{tmp}/d"], "--join"),  (["prepare", "tiny", "--out", "{tmp}/d", "--join", "3:4"], "are for manifests"),
+    (["prepare", "x.jsonl", "--join", "²:3", "--out", "{tmp}/d"], "--join"),  (["prepare", "tiny", "--out", "{tmp}/d", "--join", "3:4"], "are for recordings"),
 ])
 def test_bad_commands_end_with_one_line_and_code_2(argv, reason, run, data, tmp_path, capsys):
     assert mtbi.main([a.format(run=run, data=data, tmp=tmp_path) for a in argv]) == 2

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data import Speech, Text, UserError, ask, chat_parts, load_tasks, read_json, read_jsonl, read_manifest, transcript_tokens, write_json
-from model import CONNECTORS, Connector, SpeechLLM, load_llm
+from connectors import CONNECTORS, Connector
+from model import SpeechLLM, load_llm
 from mtbi import HERE, RECIPES, main
 from train import Examples, accumulate_gradients, epoch_order, learning_rate, read_behaviors, train
 
