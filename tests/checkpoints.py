@@ -119,3 +119,13 @@ def save_encoder(folder, family):
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
     return folder
+
+
+if __name__ == "__main__":
+    import argparse
+    parser = argparse.ArgumentParser(description="Save a small random-weight LLM: to try commands before gigabytes of weights are downloaded.")
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("folder")
+    parser.add_argument("--tokenizer", help="a local folder or Hugging Face name; default: a toy tokenizer")
+    args = parser.parse_args()
+    save_llm(args.folder, args.family, args.tokenizer and transformers.AutoTokenizer.from_pretrained(args.tokenizer))

@@ -86,13 +86,3 @@ def test_alignment_keeps_words_it_cannot_spell(encoder, utterances, frames):
 def test_a_transcript_too_long_for_its_audio_cannot_be_aligned(encoder, utterances, frames):
     with pytest.raises(UserError, match="does not fit the audio"):
         word_times(encoder, frames[utterances[0].id], "seven " * 200, utterances[0].duration)
-
-
-def test_align_adds_word_times_to_a_manifest(data, tmp_path, capsys):
-    import json
-
-    import mtbi
-    rows = [{k: v for k, v in json.loads(line).items() if k != "words"} for line in (data / "manifest.jsonl").read_text().splitlines()[:3]]
-    (data / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert mtbi.main(["align", str(data / "bare.jsonl"), "--out", str(tmp_path / "aligned.jsonl")]) == 0
-    assert all(len(u.words) == len(u.text.split()) for u in read_manifest(tmp_path / "aligned.jsonl", check_audio=True))

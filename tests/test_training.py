@@ -215,6 +215,14 @@ def test_a_lora_adapter_trains_and_loads_while_the_quantized_weights_stay(spec, 
     again = SpeechLLM.from_pretrained(tmp_path, None, encoder)
     torch.testing.assert_close(model.train(False)(rows), again(rows))
 
+    from peft import PeftModel                                    # and PEFT itself loads the adapter, on the plain LLM
+    llm, _ = load_llm("tiny", 4)
+    embeds, mask, _ = model.embed(rows)
+    adapted = PeftModel.from_pretrained(llm, tmp_path / "adapter")
+    torch.testing.assert_close(adapted(inputs_embeds=embeds, attention_mask=mask).logits, model.llm(inputs_embeds=embeds, attention_mask=mask).logits)
+    model.save(tmp_path, spec)                                    # a second save replaces the first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "connector.safetensors", "model.json"]
+
 
 def test_an_epoch_visits_no_utterance_twice_in_batches_of_similar_length():
     lengths = tuple(((i * 37) % 100) / 10 for i in range(100))

@@ -82,6 +82,7 @@ def speak(text, voice):
     for parameter, value in ((_RATE, voice["rate"]), (_PITCH, voice["pitch"]), (_RANGE, voice["range"])):
         espeak.espeak_SetParameter(parameter, value, 0)
     heard["audio"], heard["starts"] = [], []
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))                 # hoarse and breathy voices have noise in them: the same one every time
     words = text.split()
     # espeak-ng speaks some pairs ("in the") as one word with one event; a zero-width space between words keeps them two.
     data = "\u200b ".join(words).encode()
