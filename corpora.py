@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import (SAMPLE_RATE, UserError, Utterance, claim, held_out, is_done, load_audio, read_jsonl, read_lines, read_manifest, relative, timed,
                   write_audio, write_jsonl)
-from model import named, shared_encoder
+from model import named, one_thread, shared_encoder
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -279,7 +279,7 @@ def align(args):
     encoder = shared_encoder(named(args.asr))
     if encoder.head is None:
         raise UserError(f"--asr {args.asr}: has no CTC head to align with; name a CTC model, like facebook/wav2vec2-base-960h")
-    with timed(f"align {len(todo)} utterances"):
+    with timed(f"align {len(todo)} utterances"), one_thread():
         for u in tqdm(todo, desc="align", unit="utt"):
             try:
                 u.words, score = word_times(encoder, encoder(load_audio(u.audio, u.duration), u.audio), u.text, u.duration)

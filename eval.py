@@ -3,6 +3,7 @@
 The reference is the text LLM's own answer to the true transcript, so any LLM and any transcribed speech can be benchmarked.
 """
 
+import os
 import random
 import re
 import time
@@ -235,8 +236,9 @@ def draw_samples(cases, answers, seed, n=5):
     for i in range(n):
         rows = [j for j, c in enumerate(cases) if c.quadrant == QUADRANTS[(3 - i) % 4]] or list(range(len(cases)))
         j = rng.choice(rows)
-        samples.append({"prompt": cases[j].prompt, "task": cases[j].task.name, "quadrant": cases[j].quadrant, "audio": str(cases[j].utterance.audio),
-                        "transcript": cases[j].utterance.text, "answers": {name: rows[j] for name, rows in answers.items()}})
+        case = cases[j]
+        samples.append({"prompt": case.prompt, "task": case.task.name, "quadrant": case.quadrant, "audio": os.path.normpath(case.utterance.audio),
+                        "transcript": case.utterance.text, "answers": {name: rows[j] for name, rows in answers.items()}})
     return samples
 
 

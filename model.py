@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import shutil
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -128,19 +129,27 @@ class SpeechEncoder(nn.Module):
 shared_encoder = lru_cache(maxsize=2)(SpeechEncoder)                # it is frozen, so the steps of one process share it; the LLM likewise
 
 
+@contextmanager
+def one_thread():
+    """numpy's threads and torch's, taking turns at one short clip, wait for each other: 88 ms a clip on two cores, 14 with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def encode_all(encoder, utterances, cache):
     """{utterance id: frames (T, D_encoder)}, read from or written to safetensors files in the folder `cache`: the encoder is frozen, so once is enough."""
     stamp = repr([(u.id, u.audio.stat().st_size, u.audio.stat().st_mtime_ns) if u.audio.is_file() else u.id for u in utterances])
     path = Path(cache) / f"{encoder.key}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.safetensors"
     if path.exists():
         return load_tensors(path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)               # numpy's threads and torch's, taking turns at one short clip, wait for each other: 88 ms a clip, not 14
-    with timed(f"encode {len(utterances)} utterances"):
+    with timed(f"encode {len(utterances)} utterances"), one_thread():
         frames = {u.id: encoder(load_audio(u.audio, u.duration), u.audio) for u in tqdm(utterances, desc="encode speech", unit="utt")}
         with whole_file(path) as temporary:
             save_file(frames, temporary)
-    torch.set_num_threads(threads)
     return frames
 
 

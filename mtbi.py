@@ -80,13 +80,16 @@ def imitate(args):
     with timed("imitate"):                                         # (text, did it end by itself) of each answer
         parts = [chat_parts(model.tokenizer, ask(prompt), [[transcript_tokens(model.tokenizer, u.text)]]) for u, _, prompt in todo]
         answers = model.generate_all(parts, [(task.name, len(u.text)) for u, task, _ in todo], "imitate", args.batch_size, args.max_new_tokens)
-    behaviors = [Behavior(u.id, task.name, prompt, answer, ended) for (u, task, prompt), (answer, ended) in zip(todo, answers)]
+    behaviors = [Behavior(u.id, task.name, prompt, answer, ended) for (u, task, prompt), (answer, ended) in zip(todo, answers) if answer or ended]
+    if not behaviors:
+        raise UserError(f"LLM {args.llm}: gives no answer to any question")
     write_jsonl(out / "behaviors.jsonl", map(asdict, behaviors))
     claim(out, settings, done=True)
-    print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors; {sum(not b.ended for b in behaviors)} were cut off at --max-new-tokens "
-          f"{args.max_new_tokens}: their beginning is imitated, and no end")
-    for b, (u, _, _) in list(zip(behaviors, todo))[:3]:
-        print(f"  {b.prompt}  [{u.text}]  ->  {b.response}")
+    print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors of {len(todo)} questions; {sum(not b.ended for b in behaviors)} were cut off at "
+          f"--max-new-tokens {args.max_new_tokens}: their beginning is imitated, and no end")
+    texts = {u.id: u.text for u in utterances}
+    for b in behaviors[:3]:
+        print(f"  {b.prompt}  [{texts[b.utterance]}]  ->  {' '.join(b.response.split())}")
 
 
 def draw_questions(tasks, utterances, per_utterance, seed):

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, and the whole pipeline end to end."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -91,3 +92,36 @@ def test_help_explains_every_option_with_its_default():
 def test_report_json_is_strict_json(tmp_path):
     cell = benchmark.cell([], [])
     assert json.loads(json.dumps(cell, allow_nan=False)) == {"score": None, "share_of_text": None, "n": 0, "ci95": [None, None]}
+
+
+@pytest.fixture
+def own_run(data, tmp_path):
+    assert mtbi.main(["imitate", str(data), "--out", str(tmp_path / "own"), "--per-utterance", "1"]) == 0
+    return tmp_path / "own"
+
+
+def test_the_three_lines_of_python_in_the_readme_run(tmp_path, data, own_run, monkeypatch, capsys):
+    """On a folder that `train` saved, from the README's own text."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    assert len(block.splitlines()) == 3 and "SpeechLLM.from_pretrained" in block
+    assert mtbi.main(["train", str(own_run), "--steps", "2", "--batch-size", "8", "--hidden", "32"]) == 0
+    shutil.copytree(own_run / "mtbi", tmp_path / "runs/demo/mtbi")
+    (tmp_path / "runs/demo/data/audio").mkdir(parents=True)
+    shutil.copy(next((data / "audio").glob("test-*.wav")), tmp_path / "runs/demo/data/audio/test-00000.wav")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(block, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 1
+
+
+def test_info_tells_what_a_run_folder_is(own_run, capsys, tmp_path):
+    train = ["train", str(own_run), "--recipe", "asr", "--steps", "2", "--batch-size", "8", "--hidden", "16", "--connector", "qformer", "--lora", "2"]
+    assert mtbi.main(train) == 0
+    capsys.readouterr()
+    assert mtbi.main(["info", str(own_run)]) == 0
+    said = capsys.readouterr().out
+    for words in ("tiny, 4 bits (NF4)", "48 utterances", "48 with word times", "behaviors", "asr", "connector qformer (k 6, hidden 16), LoRA of rank 2",
+                  "steps 2 of 2, 8 utterances each", "not benchmarked yet", "report     none yet"):
+        assert words in said, (words, said)
+    assert (own_run / "asr" / "adapter" / "adapter_config.json").exists()
+    assert mtbi.main(["info", str(tmp_path)]) == 2

