@@ -118,9 +118,10 @@ def download_librispeech(part, root):
 # ---- prepare ----
 
 def prepare(args):
-    """Check speech and transcripts and write DATA/manifest.jsonl. SOURCE: `tiny` renders speech with espeak-ng; `librispeech PART` downloads a part of
-    LibriSpeech, like dev-clean; or a JSONL manifest, a Common Voice TSV, LJSpeech's metadata.csv, a folder of LibriSpeech, a Kaldi folder, or a folder of
-    sound files with .txt beside."""
+    """Check speech and transcripts of a common corpus, and write DATA/manifest.jsonl.
+
+    SOURCE: `tiny` renders speech with espeak-ng; `librispeech PART` downloads a part of LibriSpeech, like dev-clean; or a JSONL manifest, a Common Voice
+    TSV, LJSpeech's metadata.csv, a folder of LibriSpeech, a Kaldi folder, or a folder of sound files with .txt beside."""
     out, tiny, lengths = Path(args.out), args.source == "tiny", parse_join(args.join)
     if tiny and (args.join or args.test_speakers or args.skip_bad):
         raise UserError("prepare tiny: --join, --test-speakers and --skip-bad are for recordings")

@@ -179,7 +179,7 @@ def task_table(report):
 def write_markdown(path, report):
     meta = report["meta"]
     samples = "\n".join(f"- **{s['prompt']}** ({s['quadrant'].replace('_', ' ')})  \n  speech: *{s['transcript']}* ({s['audio']})  \n" + "  \n".join(
-        f"  `{name}`: {answer}" for name, answer in s["answers"].items()) for s in report["samples"])
+        f"  `{name}`: {' '.join(answer.split())}" for name, answer in s["answers"].items()) for s in report["samples"])
     text = f"""# Benchmark of {', '.join(report['recipes'])}
 
 {meta['n_utterances']} held-out utterances of {meta['n_speakers']} speakers, {meta['n_unheard_speakers']} of them never heard in training;
@@ -226,7 +226,7 @@ def show(report, run):
     print("\nScore, % of the text LLM's own answers [95% interval over utterances]\n\n" + quadrant_table(report) + "\n")
     for s in report["samples"]:
         print(f"{s['prompt']}  [{s['transcript']}]  ({s['quadrant'].replace('_', ' ')}; {s['audio']})")
-        print("\n".join(f"    {name:<8} {answer}" for name, answer in s["answers"].items()))
+        print("\n".join(f"    {name:<8} {' '.join(answer.split())}" for name, answer in s["answers"].items()))
     print(f"\nreport: {run / 'report.md'} (and report.json, answers.jsonl, quadrants.png, tasks.png, loss.png)")
 
 
