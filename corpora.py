@@ -4,9 +4,12 @@ A reader gives rows of the manifest format, [(line number or name, row)], and on
 """
 
 import hashlib
+import os
 import random
 import re
 import shutil
+import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -14,11 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (SAMPLE_RATE, UserError, Utterance, claim, held_out, is_done, load_audio, read_jsonl, read_lines, read_manifest, relative, timed,
-                  write_audio, write_jsonl)
+from data import (SAMPLE_RATE, UserError, Utterance, claim, held_out, is_done, load_audio, normalize, read_json, read_jsonl, read_lines, read_manifest,
+                  relative, timed, write_audio, write_jsonl)
 from model import named, one_thread, shared_encoder
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+LIBRISPEECH_PARTS = ("dev-clean", "dev-other", "test-clean", "test-other", "train-clean-100", "train-clean-360", "train-other-500")
 
 
 # ---- readers ----
@@ -26,10 +30,15 @@ AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 def librispeech(folder):
     """LibriSpeech as it is on disk, any part of it: lines "ID TRANSCRIPT" in *.trans.txt, with ID.flac beside; the ID begins with the speaker."""
     for path in sorted(folder.rglob("*.trans.txt")):
-        for number, line in enumerate(read_lines(path), 1):
+        try:
+            lines = read_lines(path)
+        except UserError as error:
+            yield relative(path, folder), str(error)
+            continue
+        for number, line in enumerate(lines, 1):
             name, _, text = line.partition(" ")
             if name:
-                audio = relative(path.with_name(f"{name}.flac"), folder)
+                audio = relative(path.parent / f"{name}.flac", folder)
                 yield f"{relative(path, folder)}:{number}", {"audio_filepath": audio, "text": text, "speaker": name.split("-")[0]}
 
 
@@ -39,9 +48,11 @@ def common_voice(path):
     if not {"path", "sentence"} <= set(header):
         raise UserError(f"{path}: is no Common Voice table; its first line has no columns path and sentence")
     for number, fields in enumerate(lines, 2):
-        if fields != [""]:
-            row = dict(zip(header, fields))
-            yield number, {"audio_filepath": f"clips/{row['path']}", "text": row.get("sentence", ""), "speaker": row.get("client_id", "")}
+        row = dict(zip(header, fields))
+        if {"path", "sentence"} <= set(row):
+            yield number, {"audio_filepath": f"clips/{row['path']}", "text": row["sentence"], "speaker": row.get("client_id", "")}
+        elif fields != [""]:
+            yield number, f"has {len(fields)} columns, not {len(header)}"
 
 
 def ljspeech(path):
@@ -59,13 +70,15 @@ def kaldi(folder):
     """A Kaldi data folder (speechocean762 and many others): wav.scp, text, and utt2spk if it is there. Paths are relative to it or to the folder above."""
     def table(name):
         lines = read_lines(folder / name) if (folder / name).exists() else []
-        return {fields[0]: fields[1] for fields in (line.split(None, 1) for line in lines) if len(fields) == 2}
+        return {fields[0]: "".join(fields[1:]) for fields in (line.split(None, 1) for line in lines) if fields}
 
+    if (folder / "segments").exists():
+        raise UserError(f"{folder}: has a file `segments`: its utterances are parts of longer recordings; cut them into files of their own first")
     texts, speakers = table("text"), table("utt2spk")
     for name, path in table("wav.scp").items():
         path = path.strip()
-        audio = path if (folder / path).exists() else f"../{path}"
-        yield name, "is made by a command, not read from a file" if path.endswith("|") else {
+        audio = path if os.path.exists(folder / path) or os.path.isabs(path) else f"../{path}"
+        yield name, "is made by a command, not read from a file" if path.endswith("|") else "has no path in wav.scp" if not path else {
             "audio_filepath": audio, "text": texts.get(name), "speaker": speakers.get(name, "").strip()}
 
 
@@ -73,15 +86,16 @@ def text_beside(folder):
     """A folder of sound files, each with its transcript in a .txt of the same name beside it; in sub-folders the sub-folder's name is the speaker."""
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS):
         text, name = path.with_suffix(".txt"), relative(path, folder)
-        yield name, {"audio_filepath": name, "text": " ".join(read_lines(text)), "speaker": "" if path.parent == folder else path.parent.name} \
-            if text.exists() else f"has no {text.name} beside it"
+        try:
+            yield name, {"audio_filepath": name, "text": " ".join(read_lines(text)), "speaker": "" if path.parent == folder else path.parent.name}
+        except UserError as error:
+            yield name, f"has no {text.name} beside it" if not text.exists() else str(error)
 
 
 def find_rows(source):
     """(what the corpus is, the path its rows are relative to, its rows [(line number or name, row)]) of whatever `source` is."""
     path = Path(source)
-    if path.is_dir() and (path / "metadata.csv").exists():
-        path /= "metadata.csv"
+    path = next((path / name for name in ("manifest.jsonl", "metadata.csv") if (path / name).is_file()), path)
     if path.is_dir():
         if (path / "clips").is_dir():
             raise UserError(f"{path}: holds a Common Voice language; name one of its tables, like {path / 'validated.tsv'}")
@@ -100,6 +114,8 @@ def find_rows(source):
 def download_librispeech(part, root):
     """The folder of a part of LibriSpeech (torchaudio.datasets.LIBRISPEECH), downloaded to `root` unless it is there; never a half-unpacked one."""
     from torchaudio.datasets import LIBRISPEECH
+    if part not in LIBRISPEECH_PARTS:
+        raise UserError(f"LibriSpeech has no part {part!r}; its parts are {', '.join(LIBRISPEECH_PARTS)}")
     folder, arriving = Path(root) / "LibriSpeech" / part, Path(root) / f".arriving-{part}"
     if not folder.exists():
         shutil.rmtree(arriving / "LibriSpeech", ignore_errors=True)
@@ -107,8 +123,11 @@ def download_librispeech(part, root):
         try:
             with timed(f"download LibriSpeech {part}"):
                 LIBRISPEECH(arriving, part, download=True)
-        except (ValueError, RuntimeError, OSError, EOFError) as error:
-            raise UserError(f"LibriSpeech {part}: {' '.join(str(error).split())}") from None
+        except (EOFError, tarfile.TarError, zlib.error) as error:
+            shutil.rmtree(arriving)
+            raise UserError(f"LibriSpeech {part}: the archive was damaged ({error}) and is deleted; run the same command again") from None
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"LibriSpeech {part}: cannot be downloaded ({' '.join(str(error).split())})") from None
         folder.parent.mkdir(parents=True, exist_ok=True)
         (arriving / "LibriSpeech" / part).rename(folder)
         shutil.rmtree(arriving)
@@ -144,7 +163,7 @@ def prepare(args):
         with timed("check the audio"):
             utterances = read_manifest(path, rows, check_audio=True, skipped=skipped if args.skip_bad else None)
         lower_capitals(utterances)
-        why = split_speakers(utterances, [s for s in args.test_speakers.split(",") if s], joined=bool(lengths))
+        why = split_speakers(utterances, [s.strip() for s in args.test_speakers.split(",") if s.strip()], joined=bool(lengths))
         utterances = utterances if lengths else leave_out_tested(utterances)
     (out / "manifest.jsonl").unlink(missing_ok=True)
     claim(out, settings)
@@ -172,7 +191,7 @@ def split_speakers(utterances, test_speakers=(), joined=False):
     """Fill in `split`; returns a line that says how it was decided."""
     speakers, given = {u.speaker for u in utterances}, sum(bool(u.split) for u in utterances)
     if missing := [s for s in test_speakers if s not in speakers]:
-        raise UserError(f"--test-speakers: there is no speaker {missing[0]!r}; the manifest has {', '.join(sorted(speakers)[:20])}")
+        raise UserError(f"--test-speakers: there is no speaker {missing[0]!r}; there are {', '.join(sorted(speakers)[:20]) or 'none'}")
     if given and given < len(utterances) and not test_speakers:
         raise UserError(f"'split' is given for {given} of {len(utterances)} rows; give it for all or none, or name --test-speakers")
     if joined and not given and not test_speakers:
@@ -188,8 +207,8 @@ def split_speakers(utterances, test_speakers=(), joined=False):
 
 def leave_out_tested(utterances):
     """The utterances without training rows whose transcript is tested."""
-    tested = {u.text for u in utterances if u.split == "test"}
-    kept = [u for u in utterances if u.split == "test" or u.text not in tested]
+    tested = {normalize(u.text) for u in utterances if u.split == "test"}
+    kept = [u for u in utterances if u.split == "test" or normalize(u.text) not in tested]
     if len(kept) < len(utterances):
         print(f"{len(utterances) - len(kept)} training rows left out, because their transcript is tested")
     if all(u.split == "test" for u in kept):
@@ -235,7 +254,7 @@ def parse_join(text):
     if not text:
         return None
     low, _, high = text.partition(":")
-    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+    if not (low.isdecimal() and high.isdecimal() and len(high) < 5 and 1 <= int(low) <= int(high)):
         raise UserError(f"--join {text}: give the fewest and the most words, like 3:6")
     return int(low), int(high)
 
@@ -269,7 +288,8 @@ def align(args):
     """Add word times to the rows of a manifest that have none, by CTC forced alignment; interleaving needs them."""
     manifest = Path(args.manifest)
     manifest = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
-    ours = (manifest.parent / "config.json").exists()              # in a data folder made by prepare nothing is lost by adding to it
+    ours = manifest.name == "manifest.jsonl" and (manifest.parent / "config.json").exists() and "done" in read_json(manifest.parent / "config.json")
+    # in a data folder made by prepare nothing is lost by adding to its manifest
     out = Path(args.out) if args.out else manifest if ours else manifest.with_name(f"{manifest.stem}-aligned.jsonl")
     if out.resolve() == manifest.resolve() and not ours:
         raise UserError(f"--out {out}: would overwrite the manifest it is made from; choose another name")
@@ -282,8 +302,10 @@ def align(args):
         raise UserError(f"--asr {args.asr}: has no CTC head to align with; name a CTC model, like facebook/wav2vec2-base-960h")
     with timed(f"align {len(todo)} utterances"), one_thread():
         for u in tqdm(todo, desc="align", unit="utt"):
+            audio = load_audio(u.audio, u.duration)
+            u.duration = len(audio) / SAMPLE_RATE
             try:
-                u.words, score = word_times(encoder, encoder(load_audio(u.audio, u.duration), u.audio), u.text, u.duration)
+                u.words, score = word_times(encoder, encoder(audio, u.audio), u.text, u.duration)
                 sure.append(score)
             except UserError as error:
                 failed.append(f"{u.audio}: {error}")
@@ -302,8 +324,9 @@ def spell(tokenizer, word):
     for piece in re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+", word):
         tries = [[i for i in tokenizer(w, add_special_tokens=False)["input_ids"] if i != bar] for w in (piece.lower(), piece.upper(), piece)]
         best = min(tries, key=lambda row: row.count(unknown) if row else len(piece))
-        ids += [i for i in best if i != unknown] if unknown not in best or len(set(best)) > 1 else [None]
-        ids += [None] * (not best)
+        known = [i for i in best if i != unknown]
+        says = any(c.isalnum() for token in tokenizer.convert_ids_to_tokens(known) for c in token)       # a space alone says nothing
+        ids += known if says else [None]
     return ids
 
 

@@ -1,4 +1,4 @@
-"""From files to parts: audio, manifests, tasks, and the pieces a conversation is made of.
+"""From files to parts: audio, manifests, and the pieces a conversation is made of.
 
 How a sample travels:  manifest row -> Utterance -> (stage 1) Behavior -> parts [Text, Speech, Text, Response] -> SpeechLLM
 """
@@ -17,18 +17,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import AddedToken
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
 SAMPLE_RATE = 16000          # Hz; everything is resampled to it
 MIN_SECONDS = 0.1            # less gives some encoders not one frame
-METRICS = ("exact", "wer", "chrf")
 
 
 class UserError(Exception):
@@ -158,7 +151,7 @@ def load_audio(path, duration=None):
     try:
         expected = soundfile.info(path).frames
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)      # (n, channels)
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+    except (soundfile.LibsndfileError, RuntimeError, OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
     if len(samples) == 0:
         raise UserError(f"{path}: the audio file holds no samples")
@@ -253,8 +246,8 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None):
     for number, row in tqdm(rows, desc="check audio", unit="utt", disable=not check_audio):
         try:
             utterance = parse_row(row, folder)
-            if lines.setdefault(utterance.id, number) != number:
-                raise UserError(f"has the same audio file as line {lines[utterance.id]}")
+            if (first := lines.setdefault(os.path.abspath(utterance.audio), number)) != number:
+                raise UserError(f"has the same audio file as line {first}")
             if check_audio:
                 utterance.duration = len(load_audio(utterance.audio, utterance.duration)) / SAMPLE_RATE
                 if utterance.words:
@@ -277,53 +270,19 @@ def utterances_id(utterances):
     return hashlib.sha256(repr([(u.id, u.text, u.split) for u in utterances]).encode()).hexdigest()[:12]
 
 
+def normalize(text):
+    """The words alone: small letters, no punctuation."""
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+
+
 def held_out(text):
     """One transcript in eight, by a hash of its words: the same texts are held out whoever asks (the tiny LLM's pre-training too)."""
-    return hashlib.sha256(text.encode()).digest()[0] < 32
+    return hashlib.sha256((normalize(text) or text).encode()).digest()[0] < 32
 
 
 def write_audio(path, samples):
     with whole_file(path) as temporary:
         soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE)
-
-
-# ---- tasks ----
-
-@dataclass
-class Task:
-    """One table of tasks.toml: what can be asked of an utterance."""
-    name: str
-    split: str               # "train": stage 2 may train on it; "unseen": kept for the benchmark
-    metric: str              # one of METRICS
-    prompts: list
-    unseen_prompts: list
-    transcripts: str = ".*"  # the task applies to transcripts that match this pattern
-
-    def applies(self, text):
-        return re.fullmatch(self.transcripts, text) is not None
-
-
-def load_tasks(path):
-    """{name: Task} of a tasks.toml; UserError names the table that is wrong."""
-    try:
-        table, tasks = tomllib.loads(Path(path).read_text(encoding="utf-8")), {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a task table ({error})") from None
-    for name, entry in table.items():
-        try:
-            task = tasks[name] = Task(name, **entry)
-            re.compile(task.transcripts)
-        except (TypeError, re.error) as error:
-            raise UserError(f"{path}: task [{name}]: {str(error).replace('Task.__init__() ', '')}") from None
-        if task.split not in ("train", "unseen") or task.metric not in METRICS:
-            raise UserError(f"{path}: task [{name}]: split must be train or unseen, metric one of {', '.join(METRICS)}")
-        if any(not isinstance(ps, list) or not ps or not all(isinstance(p, str) and p for p in ps) for ps in (task.prompts, task.unseen_prompts)):
-            raise UserError(f"{path}: task [{name}]: prompts and unseen_prompts must be lists of texts")
-        if set(task.prompts) & set(task.unseen_prompts):
-            raise UserError(f"{path}: task [{name}]: no prompt may be in prompts and in unseen_prompts")
-    if "repeat" not in tasks or tasks["repeat"].split != "train":
-        raise UserError(f"{path}: there is no training task [repeat], which recipes and the ignored-instruction rate need")
-    return tasks
 
 
 # ---- parts: what a conversation is made of before it becomes embeddings ----
@@ -367,15 +326,19 @@ A_DAY = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"     
 
 def render(tokenizer, messages, add_generation_prompt=True):
     """The conversation as the chat template writes it: thinking off, the same date every day, and a system turn that it refuses before the question."""
-    template = tokenizer.get_chat_template()
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False,
-                                             chat_template=A_DAY + template if "strftime_now" in template else template)
-    except (TemplateError, TypeError, ValueError) as error:
-        if len(messages) > 1 and messages[0]["role"] == "system":
-            asked = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-            return render(tokenizer, [asked, *messages[2:]], add_generation_prompt)
-        raise UserError(f"the chat template refuses this conversation ({type(error).__name__}: {error})") from None
+        template = tokenizer.get_chat_template()
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False,
+                                                 chat_template=A_DAY + template if "strftime_now" in template else template)
+        why = "it leaves out what is said" if any(m["content"].strip() not in rendered for m in messages if m["role"] != "assistant") else None
+    except Exception as error:                                     # a template is a program, and may raise anything
+        why = f"{type(error).__name__}: {error}"
+    if why and len(messages) > 1 and messages[0]["role"] == "system":
+        asked = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+        return render(tokenizer, [asked, *messages[2:]], add_generation_prompt)
+    if why:
+        raise UserError(f"the chat template refuses this conversation ({why})")
+    return rendered
 
 
 def chat_parts(tokenizer, messages, audio, response=None):
@@ -385,8 +348,9 @@ def chat_parts(tokenizer, messages, audio, response=None):
     response: token ids of the answer, or None to leave the conversation open for generation.
     """
     def flat(content):
-        return content.replace(AUDIO_MARK, " ") if isinstance(content, str) else "\n".join(
-            flat(c["text"]) if c["type"] == "text" else AUDIO_MARK for c in content)
+        if isinstance(content, str):
+            return content.encode(errors="replace").decode().replace(AUDIO_MARK, " ")
+        return "\n".join(flat(c["text"]) if c["type"] == "text" else AUDIO_MARK for c in content)
 
     mark, parts, audio = audio_mark_id(tokenizer), [Text([])], list(audio)
     rendered = render(tokenizer, [{"role": m["role"], "content": flat(m["content"])} for m in messages])
@@ -398,6 +362,17 @@ def chat_parts(tokenizer, messages, audio, response=None):
         else:
             parts[-1].ids.append(token)
     return [p for p in parts if not isinstance(p, Text) or p.ids] + ([Response(response)] if response is not None else [])
+
+
+def check_messages(messages):
+    """UserError unless it is a conversation in the Hugging Face message format."""
+    def is_part(c):
+        return isinstance(c, dict) and c.get("type") in ("text", "audio") and isinstance(c.get(c["type"]), (str, Path))
+    for m in messages if isinstance(messages, list) and messages else [None]:
+        content = m.get("content") if isinstance(m, dict) and isinstance(m.get("role"), str) else None
+        if not isinstance(content, str) and not (isinstance(content, list) and all(map(is_part, content))):
+            raise UserError(f'{m!r} is no message like {{"role": "user", "content": TEXT}}, where instead of a text may stand a list of '
+                            '{"type": "text", "text": TEXT} and {"type": "audio", "audio": PATH}')
 
 
 def ask(prompt, audio=None):

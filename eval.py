@@ -5,15 +5,15 @@ The reference is the text LLM's own answer to the true transcript, so any LLM an
 
 import os
 import random
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from data import (Speech, UserError, ask, chat_parts, read_json, read_jsonl, timed, transcript_tokens, whole_file, write_json,
+from data import (Speech, UserError, ask, chat_parts, normalize, read_json, read_jsonl, timed, transcript_tokens, whole_file, write_json,
                   write_jsonl)
 from model import SpeechLLM, encode_all
 
@@ -44,11 +44,22 @@ def draw_cases(tasks, utterances, per_prompt, seed):
     return cases
 
 
+def generate_all(model, conversations, order, desc, batch_size, max_new_tokens):
+    """[(text, did it end by itself)] for many open conversations, in batches of neighbours by the sort key `order[i]`, with a progress bar."""
+    answers, by_key = [None] * len(conversations), sorted(range(len(conversations)), key=order.__getitem__)
+    for at in tqdm(range(0, len(by_key), batch_size), desc=desc, unit="batch"):
+        rows = by_key[at:at + batch_size]
+        for i, answer in zip(rows, model.generate_rows([conversations[i] for i in rows], max_new_tokens)):
+            answers[i] = answer
+    return answers
+
+
 def answer_cases(model, hear, cases, name, batch_size, max_new_tokens):
     """The model's answers; hear(utterance) gives the parts that stand for the utterance: text, speech, or what the cascade heard."""
     heard = {c.utterance.id: hear(c.utterance) for c in cases}
     parts = [chat_parts(model.tokenizer, ask(c.prompt), [heard[c.utterance.id]]) for c in cases]
-    return [text for text, _ in model.generate_all(parts, [(c.task.name, c.utterance.duration) for c in cases], f"bench {name}", batch_size, max_new_tokens)]
+    order = [(c.task.name, c.utterance.duration) for c in cases]
+    return [text for text, _ in generate_all(model, parts, order, f"bench {name}", batch_size, max_new_tokens)]
 
 
 def systems(run, encoders, transcriber, llm, utterances, cache):
@@ -88,10 +99,6 @@ def run_systems(systems, cases, batch_size, max_new_tokens):
 
 
 # ---- metrics ----
-
-def normalize(text):
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
-
 
 def word_error_rate(reference, answer):
     import jiwer

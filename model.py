@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForCTC, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from connectors import Connector
-from data import (AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, ask, chat_parts, load_audio, read_json, render, timed, tokenize_in_context,
-                  whole_file, write_json)
+from data import (AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, ask, chat_parts, check_messages, load_audio, read_json, render, timed,
+                  tokenize_in_context, whole_file, write_json)
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)         # it warns of an optional kernel package it would load from the network
 TINY = Path(__file__).with_name("tiny")                            # the tiny world's checkpoints, by the name "tiny"
@@ -80,7 +80,16 @@ class SpeechEncoder(nn.Module):
             self.model = getattr(model, "encoder", model) if self.config.is_encoder_decoder else model
         self.to(DEVICE).eval().requires_grad_(False)
         noise = np.random.default_rng(0).normal(0, 0.1, 13 * SAMPLE_RATE).astype(np.float32)
-        short, long = self(noise[:SAMPLE_RATE]), self(noise)
+        try:
+            short, long = self(noise[:SAMPLE_RATE]), self(noise)
+            symbols = self.ctc(short).shape[1] if self.head else 0
+        except Exception as error:                                 # parts that do not fit raise anything
+            raise UserError(f"speech encoder {name}: its feature extractor and its model do not fit together "
+                            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from None
+        if not torch.isfinite(long).all():
+            raise UserError(f"speech encoder {name}: gives NaN or infinite frames; its weights are damaged")
+        if self.head and (self.ctc_tokenizer.pad_token_id is None or max(self.ctc_tokenizer.get_vocab().values()) >= symbols):
+            raise UserError(f"speech encoder {name}: its CTC vocabulary does not fit its CTC head of {symbols} symbols, or has no pad token")
         self.width, self.frame_rate = long.shape[1], (len(long) - len(short)) / 12
 
     @torch.no_grad()
@@ -164,20 +173,30 @@ def load_tensors(path, advice="delete it and run again"):
 # ---- the frozen LLM ----
 
 def load_or_explain(auto_class, name, what, **options):
-    """auto_class.from_pretrained with an error for people; weights come from safetensors only, code from transformers only."""
+    """auto_class.from_pretrained with an error for people; weights come from safetensors only and must be whole, code comes from transformers only."""
     try:
-        if "dtype" in options:
-            options["use_safetensors"] = True
-        return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:      # what damaged files raise
+        options["trust_remote_code"] = False                       # unset, transformers would ask on the terminal, and run what comes with the weights
+        if "dtype" not in options:
+            return auto_class.from_pretrained(name, **options)
+        model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+        lost = sorted(str(key) for key in [*found["missing_keys"], *found["mismatched_keys"]] if "masked_spec_embed" not in str(key))    # of pre-training only
+        if lost:
+            raise ValueError(f"its weights are not whole: {len(lost)} tensors are missing or of another shape, like {lost[0]}")
+        return model
+    except Exception as error:                                     # damaged files raise anything
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what} {name}: cannot be loaded as a Hugging Face checkpoint, local folder or hub name ({why})") from None
+
+
+def compute_dtype():
+    """bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    return torch.float32 if DEVICE == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load_llm(name, bits=4):
     """(LLM frozen and in eval mode, tokenizer). bits: 4 = NF4 with double quantization, 8 = LLM.int8, 16 = not quantized."""
     name = TINY / "llm" if name == "tiny" else name
-    compute = torch.float32 if DEVICE == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    compute = compute_dtype()
     quantization = None
     if bits != 16:
         try:
@@ -187,6 +206,7 @@ def load_llm(name, bits=4):
         except (ImportError, OSError, RuntimeError) as error:
             print(f"bitsandbytes does not work on this machine ({type(error).__name__}): the LLM runs unquantized, in {compute}")
     tokenizer = load_or_explain(AutoTokenizer, name, "LLM")
+    vocabulary = len(tokenizer)
     if not tokenizer.chat_template:
         raise UserError(f"LLM {name}: its tokenizer has no chat template; choose an instruction-tuned model")
     if not tokenizer("a b")["input_ids"]:
@@ -195,6 +215,7 @@ def load_llm(name, bits=4):
         raise UserError(f"LLM {name}: its tokenizer gives no character offsets, which interleaving needs; it must have a tokenizer.json")
     try:
         end_of_turn(tokenizer)
+        chat_parts(tokenizer, ask("Who did it, and when?"), [[]])
     except (UserError, IndexError) as error:
         raise UserError(f"LLM {name}: its chat template cannot be used ({error})") from None
     llm = load_or_explain(AutoModelForCausalLM, name, "LLM", dtype=compute, quantization_config=quantization, device_map={"": DEVICE})
@@ -203,6 +224,8 @@ def load_llm(name, bits=4):
         # and other rounding. One set of weights for training and generation:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if vocabulary > len(llm.get_input_embeddings().weight):
+        raise UserError(f"LLM {name}: its tokenizer has {vocabulary} tokens, but its weights only {len(llm.get_input_embeddings().weight)} embeddings")
     # Greedy decoding and nothing else, whatever sampling or penalties the checkpoint recommends; its end tokens are kept.
     llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)
     return llm.eval().requires_grad_(False), tokenizer
@@ -216,9 +239,10 @@ def shared_llm(name, bits):
 
 def fingerprint(llm, tokenizer):
     """Tells one LLM from another by what is never quantized: its shape, its vocabulary, a slice of its embeddings, its norms."""
+    text = llm.config.get_text_config()                            # of a model that also sees, the part that reads
     weights = [llm.get_input_embeddings().weight[:64], *(p for name, p in llm.named_parameters() if "norm" in name)]
     samples = b"".join(w.to(torch.bfloat16).float().cpu().numpy().tobytes() for w in weights)      # the same whatever precision it was loaded in
-    return hashlib.sha256(samples + repr((llm.config.hidden_size, llm.config.num_hidden_layers, tokenizer.vocab_size)).encode()).hexdigest()[:12]
+    return hashlib.sha256(samples + repr((text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)).encode()).hexdigest()[:12]
 
 
 def end_of_turn(tokenizer):
@@ -308,24 +332,17 @@ class SpeechLLM(nn.Module):
                                  eos_token_id=self.ends, pad_token_id=self.eot).tolist()
         lengths = [next((i for i, token in enumerate(row) if token in self.ends), None) for row in rows]
         texts = self.tokenizer.batch_decode([row[:n] for row, n in zip(rows, lengths)], skip_special_tokens=True)
-        return [(text.strip(), n is not None) for text, n in zip(texts, lengths)]
+        # an answer that was cut off may end in half a character
+        return [(text.strip() if n is not None else text.rstrip("\ufffd").strip(), n is not None) for text, n in zip(texts, lengths)]
 
     def generate(self, batch, max_new_tokens=64):
         """The texts of generate_rows."""
         return [text for text, _ in self.generate_rows(batch, max_new_tokens)]
 
-    def generate_all(self, conversations, order, desc, batch_size, max_new_tokens):
-        """generate_rows for many open conversations, in batches of neighbours by the sort key `order[i]`, with a progress bar."""
-        answers, by_key = [None] * len(conversations), sorted(range(len(conversations)), key=order.__getitem__)
-        for at in tqdm(range(0, len(by_key), batch_size), desc=desc, unit="batch"):
-            rows = by_key[at:at + batch_size]
-            for i, answer in zip(rows, self.generate_rows([conversations[i] for i in rows], max_new_tokens)):
-                answers[i] = answer
-        return answers
-
     def answer(self, question, audio=None, max_new_tokens=64):
         """The answer to a question about a sound file; or to a whole conversation in the Hugging Face message format (audio entries hold a path)."""
         messages = ask(question, audio) if isinstance(question, str) else question
+        check_messages(messages)
         paths = [c["audio"] for m in messages if not isinstance(m["content"], str) for c in m["content"] if c["type"] == "audio"]
         heard = [[Speech(self.encoder(load_audio(path), path))] for path in paths]
         return self.generate([chat_parts(self.tokenizer, messages, heard)], max_new_tokens)[0]
@@ -359,18 +376,29 @@ class SpeechLLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, llm=None, encoder=None):
         """Load what save() wrote (RUN/<recipe>). UserError if it was trained for another LLM or another encoder."""
-        spec = read_json(Path(folder) / "model.json", "llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora", "llm_fingerprint",
+        folder = Path(folder)
+        spec = read_json(folder / "model.json", "llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora", "llm_fingerprint",
                          "encoder_key")
-        model = cls.build(spec, llm, encoder)
+        try:
+            model = cls.build(spec, llm, encoder)
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(f"{folder / 'model.json'}: is not what training writes there ({error}); train again with --force") from None
         for what, name, now, then in (("LLM", spec["llm"], model.fingerprint, spec["llm_fingerprint"]),
                                       ("speech encoder", spec["encoder"], model.encoder.key, spec["encoder_key"])):
             if now != then:
                 raise UserError(f"{folder}: its connector was trained for another {what} than the one that is now at {name}; train again with --force")
         try:
-            model.connector.load_state_dict(load_tensors(Path(folder) / "connector.safetensors", "train again with --force"))
+            tensors = load_tensors(folder / "connector.safetensors", "train again with --force")
+            model.connector.load_state_dict(tensors)
             if spec["lora"]:
-                from peft import set_peft_model_state_dict
-                set_peft_model_state_dict(model.llm, load_tensors(Path(folder) / "adapter" / "adapter_model.safetensors", "train again with --force"))
+                from peft import get_peft_model_state_dict, set_peft_model_state_dict
+                adapter = load_tensors(folder / "adapter" / "adapter_model.safetensors", "train again with --force")
+                if set(adapter) != set(get_peft_model_state_dict(model.llm)):
+                    raise ValueError("its adapter is not whole")
+                set_peft_model_state_dict(model.llm, adapter)
+                tensors |= adapter
+            if not all(torch.isfinite(t).all() for t in tensors.values()):
+                raise ValueError("it holds NaN or infinite weights")
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{folder}: the connector cannot be loaded ({str(error).splitlines()[0]}); train again with --force") from None
         return model.train(False)

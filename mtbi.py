@@ -16,8 +16,10 @@ import os
 import platform
 import random
 import shlex
+import shutil
 import sys
 import time
+import warnings
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +34,10 @@ from huggingface_hub.utils import enable_progress_bars
 import eval as benchmark
 from connectors import CONNECTORS, frames_a_token
 from corpora import align, prepare
-from data import (TIMES, UserError, ask, chat_parts, claim, is_done, load_tasks, read_json, read_manifest, relative, timed, transcript_tokens,
+from data import (TIMES, UserError, ask, chat_parts, claim, is_done, normalize, read_json, read_manifest, relative, timed, transcript_tokens,
                   utterances_id, write_jsonl)
 from model import DEVICE, SpeechLLM, encode_all, load_llm, named, shared_encoder, shared_llm, weights_id
-from train import Behavior, Examples, Recipe, read_behaviors, read_log, train
+from train import Behavior, Examples, Recipe, load_tasks, read_behaviors, read_log, train
 
 RECIPES = {
     "mtbi": Recipe("multi-task behavior imitation with speech-text interleaving (arXiv 2505.18644)", interleave=0.4, repeat=(1.0, 0.2)),
@@ -79,7 +81,7 @@ def imitate(args):
     print(f"{len(todo)} questions about {len(utterances)} transcripts: repeat and {args.per_utterance} of the other training tasks each")
     with timed("imitate"):                                         # (text, did it end by itself) of each answer
         parts = [chat_parts(model.tokenizer, ask(prompt), [[transcript_tokens(model.tokenizer, u.text)]]) for u, _, prompt in todo]
-        answers = model.generate_all(parts, [(task.name, len(u.text)) for u, task, _ in todo], "imitate", args.batch_size, args.max_new_tokens)
+        answers = benchmark.generate_all(model, parts, [(task.name, len(u.text)) for u, task, _ in todo], "imitate", args.batch_size, args.max_new_tokens)
     behaviors = [Behavior(u.id, task.name, prompt, answer, ended) for (u, task, prompt), (answer, ended) in zip(todo, answers) if answer or ended]
     if not behaviors:
         raise UserError(f"LLM {args.llm}: gives no answer to any question")
@@ -138,14 +140,15 @@ def train_recipe(args):
     say_where()
     llm = load_llm(spec["llm"], spec["bits"]) if recipe.lora else shared_llm(spec["llm"], spec["bits"])
     encoder = shared_encoder(spec["encoder"], spec["pad_whisper"])
-    spec |= connector_size(args, recipe, llm[0].config.hidden_size, encoder)
+    spec |= connector_size(args, recipe, llm[0].get_input_embeddings().weight.shape[1], encoder)
     model = SpeechLLM.build(spec, llm, encoder, args.seed)
     utterances = [u for u in utterances if u.split == "train"]
     frames = encode_all(model.encoder, utterances, data / "features")
     examples = Examples(model, utterances, read_behaviors(run / "behaviors.jsonl"), frames, recipe, args.steps, args.batch_size, args.seed)
     examples.explain(args.accumulate)
-    for name in ("model.json", "connector.safetensors", *(["state.safetensors"] if args.force else [])):      # what is there is not this training's
+    for name in ("model.json", "connector.safetensors", *(["state.safetensors", "log.jsonl"] if args.force else [])):      # of another training
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
     claim(folder, chosen)
     with timed(f"train {args.recipe}"):
         train(model, examples, folder, lr=args.lr, accumulate=args.accumulate, save_every=args.save_every)
@@ -168,11 +171,11 @@ def connector_size(args, recipe, llm_width, encoder):
 def bench(args):
     """Score the trained recipes of RUN beside the top line and the cascade on the held-out speech of DATA; write report.json, report.md, plots."""
     run, (settings, data, utterances) = Path(args.run), run_settings(args.run)
-    known = {u.text for u in utterances if u.split == "train"}
+    known = {normalize(u.text) for u in utterances if u.split == "train"}
     if args.data and Path(args.data).resolve() != data.resolve():
         data = Path(args.data)
         utterances = read_manifest(data / "manifest.jsonl")
-    tested = [u for u in utterances if u.split == "test" and u.text not in known]
+    tested = [u for u in utterances if u.split == "test" and normalize(u.text) not in known]
     trained = trained_recipes(run)
     if not trained:
         raise UserError(f"{run}: holds no trained recipe; run `train {run} --recipe mtbi` first")
@@ -231,10 +234,6 @@ def generate(args):
     """Ask a trained model about a sound file."""
     run = Path(args.run)
     found = list(trained_recipes(run))
-    try:
-        f"{args.prompt}{args.system}".encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt is no UTF-8 text") from None
     name = args.recipe or (found[0] if found else "")
     if name not in found:
         raise UserError(f"{run}: holds no trained recipe{' ' + repr(name) if name else ''}; there are {', '.join(found) or 'none: run `train` first'}")
@@ -396,7 +395,7 @@ def build_parser():
     option(sub, "--connector", None, f"{', '.join(CONNECTORS)}; default: the recipe's")
     option(sub, "--loss", None, "ce (the LLM's answer) or kl (its whole distribution); default: the recipe's", choices=["ce", "kl"])
     option(sub, "--lora", None, "rank of a LoRA adapter on the LLM, 0 for none; default: the recipe's", type=rank)
-    option(sub, "--k", None, "encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech tokens a second", type=positive)
+    option(sub, "--k", None, "encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech tokens a second", type=whole(1, 256))
     option(sub, "--hidden", None, "width of the connector's hidden layer; default: four times the LLM's width, at most 2048", type=positive)
     option(sub, "--steps", 1000, "training steps")
     option(sub, "--batch-size", 32, "utterances in a micro-batch")
@@ -432,12 +431,17 @@ def run_command(argv):
 
 def main(argv=None):
     transformers.logging.set_verbosity_error()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")                            # libraries' advice to developers
     transformers.logging.disable_progress_bar()
     enable_progress_bars()                                         # but a download is seen
     sys.stdout.reconfigure(errors="replace") if hasattr(sys.stdout, "reconfigure") else None      # a console that cannot show "ñ" is no reason to stop
     try:
         run_command(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):                     # `info RUN | head`: who reads has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         print(f"mtbi: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,4 +1,5 @@
-"""Stage 2: train the connector so that the frozen LLM answers speech as it answered the transcript. One loop for every recipe."""
+"""What is trained and how: tasks, recipes, behaviors, examples, and stage 2, in which the connector learns to get from the frozen LLM the answers
+to speech that it gave to the transcript. One loop for every recipe."""
 
 import math
 import random
@@ -14,6 +15,52 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import Speech, Text, UserError, ask, chat_parts, read_jsonl, tokenize_in_context, transcript_tokens, whole_file, write_jsonl
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+METRICS = ("exact", "wer", "chrf")
+
+
+# ---- tasks, recipes, behaviors ----
+
+@dataclass
+class Task:
+    """One table of tasks.toml: what can be asked of an utterance."""
+    name: str
+    split: str               # "train": stage 2 may train on it; "unseen": kept for the benchmark
+    metric: str              # one of METRICS
+    prompts: list
+    unseen_prompts: list
+    transcripts: str = ".*"  # the task applies to transcripts that match this pattern
+
+    def applies(self, text):
+        return re.fullmatch(self.transcripts, text) is not None
+
+
+def load_tasks(path):
+    """{name: Task} of a tasks.toml; UserError names the table that is wrong."""
+    try:
+        table, tasks = tomllib.loads(Path(path).read_text(encoding="utf-8")), {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a task table ({error})") from None
+    for name, entry in table.items():
+        try:
+            task = tasks[name] = Task(name, **entry)
+            re.compile(task.transcripts)
+        except (TypeError, re.error) as error:
+            raise UserError(f"{path}: task [{name}]: {str(error).replace('Task.__init__() ', '')}") from None
+        if task.split not in ("train", "unseen") or task.metric not in METRICS:
+            raise UserError(f"{path}: task [{name}]: split must be train or unseen, metric one of {', '.join(METRICS)}")
+        if any(not isinstance(ps, list) or not ps or not all(isinstance(p, str) and p for p in ps) for ps in (task.prompts, task.unseen_prompts)):
+            raise UserError(f"{path}: task [{name}]: prompts and unseen_prompts must be lists of texts")
+        if set(task.prompts) & set(task.unseen_prompts):
+            raise UserError(f"{path}: task [{name}]: no prompt may be in prompts and in unseen_prompts")
+    if "repeat" not in tasks or tasks["repeat"].split != "train":
+        raise UserError(f"{path}: there is no training task [repeat], which recipes and the ignored-instruction rate need")
+    return tasks
 
 
 @dataclass(frozen=True)
@@ -197,7 +244,8 @@ def train(model, examples, folder, *, lr, accumulate=1, warmup=50, clip=1.0, sav
             rate = optimizer.param_groups[0]["lr"] = learning_rate(step, examples.steps, lr, warmup)
             loss, tokens = accumulate_gradients(model, [examples.batch(step, i, accumulate) for i in range(accumulate)])
             if not math.isfinite(loss):
-                raise UserError(f"{folder}: the loss is {loss} at step {step}; lower --lr and train again")
+                raise UserError(f"{folder}: the loss is {loss} at step {step}; " + ("lower --lr and train again" if step else
+                                "no step was taken yet, so the weights of the LLM or of the encoder must be damaged"))
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -217,7 +265,7 @@ def train(model, examples, folder, *, lr, accumulate=1, warmup=50, clip=1.0, sav
 def read_log(path):
     """The rows of a training log."""
     rows = [row for _, row in read_jsonl(path)]
-    if not rows or not all(isinstance(row, dict) and {"step", "loss", "seconds"} <= set(row) for row in rows):
+    if not rows or not all(isinstance(row, dict) and all(isinstance(row.get(key), (int, float)) for key in ("step", "loss", "seconds")) for row in rows):
         raise UserError(f"{path}: is no whole training log; train again with --force")
     return rows
 

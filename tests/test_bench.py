@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import eval as benchmark
 import mtbi
-from data import Task, Utterance, load_tasks, read_json
+from data import Utterance, read_json
+from train import Task, load_tasks
 
 
 def test_scores_by_hand():

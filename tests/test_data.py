@@ -9,7 +9,8 @@ import soundfile
 from conftest import ROOT, shared
 
 import mtbi
-from data import SAMPLE_RATE, UserError, held_out, load_audio, load_tasks, read_jsonl, read_manifest, whole_file
+from data import SAMPLE_RATE, UserError, held_out, load_audio, read_jsonl, read_manifest, whole_file
+from train import load_tasks
 
 
 def tone(seconds=1.0, rate=16000, channels=1):

@@ -104,7 +104,8 @@ def test_generation_is_greedy_whatever_the_checkpoint_recommends(heard_model):
             break
         chosen.append(best.item())
         embeds = torch.cat([embeds, heard_model.llm.get_input_embeddings()(best[None, None])], dim=1)
-    assert heard_model.generate([row], 8) == [heard_model.tokenizer.decode(chosen, skip_special_tokens=True).strip()]
+    answer = heard_model.tokenizer.decode(chosen, skip_special_tokens=True).strip().rstrip("\ufffd").strip()
+    assert heard_model.generate([row], 8) == [answer]
 
 
 def test_speech_tokens_start_at_the_norm_the_llms_layers_see(heard_model):

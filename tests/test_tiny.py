@@ -12,9 +12,10 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import ask, chat_parts, held_out, load_tasks, transcript_tokens
+from data import ask, chat_parts, held_out, transcript_tokens
 from model import SpeechLLM
 from tiny import speech, world
+from train import load_tasks
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,11 +6,11 @@ import random
 import pytest
 import torch
 
-from data import Speech, Text, UserError, ask, chat_parts, load_tasks, read_json, read_jsonl, read_manifest, transcript_tokens, write_json
+from data import Speech, Text, UserError, ask, chat_parts, read_json, read_jsonl, read_manifest, transcript_tokens, write_json
 from connectors import CONNECTORS, Connector
 from model import SpeechLLM, load_llm
 from mtbi import HERE, RECIPES, main
-from train import Examples, accumulate_gradients, epoch_order, learning_rate, read_behaviors, train
+from train import Examples, accumulate_gradients, epoch_order, learning_rate, load_tasks, read_behaviors, train
 
 
 @pytest.fixture
