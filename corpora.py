@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (SAMPLE_RATE, UserError, Utterance, claim, held_out, is_done, load_audio, normalize, read_json, read_jsonl, read_lines, read_manifest,
-                  relative, timed, write_audio, write_jsonl)
-from model import named, one_thread, shared_encoder
+from data import (SAMPLE_RATE, UserError, Utterance, claim, held_out, is_done, load_audio, normalize, one_thread, read_json, read_jsonl, read_lines,
+                  read_manifest, relative, timed, write_audio, write_jsonl)
+from model import named, shared_encoder
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 LIBRISPEECH_PARTS = ("dev-clean", "dev-other", "test-clean", "test-other", "train-clean-100", "train-clean-360", "train-other-500")

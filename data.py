@@ -107,6 +107,16 @@ def is_done(folder, settings, output, force=False):
     return bool(old["done"]) and (Path(folder) / output).exists()
 
 
+def read_config(folder, made_by, **kinds):
+    """(settings, done) of a folder that the command `made_by` wrote; `kinds` are settings it must have, with their types."""
+    path = Path(folder) / "config.json"
+    config = read_json(path, "settings", "done")
+    settings = config["settings"]
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path}: this is no run folder made by `{made_by}`, or it is damaged; name another, or make it again with --force")
+    return settings, bool(config["done"])
+
+
 def claim(folder, settings, done=False):
     """Write a step's settings into its folder: when its work begins, and again, with done=True, when it is finished."""
     write_json(Path(folder) / "config.json", {"settings": settings, "done": done})
@@ -130,6 +140,17 @@ def timed(name):
     seconds = time.perf_counter() - start
     TIMES[name] = TIMES.get(name, 0) + seconds
     print(f"{name}: {seconds:.1f} s", flush=True)
+
+
+@contextmanager
+def one_thread():
+    """numpy's threads and torch's, taking turns at one short clip, wait for each other: 88 ms a clip on two cores, 14 with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- audio and manifests ----

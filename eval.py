@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import (Speech, UserError, ask, chat_parts, normalize, read_json, read_jsonl, timed, transcript_tokens, whole_file, write_json,
+from data import (Speech, UserError, ask, chat_parts, normalize, read_config, read_json, read_jsonl, timed, transcript_tokens, whole_file, write_json,
                   write_jsonl)
 from model import SpeechLLM, encode_all
+from train import read_log
 
 QUADRANTS = ["seen_task_seen_prompt", "seen_task_unseen_prompt", "unseen_task_seen_prompt", "unseen_task_unseen_prompt"]
 RESAMPLES = 1000             # bootstrap resamples of the utterances
@@ -235,6 +236,35 @@ def show(report, run):
         print(f"{s['prompt']}  [{s['transcript']}]  ({s['quadrant'].replace('_', ' ')}; {s['audio']})")
         print("\n".join(f"    {name:<8} {' '.join(answer.split())}" for name, answer in s["answers"].items()))
     print(f"\nreport: {run / 'report.md'} (and report.json, answers.jsonl, quadrants.png, tasks.png, loss.png)")
+
+
+def earlier_report(run, asked):
+    """The report of an earlier `bench` that was asked for the very same, or None."""
+    try:
+        report = read_json(run / "report.json", "recipes", "samples", "meta")
+    except UserError:
+        return None                                                # none, or not whole: it is written anew
+    return report if isinstance(report["meta"], dict) and report["meta"].get("asked") == asked else None
+
+
+def describe_recipe(folder, scored):
+    """Lines about one trained recipe of a run."""
+    chosen, done = read_config(folder, "train", encoder=str, connector=str, lora=int, steps=int, batch_size=int, accumulate=int)
+    log, spec = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else [], read_json(folder / "model.json", "k", "hidden") if done else {}
+    yield (f"encoder {chosen['encoder']}, connector {chosen['connector']}" + (f" (k {spec['k']}, hidden {spec['hidden']})" if done else "") +
+           (f", LoRA of rank {chosen['lora']}" if chosen["lora"] else ", LLM frozen"))
+    yield (f"steps {log[-1]['step'] + 1 if log else 0} of {chosen['steps']}, {chosen['batch_size'] * chosen['accumulate']} utterances each"
+           + (f"; loss {log[0]['loss']:.3f} -> {sum(row['loss'] for row in log[-20:]) / len(log[-20:]):.3f} nats/token (mean of the last 20 steps), "
+              f"{log[-1]['seconds']:.0f} s" if log else "") + ("" if done else "; not finished: the same `train` command goes on"))
+    yield describe_scores(scored) if scored else "not benchmarked yet"
+
+
+def describe_scores(entry):
+    try:
+        quadrants = {q.replace("_task_", " × ").removesuffix("_prompt"): percent(cell["score"]) for q, cell in entry["quadrants"].items()}
+        return "scores (task × prompt) " + ", ".join(f"{q} {score}" for q, score in quadrants.items()) + f"; repeat WER {percent(entry['repeat_wer'])}"
+    except (KeyError, TypeError, AttributeError):
+        raise UserError("report.json: is not what `bench` writes; run `bench` again with --force") from None
 
 
 def draw_samples(cases, answers, seed, n=5):

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import math
 import shutil
-from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForCTC, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from connectors import Connector
-from data import (AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, ask, chat_parts, check_messages, load_audio, read_json, render, timed,
+from data import (AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, ask, chat_parts, check_messages, load_audio, one_thread, read_json, render, timed,
                   tokenize_in_context, whole_file, write_json)
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)         # it warns of an optional kernel package it would load from the network
@@ -136,17 +135,6 @@ class SpeechEncoder(nn.Module):
 
 
 shared_encoder = lru_cache(maxsize=2)(SpeechEncoder)                # it is frozen, so the steps of one process share it; the LLM likewise
-
-
-@contextmanager
-def one_thread():
-    """numpy's threads and torch's, taking turns at one short clip, wait for each other: 88 ms a clip on two cores, 14 with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def encode_all(encoder, utterances, cache):

@@ -34,7 +34,7 @@ from huggingface_hub.utils import enable_progress_bars
 import eval as benchmark
 from connectors import CONNECTORS, frames_a_token
 from corpora import align, prepare
-from data import (TIMES, UserError, ask, chat_parts, claim, is_done, normalize, read_json, read_manifest, relative, timed, transcript_tokens,
+from data import (TIMES, UserError, ask, chat_parts, claim, is_done, normalize, read_config, read_json, read_manifest, relative, timed, transcript_tokens,
                   utterances_id, write_jsonl)
 from model import DEVICE, SpeechLLM, encode_all, load_llm, named, shared_encoder, shared_llm, weights_id
 from train import Behavior, Examples, Recipe, load_tasks, read_behaviors, read_log, train
@@ -106,12 +106,9 @@ def draw_questions(tasks, utterances, per_utterance, seed):
 
 def run_settings(run):
     """(settings, data folder, utterances) of a run folder made by `imitate`; UserError if its data has changed since."""
-    config = read_json(Path(run) / "config.json", "settings", "done")
-    if not {"data", "utterances", "llm", "bits", "tasks", "task_table"} <= set(config["settings"] or {}):
-        raise UserError(f"{run}: is no run folder made by `imitate`")
-    if not config["done"]:
+    settings, done = read_config(run, "imitate", data=str, utterances=str, llm=str, bits=int, tasks=str, task_table=str, seed=int)
+    if not done:
         raise UserError(f"{run}: its behaviors are not complete; run `imitate … --out {run}` first")
-    settings = config["settings"]
     data = Path(run) / settings["data"]
     utterances = read_manifest(data / "manifest.jsonl")
     if utterances_id(utterances) != settings["utterances"]:
@@ -187,7 +184,7 @@ def bench(args):
         raise UserError(f"{tasks_path}: has changed since `imitate`; run `imitate` again with --force")
     asked = {"manifest": digest(data / "manifest.jsonl"), "per_prompt": args.per_prompt, "seed": args.seed, "asr": args.asr,
              "max_new_tokens": args.max_new_tokens, "trained": {name: digest(run / name / "connector.safetensors") for name in trained}}
-    if not args.force and (report := earlier_report(run, asked)):
+    if not args.force and (report := benchmark.earlier_report(run, asked)):
         print(f"{run / 'report.md'}: is written already")
         return benchmark.show(report, run)
     say_where()
@@ -212,20 +209,11 @@ def bench(args):
     benchmark.show(report, run)
 
 
-def earlier_report(run, asked):
-    """The report of an earlier `bench` that was asked for the very same, or None."""
-    try:
-        report = read_json(run / "report.json", "recipes", "samples", "meta")
-    except UserError:
-        return None                                                # none, or not whole: it is written anew
-    return report if isinstance(report["meta"], dict) and report["meta"].get("asked") == asked else None
-
-
 def trained_recipes(run):
     """{recipe: its settings} of the recipes whose training is finished, in the order of the recipe table."""
-    paths = {name: run / name / "config.json" for name in RECIPES}
-    configs = {name: read_json(path, "settings", "done") for name, path in paths.items() if path.exists()}
-    return {name: config["settings"] for name, config in configs.items() if config["done"] and (run / name / "connector.safetensors").exists()}
+    folders = {name: run / name for name in RECIPES if (run / name / "config.json").exists()}
+    configs = {name: read_config(folder, "train", encoder=str, pad_whisper=bool, behaviors=str) for name, folder in folders.items()}
+    return {name: settings for name, (settings, done) in configs.items() if done and (folders[name] / "connector.safetensors").exists()}
 
 
 # ---- generate, demo ----
@@ -260,28 +248,10 @@ def info(args):
     print(f"behaviors  {len(behaviors)} over {len({b.task for b in behaviors})} tasks of {settings['tasks']}")
     for name in RECIPES:
         if (run / name / "config.json").exists():
-            print("\n".join([f"{name}", *("  " + line for line in describe_recipe(run / name, report.get(name)))]))
+            print("\n".join([f"{name}", *("  " + line for line in benchmark.describe_recipe(run / name, report.get(name)))]))
     for name in [n for n in report if n not in RECIPES]:
-        print(f"{name}\n  {describe_scores(report[name])}")
+        print(f"{name}\n  {benchmark.describe_scores(report[name])}")
     print(f"report     {run / 'report.md'}" if report else f"report     none yet: run `bench {run}`")
-
-
-def describe_recipe(folder, scored):
-    """Lines about one trained recipe of a run."""
-    config = read_json(folder / "config.json", "settings", "done")
-    chosen, log = config["settings"], read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-    spec = read_json(folder / "model.json") if config["done"] else chosen
-    yield (f"encoder {spec['encoder']}, connector {spec['connector']}" + (f" (k {spec['k']}, hidden {spec['hidden']})" if config["done"] else "") +
-           (f", LoRA of rank {spec['lora']}" if spec["lora"] else ", LLM frozen"))
-    yield (f"steps {log[-1]['step'] + 1 if log else 0} of {chosen['steps']}, {chosen['batch_size'] * chosen['accumulate']} utterances each"
-           + (f"; loss {log[0]['loss']:.3f} -> {sum(row['loss'] for row in log[-20:]) / len(log[-20:]):.3f} nats/token (mean of the last 20 steps), "
-              f"{log[-1]['seconds']:.0f} s" if log else "") + ("" if config["done"] else "; not finished: the same `train` command goes on"))
-    yield describe_scores(scored) if scored else "not benchmarked yet"
-
-
-def describe_scores(entry):
-    quadrants = {q.replace("_task_", " × ").removesuffix("_prompt"): benchmark.percent(cell["score"]) for q, cell in entry["quadrants"].items()}
-    return "scores (task × prompt) " + ", ".join(f"{q} {score}" for q, score in quadrants.items()) + f"; repeat WER {benchmark.percent(entry['repeat_wer'])}"
 
 
 def demo(args):

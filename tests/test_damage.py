@@ -130,6 +130,19 @@ def test_damaged_run_folders_are_explained(trained, capsys, data):
         refused("model.json" if key != "connector" else "")
 
 
+@pytest.mark.parametrize("file, change", [("config.json", {"settings": 5}), ("config.json", {"settings": {}}), ("mtbi/config.json", {"settings": []}),
+                                          ("mtbi/log.jsonl", None), ("report.json", {"recipes": {"mtbi": 5}, "meta": {}}), ("mtbi/model.json", {"k": None})])
+def test_info_explains_files_that_are_not_its_own(trained, capsys, file, change):
+    if change is None:
+        (trained / file).write_text('{"step": "a", "loss": "b", "seconds": null}\n')
+    else:
+        before = read_json(trained / file) if (trained / file).exists() else {}
+        write_json(trained / file, {k: v for k, v in {**before, **change}.items() if v is not None})
+    capsys.readouterr()
+    assert mtbi.main(["info", str(trained)]) == 2
+    one_line(capsys, "--force")
+
+
 def test_a_training_begun_anew_forgets_the_old_one(trained, capsys):
     from train import train as real
     argv = ["train", str(trained), "--steps", "50", "--batch-size", "8", "--hidden", "16", "--force"]

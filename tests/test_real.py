@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from checkpoints import save_llm
@@ -21,6 +22,16 @@ def mtbi(argv, **options):
     return subprocess.run([sys.executable, "mtbi.py", *argv], cwd=ROOT, capture_output=True, text=True, **options)
 
 
+def kaldi_folder(manifest, folder):
+    """The 400 training sentences as speechocean762 itself comes: a Kaldi folder with transcripts in capitals."""
+    rows = [row for _, row in read_jsonl(manifest) if row["split"] == "train"]
+    folder.mkdir()
+    for name, column in (("wav.scp", lambda row: manifest.parent / row["audio_filepath"]), ("text", lambda row: row["text"].upper()),
+                         ("utt2spk", lambda row: row["speaker"])):
+        (folder / name).write_text("".join(f"{Path(row['audio_filepath']).stem}\t{column(row)}\n" for row in rows))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     """{command: its arguments} as docs/real.md writes them, with what is on this machine in place of the public names."""
@@ -28,9 +39,9 @@ def commands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     corpus = shared("data/speechocean")
     llm = save_llm(folder / "llm", "qwen2", AutoTokenizer.from_pretrained(shared("tokenizers/qwen2.5-instruct")), std=0.1, hidden_size=128)
-    here = {"speechocean762/train": corpus / "manifest.jsonl", "facebook/wav2vec2-base-960h": "tiny", "Qwen/Qwen2.5-0.5B-Instruct": llm,
-            "openai/whisper-tiny.en": shared("models/whisper-tiny.en"), "question.wav": next(corpus.glob("*.flac")), "runs/real/data": folder / "run/data",
-            "runs/real": folder / "run"}
+    here = {"speechocean762/train": kaldi_folder(corpus / "manifest.jsonl", folder / "train"), "facebook/wav2vec2-base-960h": "tiny",
+            "Qwen/Qwen2.5-0.5B-Instruct": llm, "openai/whisper-tiny.en": shared("models/whisper-tiny.en"), "question.wav": next(corpus.glob("*.flac")),
+            "runs/real/data": folder / "run/data", "runs/real": folder / "run"}
     block = re.search(r"```sh\n(python mtbi.py prepare speechocean762.*?)```", (ROOT / "docs" / "real.md").read_text(encoding="utf-8"), re.S)[1]
     lines = [shlex.split(line)[2:] for line in block.splitlines()]
     return {argv[0]: [str(here.get(word, word)) for word in argv] + SHORTER.get(argv[0], []) for argv in lines}
@@ -47,16 +58,16 @@ def test_the_documented_commands_run_on_real_input_resume_and_say_what_they_did(
         print(f"$ python mtbi.py {shlex.join(argv)}\n{done.stdout}")
         assert done.returncode == 0, done.stderr
     rows = read_manifest(f"{run}/data/manifest.jsonl")
-    assert sum(u.split == "train" for u in rows) == 400 and sum(bool(u.words) for u in rows) > 390
+    assert len(rows) == 400 and {u.split for u in rows} == {"train", "test"} and sum(bool(u.words) for u in rows) > 390
     losses = [row["loss"] for _, row in read_jsonl(f"{run}/mtbi/log.jsonl")]
     print(f"loss: {sum(losses[:5]) / 5:.2f} (first five steps) -> {sum(losses[-20:]) / 20:.2f} nats/token (last twenty)")
     assert len(losses) == 200 and sum(losses[-20:]) / 20 < sum(losses[:5]) / 5 - 0.3      # random weights have not much to say
     assert "resuming at step 50" in said["train"] and read_json(f"{run}/report.json")["meta"]["llm_is_4_bit"]
-    for name, words in (("prepare", "check the audio: "), ("align", "align 500 utterances: "), ("imitate", "imitate: "), ("train", "train mtbi: "),
+    for name, words in (("prepare", "check the audio: "), ("align", "align 400 utterances: "), ("imitate", "imitate: "), ("train", "train mtbi: "),
                         ("bench", "bench mtbi: ")):
         assert re.search(re.escape(words) + r"\d+\.\d s", said[name]), name
     assert "50.0 frames/s" in said["train"] and "speech tokens/s" in said["train"]
-    assert all(word in said["info"] for word in ("whisper-tiny.en", "NF4", "400 utterances", "steps 200 of 200", "scores"))
+    assert all(word in said["info"] for word in ("whisper-tiny.en", "NF4", "with word times", "steps 200 of 200", "scores"))
 
 
 def kill_when_a_state_is_saved(argv, state):
