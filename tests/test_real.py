@@ -15,7 +15,7 @@ from conftest import ROOT, shared
 
 from data import read_json, read_jsonl, read_manifest
 
-SHORTER = {"imitate": ["--max-new-tokens", "16", "--per-utterance", "3"], "bench": ["--max-new-tokens", "16"], "generate": ["--max-new-tokens", "16"]}
+SHORTER = {"imitate": ["--max-new-tokens", "8", "--per-utterance", "3"], "bench": ["--max-new-tokens", "8"], "generate": ["--max-new-tokens", "8"]}
 
 
 def mtbi(argv, **options):
@@ -38,7 +38,7 @@ def commands(tmp_path_factory):
     from transformers import AutoTokenizer
     folder = tmp_path_factory.mktemp("real")
     corpus = shared("data/speechocean")
-    llm = save_llm(folder / "llm", "qwen2", AutoTokenizer.from_pretrained(shared("tokenizers/qwen2.5-instruct")), std=0.1, hidden_size=128)
+    llm = save_llm(folder / "llm", "qwen2", AutoTokenizer.from_pretrained(shared("tokenizers/qwen2.5-instruct")), sure=10)
     here = {"speechocean762/train": kaldi_folder(corpus / "manifest.jsonl", folder / "train"), "facebook/wav2vec2-base-960h": "tiny",
             "Qwen/Qwen2.5-0.5B-Instruct": llm, "openai/whisper-tiny.en": shared("models/whisper-tiny.en"), "question.wav": next(corpus.glob("*.flac")),
             "runs/real/data": folder / "run/data", "runs/real": folder / "run"}
@@ -61,7 +61,7 @@ def test_the_documented_commands_run_on_real_input_resume_and_say_what_they_did(
     assert len(rows) == 400 and {u.split for u in rows} == {"train", "test"} and sum(bool(u.words) for u in rows) > 390
     losses = [row["loss"] for _, row in read_jsonl(f"{run}/mtbi/log.jsonl")]
     print(f"loss: {sum(losses[:5]) / 5:.2f} (first five steps) -> {sum(losses[-20:]) / 20:.2f} nats/token (last twenty)")
-    assert len(losses) == 200 and sum(losses[-20:]) / 20 < sum(losses[:5]) / 5 - 0.3      # random weights have not much to say
+    assert len(losses) == 200 and sum(losses[-20:]) / 20 < 0.8 * sum(losses[:5]) / 5
     assert "resuming at step 50" in said["train"] and read_json(f"{run}/report.json")["meta"]["llm_is_4_bit"]
     for name, words in (("prepare", "check the audio: "), ("align", "align 400 utterances: "), ("imitate", "imitate: "), ("train", "train mtbi: "),
                         ("bench", "bench mtbi: ")):
