@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import soundfile
+from conftest import shared
 from test_data import one_line, tone
 
 import mtbi
@@ -234,6 +235,25 @@ def test_a_number_gets_the_time_in_which_it_was_said(encoder, utterances, frames
         errors += [abs(words[at][1] - u.words[at][1]), abs(words[at][2] - u.words[at][2])]
     print(f"mean boundary error of words the vocabulary cannot spell: {1000 * np.mean(errors):.0f} ms over {len(errors)} boundaries")
     assert np.mean(errors) <= 0.06
+
+
+def test_on_human_speech_the_tiny_encoder_is_rough_and_says_so(tmp_path, capsys):
+    argv = ["prepare", str(shared("data/fsdd")), "--join", "3:5", "--count", "40", "--test-speakers", "theo", "--out", str(tmp_path / "data")]
+    assert mtbi.main(argv) == 0
+    known = read_manifest(tmp_path / "data" / "manifest.jsonl")
+    (tmp_path / "data" / "bare.jsonl").write_text("".join(json.dumps({**u.row(tmp_path / "data"), "words": None}) + "\n" for u in known))
+    assert mtbi.main(["align", str(tmp_path / "data" / "bare.jsonl"), "--out", str(tmp_path / "data" / "aligned.jsonl")]) == 0
+    assert "hardly understands this speech" in capsys.readouterr().out
+    found = read_manifest(tmp_path / "data" / "aligned.jsonl")
+    errors = [abs(a[1] - b[1]) for u, v in zip(known, found) if v.words for a, b in zip(u.words[1:], v.words[1:])]
+    print(f"mean boundary error of the tiny encoder on human digit strings: {1000 * np.mean(errors):.0f} ms over {len(errors)} boundaries")
+    assert len(errors) > 60
+
+
+def test_align_is_quiet_where_it_understands(data, tmp_path, capsys):
+    bare(data, data / "understood.jsonl", 12)
+    assert mtbi.main(["align", str(data / "understood.jsonl"), "--out", str(tmp_path / "aligned.jsonl")]) == 0
+    assert "hardly understands" not in capsys.readouterr().out
 
 
 def test_align_says_so_when_the_ctc_model_does_not_understand(tmp_path, capsys):
