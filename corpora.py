@@ -295,9 +295,9 @@ def align(args):
     if out.resolve() == manifest.resolve() and not ours:
         raise UserError(f"--out {out}: would overwrite the manifest it is made from; choose another name")
     utterances = read_manifest(manifest)
-    todo, failed, sure = [u for u in utterances if not u.words], [], []
+    todo, failed, sure = [u for u in utterances if args.force or not u.words], [], []
     if not todo:
-        return print(f"{manifest}: all {len(utterances)} utterances have word times already")
+        return print(f"{manifest}: all {len(utterances)} utterances have word times already; --force aligns them anew")
     encoder = shared_encoder(named(args.asr))
     if encoder.head is None:
         raise UserError(f"--asr {args.asr}: has no CTC head to align with; name a CTC model, like facebook/wav2vec2-base-960h")
@@ -315,7 +315,7 @@ def align(args):
           + (f"; {len(failed)} could not be aligned and are never interleaved, the first: {failed[0]}" if failed else ""))
     if sure and np.mean(sure) < UNDERSTOOD:
         print(f"the CTC model gives the transcripts' characters a mean probability of only {np.mean(sure):.2f}: it hardly understands this speech, so "
-              "the times are rough; name a CTC model for it with --asr, like facebook/wav2vec2-base-960h")
+              "the times are rough; run again with --force and a CTC model for it, like --asr facebook/wav2vec2-base-960h")
 
 
 def spell(tokenizer, word):

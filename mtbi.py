@@ -331,7 +331,8 @@ def build_parser():
             sub.add_argument(dest, help=text)
         if name not in ("align", "generate", "info"):
             option(sub, "--seed", 0, "seed of every random choice", type=seed)
-            sub.add_argument("--force", action="store_true", help="do the step again, whatever is there (default: finished steps are kept)")
+        if name not in ("generate", "info"):
+            sub.add_argument("--force", action="store_true", help="do the step again, whatever is there (default: what is done is kept)")
         return sub
 
     sub = command(prepare, "prepare", ("source", "`tiny`, `librispeech`, a manifest or table, or a folder: see above"))

@@ -210,6 +210,8 @@ def test_align_adds_word_times_to_a_data_folder_in_place_and_beside_any_other_ma
     assert mtbi.main(["align", str(tmp_path / "data")]) == 0
     assert all(u.words for u in read_manifest(tmp_path / "data" / "manifest.jsonl"))
     assert mtbi.main(["align", str(tmp_path / "data")]) == 0 and "have word times already" in capsys.readouterr().out
+    stamp = (tmp_path / "data" / "manifest.jsonl").stat().st_mtime_ns
+    assert mtbi.main(["align", str(tmp_path / "data"), "--force"]) == 0 and (tmp_path / "data" / "manifest.jsonl").stat().st_mtime_ns != stamp
     (tmp_path / "config.json").write_text("{}")                    # anybody's: the manifest beside it is not ours to write to
     before = own.read_text()
     assert mtbi.main(["align", str(own)]) == 0 and own.read_text() == before
