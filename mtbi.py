@@ -87,8 +87,9 @@ def imitate(args):
         raise UserError(f"LLM {args.llm}: gives no answer to any question")
     write_jsonl(out / "behaviors.jsonl", map(asdict, behaviors))
     claim(out, settings, done=True)
-    print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors of {len(todo)} questions; {sum(not b.ended for b in behaviors)} were cut off at "
-          f"--max-new-tokens {args.max_new_tokens}: their beginning is imitated, and no end")
+    cut = sum(not b.ended for b in behaviors)
+    print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors" +
+          (f"; {cut} were cut off at --max-new-tokens {args.max_new_tokens}: their beginning is imitated, and no end" if cut else ""))
     texts = {u.id: u.text for u in utterances}
     for b in behaviors[:3]:
         print(f"  {b.prompt}  [{texts[b.utterance]}]  ->  {' '.join(b.response.split())}")
