@@ -110,11 +110,12 @@ def is_done(folder, settings, output, force=False):
 def read_config(folder, made_by, **kinds):
     """(settings, done) of a folder that the command `made_by` wrote; `kinds` are settings it must have, with their types."""
     path = Path(folder) / "config.json"
-    config = read_json(path, "settings", "done")
-    settings = config["settings"]
+    if not path.exists():
+        raise UserError(f"{folder}: there is no run folder made by `{made_by}` (no config.json in it)")
+    settings, done = map(read_json(path, "settings", "done").get, ("settings", "done"))
     if not isinstance(settings, dict) or not all(isinstance(settings.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{path}: this is no run folder made by `{made_by}`, or it is damaged; name another, or make it again with --force")
-    return settings, bool(config["done"])
+        raise UserError(f"{path}: this is no run folder made by `{made_by}`; name that, or, if this was one and is damaged, make it again with --force")
+    return settings, bool(done)
 
 
 def claim(folder, settings, done=False):

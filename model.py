@@ -13,17 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForCTC, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from connectors import Connector
 from data import (AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, ask, chat_parts, check_messages, load_audio, one_thread, read_json, render, timed,
                   tokenize_in_context, whole_file, write_json)
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)         # it warns of an optional kernel package it would load from the network
+transformers_logging.disable_progress_bar()                        # loading weights takes seconds,
+enable_progress_bars()                                             # but a download is seen
 TINY = Path(__file__).with_name("tiny")                            # the tiny world's checkpoints, by the name "tiny"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100                # label of a position without loss
@@ -276,6 +280,8 @@ class SpeechLLM(nn.Module):
 
     def embed(self, batch):
         """Parts -> (embeddings (B, L, D), attention mask (B, L), labels (B, L)). The one place where text and speech are spliced.
+
+        [Text of 9 ids, Speech of 60 frames, Text of 4 ids, Response of 3 ids], k = 6  ->  9 + 10 + 4 + 3 = 26 rows of D; the last 3 are labelled.
 
         Padded on the left, so that the answers of all rows end at the right edge, where generation goes on and the loss is read.
         """

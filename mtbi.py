@@ -26,10 +26,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                # threads that wait for each other sleep: with two cores busy elsewhere, half the time
 
 import torch
 import transformers
-from huggingface_hub.utils import enable_progress_bars
 
 import eval as benchmark
 from connectors import CONNECTORS, frames_a_token
@@ -405,8 +405,6 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")                            # libraries' advice to developers
-    transformers.logging.disable_progress_bar()
-    enable_progress_bars()                                         # but a download is seen
     sys.stdout.reconfigure(errors="replace") if hasattr(sys.stdout, "reconfigure") else None      # a console that cannot show "ñ" is no reason to stop
     try:
         run_command(sys.argv[1:] if argv is None else argv)

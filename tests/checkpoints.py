@@ -129,4 +129,5 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--tokenizer", help="a local folder or Hugging Face name; default: a toy tokenizer")
     args = parser.parse_args()
-    save_llm(args.folder, args.family, args.tokenizer and transformers.AutoTokenizer.from_pretrained(args.tokenizer))
+    transformers.logging.disable_progress_bar()
+    print("saved", save_llm(args.folder, args.family, args.tokenizer and transformers.AutoTokenizer.from_pretrained(args.tokenizer)))
