@@ -26,7 +26,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                # threads that wait for each other sleep: with two cores busy elsewhere, half the time
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                # waiting threads sleep: half the time where others use the cores too, a tenth more alone
 
 import torch
 import transformers
