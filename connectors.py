@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError
+from files import UserError
 
 DROPOUT = 0.1                # little speech is soon learned by heart
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (SAMPLE_RATE, UserError, Utterance, claim, held_out, is_done, load_audio, normalize, one_thread, read_json, read_jsonl, read_lines,
-                  read_manifest, relative, timed, write_audio, write_jsonl)
+from data import SAMPLE_RATE, Utterance, held_out, load_audio, normalize, read_manifest, write_audio
+from files import UserError, claim, is_done, one_thread, read_json, read_jsonl, read_lines, relative, timed, write_jsonl
 from model import named, shared_encoder
 
 UNDERSTOOD = 0.75            # mean probability of the letters aligned; the tiny encoder gives unheard espeak-ng voices 0.9 and more, human ones 0.5 and less

@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from data import (Speech, UserError, ask, chat_parts, normalize, read_config, read_json, read_jsonl, timed, transcript_tokens, whole_file, write_json,
-                  write_jsonl)
-from model import SpeechLLM, encode_all
+from answers import generate_all
+from data import Speech, ask, chat_parts, normalize, transcript_tokens
+from files import UserError, read_config, read_json, timed, whole_file, write_json, write_jsonl
+from features import encode_all
+from model import SpeechLLM
 from train import read_log
 
 QUADRANTS = ["seen_task_seen_prompt", "seen_task_unseen_prompt", "unseen_task_seen_prompt", "unseen_task_unseen_prompt"]
@@ -45,25 +46,15 @@ def draw_cases(tasks, utterances, per_prompt, seed):
     return cases
 
 
-def generate_all(model, conversations, order, desc, batch_size, max_new_tokens):
-    """[(text, did it end by itself)] for many open conversations, in batches of neighbours by the sort key `order[i]`, with a progress bar."""
-    answers, by_key = [None] * len(conversations), sorted(range(len(conversations)), key=order.__getitem__)
-    for at in tqdm(range(0, len(by_key), batch_size), desc=desc, unit="batch"):
-        rows = by_key[at:at + batch_size]
-        for i, answer in zip(rows, model.generate_rows([conversations[i] for i in rows], max_new_tokens)):
-            answers[i] = answer
-    return answers
-
-
-def answer_cases(model, hear, cases, name, batch_size, max_new_tokens):
+def answer_cases(model, hear, cases, name, batch_size, max_new_tokens, kept, key):
     """The model's answers; hear(utterance) gives the parts that stand for the utterance: text, speech, or what the cascade heard."""
     heard = {c.utterance.id: hear(c.utterance) for c in cases}
     parts = [chat_parts(model.tokenizer, ask(c.prompt), [heard[c.utterance.id]]) for c in cases]
     order = [(c.task.name, c.utterance.duration) for c in cases]
-    return [text for text, _ in generate_all(model, parts, order, f"bench {name}", batch_size, max_new_tokens)]
+    return [text for text, _ in generate_all(model, parts, order, f"bench {name}", batch_size, max_new_tokens, kept, key)]
 
 
-def systems(run, encoders, transcriber, llm, utterances, cache):
+def systems(run, encoders, transcriber, llm, utterances, cache, keep, precision):
     """{name: function that loads it, giving (model, hear)}: the top line, the cascade if there is a transcriber for it, and each trained recipe.
 
     encoders: {recipe: function that gives its speech encoder}; llm: the (LLM, tokenizer) that the frozen recipes share.
@@ -74,13 +65,13 @@ def systems(run, encoders, transcriber, llm, utterances, cache):
         return reader, lambda u: [transcript_tokens(reader.tokenizer, u.text)]
 
     def cascade():
-        frames = encode_all(transcriber, utterances, cache)
+        frames = encode_all(transcriber, utterances, cache, keep)
         return reader, lambda u: [transcript_tokens(reader.tokenizer, transcriber.transcribe(frames[u.id]) or "…")]
 
     def trained(name):
         own_llm = read_json(run / name / "model.json", "lora")["lora"] > 0
-        model = SpeechLLM.from_pretrained(run / name, None if own_llm else llm, encoders[name]())
-        frames = encode_all(model.encoder, utterances, cache)
+        model = SpeechLLM.from_pretrained(run / name, None if own_llm else llm, encoders[name](), precision)
+        frames = encode_all(model.encoder, utterances, cache, keep)
         return model, lambda u: [Speech(frames[u.id])]
 
     if transcriber.head is None:
@@ -88,13 +79,13 @@ def systems(run, encoders, transcriber, llm, utterances, cache):
     return {"text": text, **({"cascade": cascade} if transcriber.head is not None else {}), **{name: partial(trained, name) for name in encoders}}
 
 
-def run_systems(systems, cases, batch_size, max_new_tokens):
-    """({system: answers}, {system: seconds of loading and answering})"""
+def run_systems(systems, cases, batch_size, max_new_tokens, run, key):
+    """({system: answers}, {system: seconds of loading and answering}); the answers are kept in `run` as they come, under `key`."""
     answers, seconds = {}, {}
     for name, load in systems.items():
         start = time.perf_counter()
         with timed(f"bench {name}"):
-            answers[name] = answer_cases(*load(), cases, name, batch_size, max_new_tokens)
+            answers[name] = answer_cases(*load(), cases, name, batch_size, max_new_tokens, run / f"answers-{name}", key)
         seconds[name] = time.perf_counter() - start
     return answers, seconds
 
@@ -251,9 +242,10 @@ def describe_recipe(folder, scored):
     """Lines about one trained recipe of a run."""
     chosen, done = read_config(folder, "train", encoder=str, connector=str, lora=int, steps=int, batch_size=int, accumulate=int)
     log, spec = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else [], read_json(folder / "model.json", "k", "hidden") if done else {}
+    steps, log = log[-1]["step"] + 1 if log else 0, [row for row in log if row["loss"] is not None]
     yield (f"encoder {chosen['encoder']}, connector {chosen['connector']}" + (f" (k {spec['k']}, hidden {spec['hidden']})" if done else "") +
            (f", LoRA of rank {chosen['lora']}" if chosen["lora"] else ", LLM frozen"))
-    yield (f"steps {log[-1]['step'] + 1 if log else 0} of {chosen['steps']}, {chosen['batch_size'] * chosen['accumulate']} utterances each"
+    yield (f"steps {steps} of {chosen['steps']}, {chosen['batch_size'] * chosen['accumulate']} utterances each"
            + (f"; loss {log[0]['loss']:.3f} -> {sum(row['loss'] for row in log[-20:]) / len(log[-20:]):.3f} nats/token (mean of the last 20 steps), "
               f"{log[-1]['seconds']:.0f} s" if log else "") + ("" if done else "; not finished: the same `train` command goes on"))
     yield describe_scores(scored) if scored else "not benchmarked yet"
@@ -321,7 +313,7 @@ def write_plots(folder, report):
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name in report["meta"]["training"]:
-        rows = [row for _, row in read_jsonl(Path(folder) / name / "log.jsonl")]
+        rows = [row for row in read_log(Path(folder) / name / "log.jsonl") if row["loss"] is not None]
         smooth = np.convolve(np.pad([r["loss"] for r in rows], (9, 0), mode="edge"), np.ones(10) / 10, mode="valid")
         axes.plot([r["step"] for r in rows], smooth, label=name)
     axes.set(xlabel="step", ylabel="loss, nats/token (mean of 10 steps)", yscale="log", title="Stage 2")

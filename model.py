@@ -17,31 +17,37 @@ from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForCTC, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from connectors import Connector
-from data import (AUDIO_MARK, SAMPLE_RATE, Response, Speech, UserError, ask, chat_parts, check_messages, load_audio, one_thread, read_json, render, timed,
-                  tokenize_in_context, whole_file, write_json)
+from data import AUDIO_MARK, SAMPLE_RATE, Response, Speech, ask, chat_parts, check_messages, load_audio, render, tokenize_in_context
+from files import UserError, read_json, timed, whole_file, write_json
+from parallel import DEVICE
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)         # it warns of an optional kernel package it would load from the network
 transformers_logging.disable_progress_bar()                        # loading weights takes seconds,
 enable_progress_bars()                                             # but a download is seen
 TINY = Path(__file__).with_name("tiny")                            # the tiny world's checkpoints, by the name "tiny"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHECKPOINT_FROM = 2.5e9      # parameters: from this size on gradient checkpointing is on unless told otherwise ("3B" models count 3.1e9)
 IGNORE = -100                # label of a position without loss
 
 
 def weights_id(name, kind):
-    """Names the weights in a local model folder, so that a folder with other weights is noticed; empty for a hub name."""
+    """Names the weights in a local model folder, or the revision of a hub name, so that other weights are noticed."""
     folder = TINY / kind if name == "tiny" else Path(name)
+    if not folder.is_dir():
+        load_or_explain(AutoConfig, name, {"llm": "LLM", "encoder": "speech encoder"}[kind])
+        return Path(cached_file(name, "config.json")).parent.name          # …/snapshots/COMMIT/config.json
     hashed = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+    for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as content:                          # the end of a file holds weights, and a large file is not read whole
             content.seek(max(0, file.stat().st_size - 2**20))
             hashed.update(file.name.encode() + content.read())
-    return hashed.hexdigest()[:12] if folder.is_dir() else ""
+    return hashed.hexdigest()[:12]
 
 
 def named(name):
@@ -71,7 +77,7 @@ class SpeechEncoder(nn.Module):
         self.head, self.ctc_tokenizer = None, None
         if self.is_whisper:
             from transformers.models.whisper.modeling_whisper import WhisperEncoder
-            self.model = load_or_explain(WhisperEncoder, name, "speech encoder", dtype=torch.float16 if DEVICE == "cuda" else torch.float32,
+            self.model = load_or_explain(WhisperEncoder, name, "speech encoder", dtype=torch.float32 if DEVICE == "cpu" else torch.float16,
                                          key_mapping={r"^(model\.)?encoder\.": ""})        # the decoder is never read
         elif any(a.endswith("ForCTC") for a in self.config.architectures or []):
             model = load_or_explain(AutoModelForCTC, name, "speech encoder", dtype=torch.float32)
@@ -101,7 +107,7 @@ class SpeechEncoder(nn.Module):
         if self.is_whisper:                                        # it hears 30 s at a time: longer audio goes in as equal pieces
             pieces = np.array_split(audio, math.ceil(len(audio) / SAMPLE_RATE / self.extractor.chunk_length))
             return torch.cat([self.whisper(piece) for piece in pieces]).half().cpu()
-        inputs = self.extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(DEVICE)
+        inputs = self.extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(self.device)
         try:
             out = self.model(**inputs)
         except (RuntimeError, ValueError) as error:                # how convolutions say that the input is shorter than they are
@@ -125,11 +131,15 @@ class SpeechEncoder(nn.Module):
     @torch.no_grad()
     def ctc(self, frames):
         """frames (T, D_encoder) -> log-probabilities of the CTC vocabulary (T, V) on the CPU."""
-        return self.head(frames.float().to(DEVICE)[None])[0].log_softmax(-1).cpu()
+        return self.head(frames.float().to(self.device)[None])[0].log_softmax(-1).cpu()
 
     def transcribe(self, frames):
         """Greedy CTC: frames (T, D_encoder) -> text."""
         return self.ctc_tokenizer.decode(self.ctc(frames).argmax(-1).tolist())
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
 
     @cached_property
     def key(self):
@@ -139,19 +149,6 @@ class SpeechEncoder(nn.Module):
 
 
 shared_encoder = lru_cache(maxsize=2)(SpeechEncoder)                # it is frozen, so the steps of one process share it; the LLM likewise
-
-
-def encode_all(encoder, utterances, cache):
-    """{utterance id: frames (T, D_encoder)}, read from or written to safetensors files in the folder `cache`: the encoder is frozen, so once is enough."""
-    stamp = repr([(u.id, u.audio.stat().st_size, u.audio.stat().st_mtime_ns) if u.audio.is_file() else u.id for u in utterances])
-    path = Path(cache) / f"{encoder.key}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.safetensors"
-    if path.exists():
-        return load_tensors(path)
-    with timed(f"encode {len(utterances)} utterances"), one_thread():
-        frames = {u.id: encoder(load_audio(u.audio, u.duration), u.audio) for u in tqdm(utterances, desc="encode speech", unit="utt")}
-        with whole_file(path) as temporary:
-            save_file(frames, temporary)
-    return frames
 
 
 def load_tensors(path, advice="delete it and run again"):
@@ -180,15 +177,17 @@ def load_or_explain(auto_class, name, what, **options):
         raise UserError(f"{what} {name}: cannot be loaded as a Hugging Face checkpoint, local folder or hub name ({why})") from None
 
 
-def compute_dtype():
-    """bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
-    return torch.float32 if DEVICE == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+def compute_precision(precision="auto"):
+    """What the LLM computes in, a key of PRECISIONS; "auto": bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    return "fp32" if DEVICE == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def load_llm(name, bits=4):
+def load_llm(name, bits=4, precision="auto"):
     """(LLM frozen and in eval mode, tokenizer). bits: 4 = NF4 with double quantization, 8 = LLM.int8, 16 = not quantized."""
     name = TINY / "llm" if name == "tiny" else name
-    compute = compute_dtype()
+    compute = PRECISIONS[compute_precision(precision)]
     quantization = None
     if bits != 16:
         try:
@@ -224,9 +223,9 @@ def load_llm(name, bits=4):
 
 
 @lru_cache(maxsize=1)
-def shared_llm(name, bits):
+def shared_llm(name, bits, precision="auto"):
     with timed("load the LLM"):
-        return load_llm(name, bits)
+        return load_llm(name, bits, precision)
 
 
 def fingerprint(llm, tokenizer):
@@ -259,7 +258,7 @@ class SpeechLLM(nn.Module):
 
     def __init__(self, llm, tokenizer, encoder=None, connector=None, lora=0):
         super().__init__()
-        self.llm, self.tokenizer, self.encoder, self.connector = llm, tokenizer, encoder, connector
+        self.llm, self.tokenizer, self.encoder, self.connector, self.checkpointed = llm, tokenizer, encoder, connector, []
         self.eot, self.fingerprint, self.lora = end_of_turn(tokenizer), fingerprint(llm, tokenizer), lora
         ends = llm.generation_config.eos_token_id
         self.ends = sorted({self.eot, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
@@ -272,6 +271,17 @@ class SpeechLLM(nn.Module):
         super().train(False)
         if self.connector is not None:
             self.connector.train(mode)
+        for layer in self.checkpointed:
+            layer.training = mode                                  # the layer's own flag alone: transformers recomputes only where it is set
+        return self
+
+    def checkpoint_gradients(self):
+        """Keep only what goes into each layer of the LLM, and compute the rest again in the backward pass: less memory, a third more time."""
+        try:
+            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"this LLM has no gradient checkpointing; say --gradient-checkpointing off ({str(error).splitlines()[0]})") from None
+        self.checkpointed = [m for m in self.llm.modules() if isinstance(m, GradientCheckpointingLayer)]
         return self
 
     def trainable(self):
@@ -298,12 +308,15 @@ class SpeechLLM(nn.Module):
         return embeds, mask, labels
 
     def logits(self, batch):
-        """(logits (B, R, V), labels (B, R)) at the R last positions, which hold every answer: the vocabulary projection runs on no others."""
+        """(logits (R, V) that predict the R response tokens of the batch, those tokens (R)): the vocabulary projection runs at no other position."""
         embeds, mask, labels = self.embed(batch)
-        R = max(len(parts[-1].ids) for parts in batch)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, logits_to_keep=R + 1, use_cache=False)
-        return out.logits[:, :-1].float(), labels[:, -R:]          # the logits at one position predict the next
+        positions, answered = (mask.cumsum(1) - 1).clamp(min=0), labels[:, 1:] != IGNORE      # one position predicts the next
+        hook = self.llm.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0][:, :-1][answered],))      # (B, L, D) -> (R, D)
+        try:
+            out = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+        finally:
+            hook.remove()
+        return out.logits.float(), labels[:, 1:][answered]
 
     def forward(self, batch, teacher=None):
         """The loss of conversations that end in a Response, summed over response tokens.
@@ -311,12 +324,11 @@ class SpeechLLM(nn.Module):
         teacher: the same conversations with the transcript as text; then the loss is KL(LLM reading text || LLM hearing speech).
         """
         logits, labels = self.logits(batch)
-        answered = labels != IGNORE                                # (B, R)
         if teacher is None:
-            return F.cross_entropy(logits[answered], labels[answered], reduction="sum")
+            return F.cross_entropy(logits, labels, reduction="sum")
         with torch.no_grad():
-            target = self.logits(teacher)[0][answered].log_softmax(-1)
-        return F.kl_div(logits[answered].log_softmax(-1), target, reduction="sum", log_target=True)
+            target = self.logits(teacher)[0].log_softmax(-1)
+        return F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
 
     @torch.no_grad()
     def generate_rows(self, batch, max_new_tokens=64):
@@ -359,22 +371,22 @@ class SpeechLLM(nn.Module):
         write_json(Path(folder) / "model.json", {**spec, "llm_fingerprint": self.fingerprint, "encoder_key": self.encoder.key})
 
     @classmethod
-    def build(cls, spec, llm=None, encoder=None, seed=0):
+    def build(cls, spec, llm=None, encoder=None, seed=0, precision="auto"):
         """A SpeechLLM from its spec: llm, bits, encoder, pad_whisper, connector, k, hidden, lora. Pass loaded models to share them."""
-        llm, tokenizer = llm or load_llm(spec["llm"], spec["bits"])
+        llm, tokenizer = llm or load_llm(spec["llm"], spec["bits"], precision)
         encoder = encoder or SpeechEncoder(spec["encoder"], spec["pad_whisper"])
         torch.manual_seed(seed)                                    # after loading, which may draw random numbers itself
         connector = Connector(spec["connector"], encoder.width, llm.get_input_embeddings().weight.shape[1], spec["k"], spec["hidden"], embedding_rms(llm))
         return cls(llm, tokenizer, encoder, connector.to(DEVICE), spec["lora"])
 
     @classmethod
-    def from_pretrained(cls, folder, llm=None, encoder=None):
+    def from_pretrained(cls, folder, llm=None, encoder=None, precision="auto"):
         """Load what save() wrote (RUN/<recipe>). UserError if it was trained for another LLM or another encoder."""
         folder = Path(folder)
         spec = read_json(folder / "model.json", "llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora", "llm_fingerprint",
                          "encoder_key")
         try:
-            model = cls.build(spec, llm, encoder)
+            model = cls.build(spec, llm, encoder, precision=precision)
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"{folder / 'model.json'}: is not what training writes there ({error}); train again with --force") from None
         for what, name, now, then in (("LLM", spec["llm"], model.fingerprint, spec["llm_fingerprint"]),

@@ -7,10 +7,10 @@
     bench     unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
     generate  ask a trained model about a sound file
     info      what a run folder is: models, recipes, data, steps, scores
+    plan      will it fit my GPU? before anything is loaded
     demo      all of it in the tiny world: offline, on a laptop CPU
 """
 
-import argparse
 import hashlib
 import os
 import platform
@@ -32,12 +32,18 @@ import torch
 import transformers
 
 import eval as benchmark
+from answers import forget_parts, generate_all
 from connectors import CONNECTORS, frames_a_token
 from corpora import align, prepare
-from data import (TIMES, UserError, ask, chat_parts, claim, is_done, normalize, read_config, read_json, read_manifest, relative, timed, transcript_tokens,
-                  utterances_id, write_jsonl)
-from model import DEVICE, SpeechLLM, encode_all, load_llm, named, shared_encoder, shared_llm, weights_id
-from train import Behavior, Examples, Recipe, load_tasks, read_behaviors, read_log, train
+from data import ask, chat_parts, normalize, read_manifest, transcript_tokens, utterances_id
+from examples import Behavior, Examples, Recipe, load_tasks, read_behaviors
+from features import encode_all
+from files import TIMES, UserError, claim, is_done, read_config, read_json, relative, timed, write_jsonl
+from model import CHECKPOINT_FROM, SpeechLLM, compute_precision, load_llm, named, shared_encoder, shared_llm, weights_id
+from options import build_parser
+from parallel import DEVICE, MAIN, WORLD, wait
+from plan import plan
+from train import read_log, saved_states, train
 
 RECIPES = {
     "mtbi": Recipe("multi-task behavior imitation with speech-text interleaving (arXiv 2505.18644)", interleave=0.4, repeat=(1.0, 0.2)),
@@ -56,8 +62,14 @@ def digest(path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def name_of(settings):
+    """Names a set of settings."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+
+
 def say_where():
-    print(f"device: {DEVICE} ({torch.get_num_threads()} threads), because " + ("CUDA is there" if DEVICE == "cuda" else "there is no CUDA"))
+    print(f"device: {DEVICE} ({torch.get_num_threads()} threads), because " + ("there is no CUDA" if DEVICE == "cpu" else "CUDA is there") +
+          (f"; {WORLD} processes share the work" if WORLD > 1 else ""))
 
 
 # ---- imitate (stage 1) ----
@@ -68,25 +80,35 @@ def imitate(args):
     tasks_path = Path(args.tasks or HERE / ("tiny/tasks.toml" if args.llm == "tiny" else "tasks.toml"))
     tasks, utterances = load_tasks(tasks_path), read_manifest(data / "manifest.jsonl")
     settings = {"data": relative(data, out), "utterances": utterances_id(utterances), "llm": named(args.llm), "bits": args.bits,
-                "llm_weights": weights_id(args.llm, "llm"), "tasks": relative(tasks_path, HERE), "task_table": digest(tasks_path),
-                "per_utterance": args.per_utterance, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+                "llm_weights": weights_id(args.llm, "llm"), "precision": compute_precision(args.precision), "decoding": "greedy",
+                "tasks": relative(tasks_path, HERE), "task_table": digest(tasks_path), "per_utterance": args.per_utterance,
+                "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     utterances = [u for u in utterances if u.split == "train"]
     if not utterances:
         raise UserError(f"{data / 'manifest.jsonl'}: has no row with split train; run prepare first")
-    if is_done(out, settings, "behaviors.jsonl", args.force):
+    if is_done(out, settings, "behaviors.jsonl", args.force, half_way="behaviors.part-*"):
         return print(f"{out}: has its behaviors already")
     say_where()
-    model, todo = SpeechLLM(*shared_llm(named(args.llm), args.bits)), draw_questions(tasks, utterances, args.per_utterance, args.seed)
-    claim(out, settings)
+    model = SpeechLLM(*shared_llm(named(args.llm), args.bits, args.precision))
+    todo = draw_questions(tasks, utterances, args.per_utterance, args.seed)
+    if args.force:
+        forget_parts(out / "behaviors")
+    wait()
+    if MAIN:
+        claim(out, settings)
     print(f"{len(todo)} questions about {len(utterances)} transcripts: repeat and {args.per_utterance} of the other training tasks each")
     with timed("imitate"):                                         # (text, did it end by itself) of each answer
         parts = [chat_parts(model.tokenizer, ask(prompt), [[transcript_tokens(model.tokenizer, u.text)]]) for u, _, prompt in todo]
-        answers = benchmark.generate_all(model, parts, [(task.name, len(u.text)) for u, task, _ in todo], "imitate", args.batch_size, args.max_new_tokens)
-    behaviors = [Behavior(u.id, task.name, prompt, answer, ended) for (u, task, prompt), (answer, ended) in zip(todo, answers) if answer or ended]
+        answers = generate_all(model, parts, [(task.name, len(u.text)) for u, task, _ in todo], "imitate", args.batch_size, args.max_new_tokens,
+                               out / "behaviors", model.fingerprint)
+    behaviors = [Behavior(u.id, task.name, prompt, answer, ended, model.fingerprint)
+                 for (u, task, prompt), (answer, ended) in zip(todo, answers) if answer or ended]
     if not behaviors:
         raise UserError(f"LLM {args.llm}: gives no answer to any question")
-    write_jsonl(out / "behaviors.jsonl", map(asdict, behaviors))
-    claim(out, settings, done=True)
+    if MAIN:
+        write_jsonl(out / "behaviors.jsonl", map(asdict, behaviors))
+        claim(out, settings, done=True)
+    forget_parts(out / "behaviors")
     cut = sum(not b.ended for b in behaviors)
     print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors" +
           (f"; {cut} were cut off at --max-new-tokens {args.max_new_tokens}: their beginning is imitated, and no end" if cut else ""))
@@ -125,33 +147,71 @@ def train_recipe(args):
     if args.recipe not in RECIPES:
         raise UserError(f"there is no recipe {args.recipe!r}; there are {', '.join(RECIPES)}")
     settings, data, utterances = run_settings(run)
+    folder = run / args.recipe
+    if args.resume:
+        as_before(args, folder)
     recipe = replace(RECIPES[args.recipe], **{key: getattr(args, key) for key in ("connector", "loss", "lora") if getattr(args, key) is not None})
     if recipe.connector not in CONNECTORS:
         raise UserError(f"there is no connector {recipe.connector!r}; there are {', '.join(CONNECTORS)}")
-    folder, spec = run / args.recipe, {"llm": settings["llm"], "bits": settings["bits"], "encoder": named(args.encoder), "pad_whisper": args.pad_whisper,
-                                       "connector": recipe.connector, "k": args.k, "hidden": args.hidden, "lora": recipe.lora}
+    spec = {"llm": settings["llm"], "bits": settings["bits"], "encoder": named(args.encoder), "pad_whisper": args.pad_whisper,
+            "connector": recipe.connector, "k": args.k, "hidden": args.hidden, "lora": recipe.lora}
     chosen = {**spec, "encoder_weights": weights_id(args.encoder, "encoder"), "recipe": {k: v for k, v in asdict(recipe).items() if k != "about"},
-              "behaviors": digest(run / "behaviors.jsonl"), "manifest": digest(data / "manifest.jsonl"), "steps": args.steps,
-              "batch_size": args.batch_size, "accumulate": args.accumulate, "lr": args.lr, "seed": args.seed}
+              "behaviors": digest(run / "behaviors.jsonl"), "manifest": digest(data / "manifest.jsonl"), "steps": args.steps, "batch_size": args.batch_size,
+              "accumulate": args.accumulate, "lr": args.lr, "precision": compute_precision(args.precision), "seed": args.seed}
     if is_done(folder, chosen, "connector.safetensors", args.force):
         return print(f"{folder}: is trained already")
     say_where()
-    llm = load_llm(spec["llm"], spec["bits"]) if recipe.lora else shared_llm(spec["llm"], spec["bits"])
+    utterances, behaviors = [u for u in utterances if u.split == "train"], read_behaviors(run / "behaviors.jsonl")
     encoder = shared_encoder(spec["encoder"], spec["pad_whisper"])
+    frames = encode_all(encoder, utterances, data / "features", args.cache_features)      # before the LLM needs the memory
+    llm = (load_llm if recipe.lora else shared_llm)(spec["llm"], spec["bits"], args.precision)
     spec |= connector_size(args, recipe, llm[0].get_input_embeddings().weight.shape[1], encoder)
     model = SpeechLLM.build(spec, llm, encoder, args.seed)
-    utterances = [u for u in utterances if u.split == "train"]
-    frames = encode_all(model.encoder, utterances, data / "features")
-    examples = Examples(model, utterances, read_behaviors(run / "behaviors.jsonl"), frames, recipe, args.steps, args.batch_size, args.seed)
-    examples.explain(args.accumulate)
-    for name in ("model.json", "connector.safetensors", *(["state.safetensors", "log.jsonl"] if args.force else [])):      # of another training
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    claim(folder, chosen)
+    if wrong := next((b for b in behaviors if b.llm not in ("", model.fingerprint)), None):
+        raise UserError(f"{run / 'behaviors.jsonl'}: was answered by another LLM ({wrong.llm}) than the one that is now at {spec['llm']} "
+                        f"({model.fingerprint}); run `imitate` again with --force")
+    examples = Examples(model, utterances, behaviors, frames, recipe, args.steps, args.batch_size, args.seed, args.accumulate)
+    examples.explain()
+    checkpoint_if_large(model, args.gradient_checkpointing)
+    begin(folder, chosen, args.force)
     with timed(f"train {args.recipe}"):
-        train(model, examples, folder, lr=args.lr, accumulate=args.accumulate, save_every=args.save_every)
-    model.save(folder, spec)
-    claim(folder, chosen, done=True)
+        train(model, examples, folder, lr=args.lr, save_every=args.save_every)
+    if MAIN:
+        model.save(folder, spec)
+        claim(folder, chosen, done=True)
+    wait()
+
+
+def as_before(args, folder):
+    """Take every option from the training that was begun in `folder`."""
+    chosen, _ = read_config(folder, "train", encoder=str, connector=str, lora=int, steps=int, batch_size=int, accumulate=int, lr=float, recipe=dict)
+    if not saved_states(folder):
+        raise UserError(f"{folder}: there is no saved state to resume from; train without --resume")
+    for key in ("encoder", "pad_whisper", "connector", "k", "hidden", "lora", "steps", "batch_size", "accumulate", "lr", "precision", "seed"):
+        setattr(args, key, chosen.get(key))
+    args.loss, args.force = chosen["recipe"].get("loss"), False
+
+
+def begin(folder, chosen, anew):
+    """Claim a training's folder, and clear it of another training's results; with `anew`, of its states too."""
+    wait()
+    if MAIN:
+        for name in ("model.json", "connector.safetensors", *(["log.jsonl"] if anew else [])):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("adapter", *(["state"] if anew else [])):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        claim(folder, chosen)
+    wait()
+
+
+def checkpoint_if_large(model, choice):
+    """Gradient checkpointing, as asked for, or by the size of the LLM; printed with the reason."""
+    size = model.llm.num_parameters()
+    on = choice == "on" or choice == "auto" and size >= CHECKPOINT_FROM
+    if on:
+        model.checkpoint_gradients()
+    print(f"gradient checkpointing: {'on' if on else 'off'}, " + ("as asked" if choice != "auto" else f"because the LLM has {size / 1e9:.2g} billion "
+          f"parameters, and {'less memory' if on else 'speed'} matters more {'from' if on else 'below'} {CHECKPOINT_FROM / 1e9} billion on"))
 
 
 def connector_size(args, recipe, llm_width, encoder):
@@ -192,11 +252,14 @@ def bench(args):
     tasks = load_tasks(tasks_path)
     cases = benchmark.draw_cases(tasks, tested, args.per_prompt, args.seed)
     encoders = {name: (chosen["encoder"], chosen["pad_whisper"]) for name, chosen in trained.items()}
-    llm = shared_llm(settings["llm"], settings["bits"])
+    llm = shared_llm(settings["llm"], settings["bits"], args.precision)
     systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()},
-                                shared_encoder(named(args.asr)) if args.asr else shared_encoder(*next(iter(encoders.values()))), llm, tested, data / "features")
+                                shared_encoder(named(args.asr)) if args.asr else shared_encoder(*next(iter(encoders.values()))), llm, tested, data / "features",
+                                args.cache_features, args.precision)
     train_seconds = {name: read_log(run / name / "log.jsonl")[-1]["seconds"] for name in trained}
-    answers, seconds = benchmark.run_systems(systems, cases, args.batch_size, args.max_new_tokens)
+    for name in systems if args.force else []:
+        forget_parts(run / f"answers-{name}")
+    answers, seconds = benchmark.run_systems(systems, cases, args.batch_size, args.max_new_tokens, run, name_of(asked))
     speakers, heard = {c.utterance.speaker for c in cases}, {u.speaker for u in utterances if u.split == "train"}
     report = {"recipes": {name: benchmark.grade(cases, answers["text"], rows, seconds[name] + train_seconds.get(name, 0)) for name, rows in answers.items()},
               "samples": benchmark.draw_samples(cases, answers, args.seed),
@@ -205,9 +268,12 @@ def bench(args):
                        "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)), "training": trained,
                        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}",
                        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}}
-    with timed("write the report"):
-        benchmark.write_report(run, report, cases, answers)
-    benchmark.show(report, run)
+    if MAIN:
+        with timed("write the report"):
+            benchmark.write_report(run, report, cases, answers)
+        benchmark.show(report, run)
+    for name in systems:
+        forget_parts(run / f"answers-{name}")
 
 
 def trained_recipes(run):
@@ -284,120 +350,17 @@ What to try next
 
 # ---- the command line ----
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):        # "(default: None)" explains nothing; such options say in words what happens without them
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
-
-
-def whole(low, high):
-    """The type of an option that is a whole number from low to high."""
-    def parse(text):
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
-        return int(text)
-    return parse
-
-
-positive, seed, rank = whole(1, 2**20), whole(0, 2**31 - 1), whole(0, 1024)
-
-
-def rate(text):
-    try:
-        if 0 < float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number over 0, at most 1")
-
-
-def option(sub, flag, default, text, **more):
-    kind = positive if type(default) is int and default else str if default is None else type(default)
-    sub.add_argument(flag, default=default, help=text, **(more or {"type": kind}))
-
-
-def build_parser():
-    parser = Parser(prog="mtbi.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(function, name, *positional):
-        sub = commands.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
-                                  formatter_class=Defaults)
-        sub.set_defaults(function=function)
-        for dest, text in positional:
-            sub.add_argument(dest, help=text)
-        if name not in ("align", "generate", "info"):
-            option(sub, "--seed", 0, "seed of every random choice", type=seed)
-        if name not in ("generate", "info"):
-            sub.add_argument("--force", action="store_true", help="do the step again, whatever is there (default: what is done is kept)")
-        return sub
-
-    sub = command(prepare, "prepare", ("source", "`tiny`, `librispeech`, a manifest or table, or a folder: see above"))
-    sub.add_argument("part", nargs="?", help="librispeech: which part, like dev-clean (337 MB) or train-clean-100 (6.3 GB)")
-    sub.add_argument("--out", required=True, help="the data folder to write")
-    option(sub, "--download-to", "datasets", "librispeech: the folder it is downloaded to, and found in the next time")
-    option(sub, "--join", "", "make strings of single-word recordings of one speaker, fewest:most words, like 3:6; default: rows as they are")
-    option(sub, "--count", 1500, "how many such strings")
-    option(sub, "--test-speakers", "", "speakers to hold out, separated by commas; default: the manifest's split, or one transcript in eight")
-    sub.add_argument("--skip-bad", action="store_true", help="leave bad rows out and list them in skipped.jsonl, instead of stopping")
-    option(sub, "--train", 1500, "tiny: training utterances to render")
-    option(sub, "--test", 300, "tiny: held-out utterances to render, in held-out voices")
-
-    sub = command(align, "align", ("manifest", "a JSONL manifest, or a data folder made by prepare"))
-    option(sub, "--out", None, "the manifest to write; default: in a data folder made by prepare that manifest itself, elsewhere NAME-aligned.jsonl beside it")
-    option(sub, "--asr", "tiny", "the CTC model: `tiny`, a local folder, or a Hugging Face name")
-
-    sub = command(imitate, "imitate", ("data", "a data folder made by prepare"))
-    sub.add_argument("--out", required=True, help="the run folder to write")
-    option(sub, "--llm", "tiny", "the LLM: `tiny`, a local folder, or a Hugging Face name")
-    option(sub, "--bits", 4, "load the LLM in 4 (NF4), 8 or 16 (not quantized) bits", type=int, choices=[4, 8, 16])
-    option(sub, "--tasks", None, "task table; default: tiny/tasks.toml for the tiny LLM, tasks.toml for any other")
-    option(sub, "--per-utterance", 4, "tasks asked about each transcript, beside repeat")
-    option(sub, "--batch-size", 128, "transcripts the LLM answers at once")
-    option(sub, "--max-new-tokens", 64, "longest answer, in tokens; longer ones are cut off")
-
-    sub = command(train_recipe, "train", ("run", "a run folder made by imitate"))
-    option(sub, "--recipe", "mtbi", "; ".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items()))
-    option(sub, "--encoder", "tiny", "the speech encoder: `tiny`, a local folder, or a Hugging Face name")
-    sub.add_argument("--pad-whisper", action="store_true", help="run a Whisper encoder on 30 s of padding instead of the audio's own length")
-    option(sub, "--connector", None, f"{', '.join(CONNECTORS)}; default: the recipe's")
-    option(sub, "--loss", None, "ce (the LLM's answer) or kl (its whole distribution); default: the recipe's", choices=["ce", "kl"])
-    option(sub, "--lora", None, "rank of a LoRA adapter on the LLM, 0 for none; default: the recipe's", type=rank)
-    option(sub, "--k", None, "encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech tokens a second", type=whole(1, 256))
-    option(sub, "--hidden", None, "width of the connector's hidden layer; default: four times the LLM's width, at most 2048", type=positive)
-    option(sub, "--steps", 1000, "training steps")
-    option(sub, "--batch-size", 32, "utterances in a micro-batch")
-    option(sub, "--accumulate", 1, "micro-batches in a step")
-    option(sub, "--lr", 2e-3, "peak learning rate", type=rate)
-    option(sub, "--save-every", 100, "steps between two saved states")
-
-    sub = command(bench, "bench", ("run", "a run folder with a trained recipe"))
-    option(sub, "--data", None, "the data folder whose held-out speech is used; default: the one the run was made from")
-    option(sub, "--per-prompt", 8, "questions for each prompt of each task")
-    option(sub, "--batch-size", 96, "questions answered at once")
-    option(sub, "--max-new-tokens", 64, "longest answer, in tokens")
-    option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
-
-    sub = command(generate, "generate", ("run", "a run folder with a trained recipe"), ("audio", "a WAV, FLAC, OGG or MP3 file"), ("prompt", "what to ask"))
-    option(sub, "--recipe", None, "which of its recipes; default: the first of the table that is there")
-    option(sub, "--system", "", "a system turn before the question; default: none")
-    option(sub, "--max-new-tokens", 64, "longest answer, in tokens")
-
-    command(info, "info", ("run", "a run folder made by imitate"))
-
-    sub = command(demo, "demo")
-    option(sub, "--out", "runs/demo", "the run folder")
-    sub.add_argument("--short", action="store_true", help="a few steps only, to see that everything runs")
-    sub.add_argument("--profile", action="store_true", help="print a table of where the time went")
-    return parser
+COMMANDS = {"prepare": prepare, "align": align, "imitate": imitate, "train": train_recipe, "bench": bench, "generate": generate, "info": info, "plan": plan,
+            "demo": demo}
+TOGETHER = ("imitate", "train", "bench")       # what several processes can share
 
 
 def run_command(argv):
-    args = build_parser().parse_args(argv)
+    args = build_parser(__doc__, COMMANDS, RECIPES).parse_args(argv)
+    if WORLD > 1 and args.command not in TOGETHER:
+        raise UserError(f"{args.command} runs in one process; {', '.join(TOGETHER)} are what torchrun and accelerate can start several times")
+    if not MAIN:
+        sys.stdout = open(os.devnull, "w")                         # the first process talks
     args.function(args)
 
 

@@ -1,12 +1,16 @@
-"""What is trained and how: tasks, recipes, behaviors, examples, and stage 2, in which the connector learns to get from the frozen LLM the answers
-to speech that it gave to the transcript. One loop for every recipe."""
+"""Stage 2, the training loop: the connector learns to get from the frozen LLM the answers to speech that it gave to the transcript.
 
+One loop for every recipe, on one GPU, several, or a CPU; interrupted or killed at any point, it goes on and ends with the very same weights.
+"""
+
+import json
 import math
 import random
-import re
+import signal
+import threading
 import time
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,281 +18,231 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import Speech, Text, UserError, ask, chat_parts, read_jsonl, tokenize_in_context, transcript_tokens, whole_file, write_jsonl
+from files import UserError, read_jsonl, whole_file, write_jsonl
+from parallel import MAIN, RANK, WORLD, add_up, add_up_gradients, wait
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
-METRICS = ("exact", "wer", "chrf")
-
-
-# ---- tasks, recipes, behaviors ----
-
-@dataclass
-class Task:
-    """One table of tasks.toml: what can be asked of an utterance."""
-    name: str
-    split: str               # "train": stage 2 may train on it; "unseen": kept for the benchmark
-    metric: str              # one of METRICS
-    prompts: list
-    unseen_prompts: list
-    transcripts: str = ".*"  # the task applies to transcripts that match this pattern
-
-    def applies(self, text):
-        return re.fullmatch(self.transcripts, text) is not None
-
-
-def load_tasks(path):
-    """{name: Task} of a tasks.toml; UserError names the table that is wrong."""
-    try:
-        table, tasks = tomllib.loads(Path(path).read_text(encoding="utf-8")), {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a task table ({error})") from None
-    for name, entry in table.items():
-        try:
-            task = tasks[name] = Task(name, **entry)
-            re.compile(task.transcripts)
-        except (TypeError, re.error) as error:
-            raise UserError(f"{path}: task [{name}]: {str(error).replace('Task.__init__() ', '')}") from None
-        if task.split not in ("train", "unseen") or task.metric not in METRICS:
-            raise UserError(f"{path}: task [{name}]: split must be train or unseen, metric one of {', '.join(METRICS)}")
-        if any(not isinstance(ps, list) or not ps or not all(isinstance(p, str) and p for p in ps) for ps in (task.prompts, task.unseen_prompts)):
-            raise UserError(f"{path}: task [{name}]: prompts and unseen_prompts must be lists of texts")
-        if set(task.prompts) & set(task.unseen_prompts):
-            raise UserError(f"{path}: task [{name}]: no prompt may be in prompts and in unseen_prompts")
-    if "repeat" not in tasks or tasks["repeat"].split != "train":
-        raise UserError(f"{path}: there is no training task [repeat], which recipes and the ignored-instruction rate need")
-    return tasks
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the recipe table: what makes one paper's system differ from another's."""
-    about: str
-    tasks: str = "train"         # "train": all training tasks of the task table; or the name of one task
-    connector: str = "stack-mlp"
-    tokens_per_second: float = 5.6    # speech tokens a second of speech; how many encoder frames that makes one, the encoder's frame rate tells
-    lora: int = 0                # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
-    interleave: float = 0.0      # share of examples in which spans of words enter as text
-    text_words: float = 0.4      # share of words that are text in such an example
-    span: float = 2.0            # mean length of a text span, words
-    repeat: tuple = (0.0, 0.0)   # share of the task "repeat": at the start, and from half-way on
-    loss: str = "ce"             # "ce": the LLM's answer; "kl": its whole next-token distribution
+SKIPS_ALLOWED = 20           # steps in a row without a finite gradient; after them the training stops
 
 
 @dataclass
-class Behavior:
-    """The LLM's own answer to a prompt about a transcript: what stage 2 imitates."""
-    utterance: str           # Utterance.id
-    task: str
-    prompt: str
-    response: str
-    ended: bool = True       # False: cut off at the longest length allowed, so its end is not imitated
+class Progress:
+    """Where a training is. With the weights and the optimizer's moments this is all there is to save: the learning rate, the data and the random
+    numbers are functions of (seed, step)."""
+    step: int = 0            # steps done
+    halvings: int = 0        # how often the micro-batch was halved for want of memory
+    skipped: int = 0         # steps left out because their loss or gradient was not finite,
+    in_a_row: int = 0        # of these the last ones in a row
+    loss_scale: float = 2.0**14    # fp16 alone: what the loss is multiplied by, so that small gradients do not vanish,
+    scale_steps: int = 0     # and for how many steps it has held
 
-
-def read_behaviors(path):
-    behaviors = []
-    for number, row in read_jsonl(path):
-        if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in ("utterance", "task", "prompt", "response")):
-            raise UserError(f"{path}:{number}: is no behavior; run `imitate` again with --force")
-        behaviors.append(Behavior(row["utterance"], row["task"], row["prompt"], row["response"], bool(row.get("ended", True))))
-    return behaviors
-
-
-# ---- from behaviors to batches ----
-
-@lru_cache(maxsize=2)
-def epoch_order(lengths, batch_size, seed, epoch):
-    """One epoch's batches of indices of similar length; what is left over when the batches are full differs from epoch to epoch."""
-    rng = random.Random(f"epoch-{seed}-{epoch}")
-    order = rng.sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
-    bucket = 8 * batch_size
-    ordered = [i for b in range(0, len(order), bucket) for i in sorted(order[b:b + bucket], key=lengths.__getitem__)]
-    batches = [ordered[b:b + batch_size] for b in range(0, len(ordered), batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
-def random_spans(rng, n, share, mean):
-    """n flags, a share of them True in runs of `mean` words on average (a two-state Markov chain)."""
-    if share >= 1:
-        return [True] * n
-    enter, flag, flags = share / (mean * (1 - share)), rng.random() < share, []
-    for _ in range(n):
-        flags.append(flag)
-        flag = rng.random() >= 1 / mean if flag else rng.random() < enter
-    return flags
-
-
-def interleave(tokenizer, utterance, frames, as_text):
-    """The utterance with the words flagged in `as_text` as text tokens and the others as speech: alternating Text and Speech parts.
-
-    Text tokens are the whole transcript's tokens, assigned to words by character offsets; frames are cut midway between two words.
-    All True gives exactly the transcript's tokens, all False exactly the utterance's frames.
-    """
-    ids, starts = tokenize_in_context(tokenizer, utterance.text)
-    ends = [match.end() for match in re.finditer(r"\S+", utterance.text)]
-    token_word = [sum(end <= start for end in ends[:-1]) for start in starts]   # a space belongs to the word it precedes
-    rate = len(frames) / utterance.duration
-    cuts = [0, *(round((a[2] + b[1]) / 2 * rate) for a, b in zip(utterance.words, utterance.words[1:])), len(frames)]
-    parts, first = [], 0
-    for last in range(1, len(as_text) + 1):
-        if last == len(as_text) or as_text[last] != as_text[first]:
-            if as_text[first]:
-                parts.append(Text([i for i, word in zip(ids, token_word) if first <= word < last]))
-            else:
-                parts.append(Speech(frames[cuts[first]:cuts[last]]))
-            first = last
-    return parts
-
-
-class Examples:
-    """The training set of a run: batches of parts as a pure function of (seed, step), so that there is no data position to save."""
-
-    def __init__(self, model, utterances, behaviors, frames, recipe, steps, batch_size, seed):
-        self.model, self.frames, self.recipe = model, frames, recipe
-        self.steps, self.batch_size, self.seed = steps, batch_size, seed
-        by_id = {u.id: u for u in utterances}
-        self.behaviors = {}      # utterance id -> {"repeat": [..], "other": [..]}
-        for b in behaviors:
-            if b.utterance in by_id and recipe.tasks in ("train", b.task):
-                kinds = self.behaviors.setdefault(b.utterance, {"repeat": [], "other": []})
-                kinds["repeat" if b.task == "repeat" else "other"].append(b)
-        self.utterances = [by_id[i] for i in self.behaviors]
-        self.lengths = tuple(u.duration for u in self.utterances)
-        if len(self.utterances) < batch_size:
-            raise UserError(f"{len(self.utterances)} utterances have behaviors for this recipe, fewer than one batch of {batch_size}: "
-                            "prepare more speech, lower --batch-size, or see that the task table has the recipe's tasks")
-        if recipe.interleave and not any(u.words for u in self.utterances):
-            print("interleaving is off: no utterance of this data has word times")
-
-    def explain(self, accumulate):
-        """Print every derived number once, with its reason."""
-        seconds, k, step, model = sum(self.lengths), self.model.connector.k, self.batch_size * accumulate, self.model
-        rate, trainable = sum(len(self.frames[u.id]) for u in self.utterances) / seconds, sum(p.numel() for p in model.trainable().values())
-        print(f"speech: {len(self.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s / k = {rate / k:.1f} speech tokens/s")
-        print(f"batch: {self.batch_size} x accumulation {accumulate} = {step} utterances a step; {self.steps} steps = "
-              f"{self.steps * step / len(self.utterances):.1f} epochs")
-        print(f"trainable: {trainable / 1e6:.2f}M parameters in fp32 (connector {self.recipe.connector}{', LoRA' if model.lora else ''}); "
-              f"the LLM ({'NF4' if getattr(model.llm, 'is_loaded_in_4bit', False) else 'not 4-bit'}) and the encoder are frozen")
-
-    def repeat_share(self, step):
-        start, end = self.recipe.repeat
-        return start + (end - start) * min(1.0, step / max(1, self.steps / 2))
-
-    def choose(self, rng, utterance, step):
-        kinds = self.behaviors[utterance.id]
-        want = "repeat" if rng.random() < self.repeat_share(step) else "other"
-        return rng.choice(kinds[want] or kinds["repeat"] or kinds["other"])
-
-    def hear(self, rng, utterance):
-        """The parts that stand for the utterance: its speech, or speech and text interleaved."""
-        frames, recipe = self.frames[utterance.id], self.recipe
-        if not utterance.words or rng.random() >= recipe.interleave:
-            return [Speech(frames)]
-        as_text = random_spans(rng, len(utterance.words), recipe.text_words, recipe.span)
-        if all(as_text):                                           # without speech there is nothing to learn
-            as_text[rng.randrange(len(as_text))] = False
-        return interleave(self.model.tokenizer, utterance, frames, as_text)
-
-    def batch(self, step, micro, accumulate):
-        """(batch, teacher batch or None) of micro-batch `micro` of step `step`: the same conversations with speech and with the transcript."""
-        rng, tokenizer, heard, read = random.Random(f"batch-{self.seed}-{step}-{micro}"), self.model.tokenizer, [], []
-        epoch, at = divmod(step * accumulate + micro, len(self.utterances) // self.batch_size)
-        for utterance in (self.utterances[i] for i in epoch_order(self.lengths, self.batch_size, self.seed, epoch)[at]):
-            behavior = self.choose(rng, utterance, step)
-            response = self.model.response(behavior.response, behavior.ended).ids
-            heard.append(chat_parts(tokenizer, ask(behavior.prompt), [self.hear(rng, utterance)], response))
-            if self.recipe.loss == "kl":
-                read.append(chat_parts(tokenizer, ask(behavior.prompt), [[transcript_tokens(tokenizer, utterance.text)]], response))
-        return heard, read or None
-
-
-# ---- the loop ----
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up over `warmup` steps, then a cosine to zero."""
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
 
 
-def accumulate_gradients(model, micro_batches):
-    """Backward over the micro-batches of one step; the loss is the mean over all response tokens of the step, however they are divided."""
-    total = sum(len(parts[-1].ids) for batch, _ in micro_batches for parts in batch)
+# ---- one step ----
+
+def my_batches(examples, step, halvings=0):
+    """This process's share of a step: [(seed, conversations, teacher's conversations or None)].
+
+    Whole micro-batches, if every process can have as many; else a part of each. What does not fit the memory goes in smaller pieces. The step as a whole
+    stays what it is.
+    """
+    whole, pieces = examples.accumulate % WORLD == 0, []
+    for micro in range(RANK, examples.accumulate, WORLD) if whole else range(examples.accumulate):
+        heard, read = examples.batch(step, micro)
+        rows = list(range(len(heard)))[slice(None) if whole else slice(RANK, None, WORLD)]
+        size = max(1, len(rows) >> halvings)
+        for at in range(0, len(rows), size):
+            piece = rows[at:at + size]
+            name = f"dropout-{examples.seed}-{step}-{micro}" + ("" if whole else f"-{RANK}") + (f"-{at}" if at else "")
+            pieces.append((random.Random(name).getrandbits(62), [heard[i] for i in piece], read and [read[i] for i in piece]))
+    return pieces
+
+
+def count_tokens(pieces):
+    """Response tokens of this process's share."""
+    return sum(len(parts[-1].ids) for _, heard, _ in pieces for parts in heard)
+
+
+def accumulate_gradients(model, pieces, tokens, scale=1.0):
+    """Forward and backward of this process's share of a step of so many response tokens. The loss is a mean over them, however the step is divided."""
     loss = 0.0
-    for batch, teacher in micro_batches:
-        summed = model(batch, teacher)
-        (summed / total).backward()
-        loss += summed.item() / total
-    return loss, total
+    for seed, heard, read in pieces:
+        torch.manual_seed(seed)                                    # dropout
+        summed = model(heard, read)
+        (summed * (scale / tokens)).backward()
+        loss += summed.item() / tokens
+    return loss
 
 
-def train(model, examples, folder, *, lr, accumulate=1, warmup=50, clip=1.0, save_every=100):
-    """Train what is trainable of `model` on `examples` for examples.steps steps; resumes from folder/state.safetensors.
+def step_gradients(model, examples, progress):
+    """The gradients of a step, over all processes: (loss, response tokens). Where a GPU's memory does not suffice, once more in micro-batches of half
+    the size, and so from then on."""
+    pieces = my_batches(examples, progress.step, progress.halvings)
+    tokens = int(add_up([count_tokens(pieces)])[0])
+    while True:
+        try:
+            loss = accumulate_gradients(model, pieces, tokens, progress.loss_scale)
+            break
+        except torch.OutOfMemoryError as error:
+            size, why = examples.batch_size >> progress.halvings, str(error).splitlines()[0]
+        if size <= 1:
+            raise UserError(f"one utterance at a time is still too much for this GPU ({why}); `plan` says what fits: a smaller LLM, --bits 4, "
+                            "--gradient-checkpointing on, --cache-features disk")
+        progress.halvings += 1
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        tqdm.write(f"out of memory with micro-batches of {size}: from step {progress.step} on {size // 2} at a time and twice the accumulation; "
+                   "the step stays the same")
+        pieces = my_batches(examples, progress.step, progress.halvings)
+    add_up_gradients(model.trainable().values())
+    return add_up([loss])[0], tokens
 
-    Writes folder/log.jsonl. Killed or interrupted, it loses at most `save_every` steps and ends with the very same weights.
-    UserError if the loss stops being finite.
+
+def update(optimizer, parameters, loss, progress, clip):
+    """Clip the gradients and take the step, unless they or the loss are not finite: (gradient norm, was the step taken)."""
+    for p in parameters:
+        if p.grad is not None:
+            p.grad /= progress.loss_scale
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+    if finite := math.isfinite(norm) and math.isfinite(loss):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, finite
+
+
+def adjust_loss_scale(progress, finite):
+    """fp16: halve the scale after a step that overflowed, double it after 2000 that did not."""
+    progress.scale_steps = progress.scale_steps + 1 if finite else 0
+    if not finite:
+        progress.loss_scale = max(1.0, progress.loss_scale / 2)
+    elif progress.scale_steps % 2000 == 0:
+        progress.loss_scale *= 2
+
+
+# ---- the loop ----
+
+def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100):
+    """Train what is trainable of `model` on `examples` for examples.steps steps; resumes from the newest state in folder/state.
+
+    Writes folder/log.jsonl and, every `save_every` steps and when it is interrupted, a state. UserError if there is no finite gradient any more.
     """
     folder, parameters = Path(folder), model.trainable()
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    state = folder / "state.safetensors"
-    first = load_state(state, parameters, optimizer) if state.exists() else 0
-    log = [row for row in read_log(folder / "log.jsonl") if row["step"] < first] if first else []
-    bar = tqdm(range(first, examples.steps), desc=f"train {folder.name}", initial=first, total=examples.steps, unit="step")
+    progress, fp16 = load_state(folder, parameters, optimizer), next(model.llm.parameters()).dtype == torch.float16
+    if not fp16:
+        progress.loss_scale = 1.0
+    log = [row for row in read_log(folder / "log.jsonl") if row["step"] < progress.step] if progress.step else []
+    start, smooth = time.perf_counter() - (log[-1]["seconds"] if log else 0), None
+
+    def save():
+        if MAIN:
+            write_jsonl(folder / "log.jsonl", log)                 # the log first: what it is ahead of the state is dropped on resuming
+            save_state(folder, parameters, optimizer, progress)
+        wait()
+
     model.train()
-    step, start, smooth = first, time.perf_counter() - (log[-1]["seconds"] if log else 0), None
-    try:
-        for step in bar:
-            torch.manual_seed(examples.seed * 1_000_003 + step)    # dropout too is a function of (seed, step)
-            rate = optimizer.param_groups[0]["lr"] = learning_rate(step, examples.steps, lr, warmup)
-            loss, tokens = accumulate_gradients(model, [examples.batch(step, i, accumulate) for i in range(accumulate)])
-            if not math.isfinite(loss):
-                raise UserError(f"{folder}: the loss is {loss} at step {step}; " + ("lower --lr and train again" if step else
-                                "no step was taken yet, so the weights of the LLM or of the encoder must be damaged"))
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-            bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
-            log.append({"step": step, "loss": loss, "lr": rate, "grad_norm": norm.item(), "tokens": tokens,
-                        "seconds": round(time.perf_counter() - start, 2)})
-            if (step + 1) % save_every == 0 or step + 1 == examples.steps:
-                write_jsonl(folder / "log.jsonl", log)             # the log first: what it is ahead of the state is dropped on resuming
-                save_state(state, parameters, optimizer, step + 1)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted in step {step}; the same command goes on from the last saved step ({state})")
-        raise
+    with stop_signals() as asked, tqdm(desc=f"train {folder.name}", initial=progress.step, total=examples.steps, unit="step", disable=not MAIN) as bar:
+        while progress.step < examples.steps:
+            rate = optimizer.param_groups[0]["lr"] = learning_rate(progress.step, examples.steps, lr, warmup)
+            loss, tokens = step_gradients(model, examples, progress)
+            norm, finite = update(optimizer, list(parameters.values()), loss, progress, clip)
+            row = {"step": progress.step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
+            log.append(row if finite else {**row, "loss": None, "grad_norm": None, "skipped": True})
+            progress.step, progress.skipped, progress.in_a_row = progress.step + 1, progress.skipped + (not finite), 0 if finite else progress.in_a_row + 1
+            if fp16:
+                adjust_loss_scale(progress, finite)
+            smooth = smooth if not finite else loss if smooth is None else 0.95 * smooth + 0.05 * loss
+            bar.set_postfix(loss=f"{smooth or math.nan:.3f}", **({"skipped": progress.skipped} if progress.skipped else {}), refresh=False)
+            bar.update()
+            stop = add_up([float(bool(asked))])[0] > 0
+            if progress.step % save_every == 0 or progress.step == examples.steps or stop or progress.in_a_row == SKIPS_ALLOWED:
+                save()
+            if progress.in_a_row == SKIPS_ALLOWED:
+                raise UserError(explain_skips(folder, progress))
+            if stop:
+                print(f"\ninterrupted; {progress.step} of {examples.steps} steps are saved in {folder / 'state'}")
+                raise KeyboardInterrupt
+    if progress.skipped:
+        print(f"{progress.skipped} of {progress.step} steps were skipped, because their loss or gradient was not finite")
     return model.train(False)
 
 
+def explain_skips(folder, progress):
+    if progress.skipped == progress.step:
+        return f"{folder}: no step gave a finite loss and gradient, so the weights of the LLM or of the encoder must be damaged, or --precision too small"
+    return (f"{folder}: the last {SKIPS_ALLOWED} steps gave no finite loss and gradient; the weights from before them are saved; lower --lr and train again "
+            "with --force")
+
+
+@contextmanager
+def stop_signals():
+    """Yields a list that is no longer empty when Ctrl-C or SIGTERM asked to stop: the step is finished and saved first. A second Ctrl-C stops at once."""
+    asked, here = [], threading.current_thread() is threading.main_thread()
+
+    def ask(number, _):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- what is saved: a log, and the last two states ----
+
 def read_log(path):
-    """The rows of a training log."""
+    """The rows of a training log; the loss of a skipped step is None."""
     rows = [row for _, row in read_jsonl(path)]
-    if not rows or not all(isinstance(row, dict) and all(isinstance(row.get(key), (int, float)) for key in ("step", "loss", "seconds")) for row in rows):
+    if not rows or not all(isinstance(row, dict) and all(isinstance(row.get(key), (int, float)) for key in ("step", "seconds"))
+                           and ("skipped" in row or isinstance(row.get("loss"), (int, float))) for row in rows):
         raise UserError(f"{path}: is no whole training log; train again with --force")
     return rows
 
 
-def save_state(path, parameters, optimizer, step):
-    """One safetensors file: trainable weights, both Adam moments, and the number of steps done."""
+def saved_states(folder):
+    """The saved states of a training, newest first."""
+    return sorted((Path(folder) / "state").glob("[0-9]*.safetensors"), reverse=True)
+
+
+def save_state(folder, parameters, optimizer, progress):
+    """One safetensors file: trainable weights, both Adam moments, and the progress. The last two are kept."""
     tensors = {f"weight.{name}": p.detach().contiguous() for name, p in parameters.items()}
     for name, p in parameters.items():
         tensors |= {f"{key}.{name}": value.contiguous() for key, value in optimizer.state[p].items()}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step)})
+    with whole_file(Path(folder) / "state" / f"{progress.step:08d}.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(progress))})
+    for old in saved_states(folder)[2:]:
+        old.unlink()
 
 
-def load_state(path, parameters, optimizer):
-    """Put a saved state back; returns the number of steps done."""
-    try:
-        with safe_open(path, "pt") as file:
+def load_state(folder, parameters, optimizer):
+    """Put the newest whole state back; returns the progress, at step 0 if there is no state."""
+    for half_written in (Path(folder) / "state").glob(".*"):       # its process was killed
+        if MAIN:
+            half_written.unlink(missing_ok=True)
+    states = saved_states(folder)
+    for path in states:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                progress = Progress(**json.loads(file.metadata()["progress"]))
+            moments = {name: {key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")
+                              if f"{key}.{name}" in tensors} for name, p in parameters.items()}
             for name, p in parameters.items():
-                p.data.copy_(file.get_tensor(f"weight.{name}"))
-                optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").clone().to(p.device if key != "step" else "cpu")
-                                      for key in ("step", "exp_avg", "exp_avg_sq")}
-            step = int(file.metadata()["step"])
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: is no state of this training ({error}); --force starts again") from None
-    print(f"resuming at step {step}")
-    return step
+                p.data.copy_(tensors[f"weight.{name}"])
+                if moments[name]:                                  # none, if every step so far was skipped
+                    optimizer.state[p] = moments[name]
+            print(f"resuming at step {progress.step}")
+            return progress
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            print(f"{path}: is no state of this training ({str(error).splitlines()[0]})")
+    if states:
+        raise UserError(f"{folder / 'state'}: holds no state that can be read; --force starts again")
+    return Progress()

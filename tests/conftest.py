@@ -65,7 +65,7 @@ def utterances(data):
 
 @pytest.fixture(scope="session")
 def frames(utterances, encoder, data):
-    from model import encode_all
+    from features import encode_all
     return encode_all(encoder, utterances, data / "features")
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import eval as benchmark
 import mtbi
-from data import Utterance, read_json
-from train import Task, load_tasks
+from data import Utterance
+from files import read_json
+from examples import Task, load_tasks
 
 
 def test_scores_by_hand():
@@ -79,7 +80,7 @@ def test_the_demo_end_to_end_writes_everything_and_does_nothing_twice(tmp_path, 
 
 
 def test_help_explains_every_option_with_its_default():
-    parser = mtbi.build_parser()
+    parser = mtbi.build_parser(mtbi.__doc__, mtbi.COMMANDS, mtbi.RECIPES)
     for sub in parser._subparsers._group_actions[0].choices.values():
         text = sub.format_help()
         assert all(action.help for action in sub._actions) and "default: None" not in text and "(default: )" not in text

@@ -11,7 +11,8 @@ from test_data import one_line, tone
 
 import mtbi
 from corpora import word_times
-from data import read_jsonl, read_manifest
+from data import read_manifest
+from files import read_jsonl
 
 SAID = ["the farmer sold three red apples", "the baker bought two loaves", "a nurse found nine keys", "the pilot lost five maps", "one two three",
         "who did it", "the doctor saw seven birds", "the king ate four plums", "two five nine", "zero one", "every child has six toys", "ten green bottles"]

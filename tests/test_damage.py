@@ -14,7 +14,8 @@ from test_data import one_line
 import model as models
 import mtbi
 from corpora import spell
-from data import UserError, ask, chat_parts, read_json, write_json
+from data import ask, chat_parts
+from files import UserError, read_json, write_json
 from model import SpeechEncoder, SpeechLLM, load_llm
 
 
@@ -65,13 +66,13 @@ def test_code_in_a_checkpoint_is_never_run_even_if_the_user_says_yes(tmp_path):
 
 
 def test_the_compute_type_is_bf16_fp16_or_fp32(monkeypatch):
-    assert models.compute_dtype() == torch.float32 or torch.cuda.is_available()
+    assert models.compute_precision() == "fp32" or torch.cuda.is_available()
     monkeypatch.setattr(models, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for major, expected in ((7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)):
+    for major, expected in ((7, "fp16"), (8, "bf16"), (9, "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, major=major: SimpleNamespace(major=major, minor=5))
-        assert models.compute_dtype() == expected
+        assert models.compute_precision() == expected
 
 
 # ---- chat templates ----

@@ -9,8 +9,9 @@ import soundfile
 from conftest import ROOT, shared
 
 import mtbi
-from data import SAMPLE_RATE, UserError, held_out, load_audio, read_jsonl, read_manifest, whole_file
-from train import load_tasks
+from data import SAMPLE_RATE, held_out, load_audio, read_manifest
+from files import UserError, read_jsonl, whole_file
+from examples import load_tasks
 
 
 def tone(seconds=1.0, rate=16000, channels=1):

@@ -7,7 +7,8 @@ import torch
 from conftest import shared
 
 from corpora import word_times
-from data import UserError, load_audio, read_manifest
+from data import load_audio, read_manifest
+from files import UserError
 from model import SpeechEncoder
 
 

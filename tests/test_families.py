@@ -131,7 +131,7 @@ def test_4_8_and_16_bits(tmp_path_factory, bits, encoder, frames, utterances):
 
 
 def test_pickled_weights_are_refused(tmp_path):
-    from data import UserError
+    from files import UserError
     folder = save_llm(tmp_path, "qwen2")
     weights = folder / "model.safetensors"
     from safetensors.torch import load_file

@@ -13,7 +13,8 @@ import pytest
 from checkpoints import save_llm
 from conftest import ROOT, shared
 
-from data import read_json, read_jsonl, read_manifest
+from data import read_manifest
+from files import read_json, read_jsonl
 
 SHORTER = {"imitate": ["--max-new-tokens", "8", "--per-utterance", "3"], "bench": ["--max-new-tokens", "8"], "generate": ["--max-new-tokens", "8"]}
 
@@ -52,7 +53,7 @@ def test_the_documented_commands_run_on_real_input_resume_and_say_what_they_did(
     run, said = commands["imitate"][commands["imitate"].index("--out") + 1], {}
     for name, argv in commands.items():
         if name == "train":
-            kill_when_a_state_is_saved([*argv, "--save-every", "50"], f"{run}/mtbi/state.safetensors")
+            kill_when_a_state_is_saved([*argv, "--save-every", "50"], f"{run}/mtbi/state/00000050.safetensors")
         done = mtbi(argv)
         said[name] = done.stdout
         print(f"$ python mtbi.py {shlex.join(argv)}\n{done.stdout}")

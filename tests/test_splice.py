@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data import Response, Speech, Text, Utterance, ask, chat_parts, transcript_tokens
 from model import IGNORE, end_of_turn
-from train import interleave, random_spans
+from examples import interleave, random_spans
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 flags_and_words = st.lists(st.tuples(st.booleans(), st.sampled_from("the farmer sold three red apples in market yesterday ünlikely don't".split())),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data import ask, chat_parts, held_out, transcript_tokens
 from model import SpeechLLM
 from tiny import speech, world
-from train import load_tasks
+from examples import load_tasks
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,53 @@
+"""Many questions answered by an LLM, in batches, each kept as soon as it is there: stage 1 and the benchmark both come through here."""
+
+import json
+
+from tqdm import tqdm
+
+from files import mend_jsonl, read_jsonl
+from parallel import MAIN, RANK, mine, wait
+
+
+def generate_all(model, conversations, order, desc, batch_size, max_new_tokens, kept, key):
+    """[(text, did it end by itself)] for many open conversations, in batches of neighbours by the sort key `order[i]`, with a progress bar.
+
+    Several processes take a share of the batches each. Every batch is appended to the file KEPT.part-PROCESS.jsonl as soon as it is answered: after an
+    interruption the same call goes on from there. key: names what was asked of whom; answers kept under another key do not count.
+    """
+    by_key = sorted(range(len(conversations)), key=order.__getitem__)
+    batches = [by_key[at:at + batch_size] for at in range(0, len(by_key), batch_size)]
+    for path in kept_parts(kept) if MAIN else []:
+        mend_jsonl(path)
+    wait()
+    answers = read_parts(kept, key)
+    todo = [rows for rows in batches if not all(i in answers for i in rows)]      # whole batches, so that the rounding is that of a run never interrupted
+    if len(todo) < len(batches):
+        print(f"{desc}: {len(answers)} of {len(conversations)} answers are there already")
+    wait()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{kept}.part-{RANK}.jsonl", "a", encoding="utf-8") as file:
+        for rows in tqdm(mine(todo), desc=desc, unit="batch", disable=not MAIN):
+            found = model.generate_rows([conversations[i] for i in rows], max_new_tokens)
+            file.write("".join(json.dumps({"key": key, "question": i, "answer": answer, "ended": ended}) + "\n" for i, (answer, ended) in zip(rows, found)))
+            file.flush()
+    wait()
+    answers = read_parts(kept, key)
+    return [answers[i] for i in range(len(conversations))]
+
+
+def kept_parts(kept):
+    return sorted(kept.parent.glob(f"{kept.name}.part-*.jsonl"))
+
+
+def read_parts(kept, key):
+    """{question: (answer, did it end by itself)} of what every process has appended so far."""
+    rows = [row for path in kept_parts(kept) for _, row in read_jsonl(path) if isinstance(row, dict) and row.get("key") == key]
+    return {row["question"]: (row["answer"], row["ended"]) for row in rows if {"question", "answer", "ended"} <= set(row)}
+
+
+def forget_parts(kept):
+    """Delete the parts, when what they hold is written elsewhere."""
+    wait()
+    for path in kept_parts(kept) if MAIN else []:
+        path.unlink(missing_ok=True)
+    wait()

@@ -1,0 +1,2 @@
+def plan(args):
+    """Say whether a training fits a GPU, before anything is loaded."""
