@@ -2,9 +2,10 @@
 
 import json
 
+import torch
 from tqdm import tqdm
 
-from files import mend_jsonl, read_jsonl
+from files import UserError, mend_jsonl, read_jsonl
 from parallel import MAIN, RANK, mine, wait
 
 
@@ -27,12 +28,25 @@ def generate_all(model, conversations, order, desc, batch_size, max_new_tokens, 
     kept.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{kept}.part-{RANK}.jsonl", "a", encoding="utf-8") as file:
         for rows in tqdm(mine(todo), desc=desc, unit="batch", disable=not MAIN):
-            found = model.generate_rows([conversations[i] for i in rows], max_new_tokens)
+            found = answer_in_memory(model, [conversations[i] for i in rows], max_new_tokens)
             file.write("".join(json.dumps({"key": key, "question": i, "answer": answer, "ended": ended}) + "\n" for i, (answer, ended) in zip(rows, found)))
             file.flush()
     wait()
     answers = read_parts(kept, key)
     return [answers[i] for i in range(len(conversations))]
+
+
+def answer_in_memory(model, conversations, max_new_tokens):
+    """generate_rows; where the GPU's memory does not suffice, in two halves."""
+    try:
+        return model.generate_rows(conversations, max_new_tokens)
+    except torch.OutOfMemoryError as error:
+        why, half = str(error).splitlines()[0], len(conversations) // 2
+    if not half:
+        raise UserError(f"one question at a time is still too much for this GPU ({why}); `plan` says what fits")
+    torch.cuda.empty_cache()
+    tqdm.write(f"out of memory with {len(conversations)} questions at once: {half} at a time; a smaller --batch-size saves the attempt")
+    return [answer for rows in (conversations[:half], conversations[half:]) for answer in answer_in_memory(model, rows, max_new_tokens)]
 
 
 def kept_parts(kept):

@@ -250,6 +250,26 @@ def embedding_rms(llm):
         return table(torch.arange(0, len(table.weight), -(-len(table.weight) // 4096), device=DEVICE)).float().pow(2).mean().sqrt()
 
 
+def with_lora(llm, rank):
+    """The LLM with a LoRA adapter of this rank on all its linear layers, the only part of it that is trained; the LLM itself for rank 0."""
+    if not rank:
+        return llm
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(llm, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def checkpoint_gradients(llm):
+    """Let the LLM keep only what goes into each of its layers, and compute the rest again in the backward pass; returns the layers that do so.
+
+    They do it while their own flag `training` is set; what is inside them stays in eval mode.
+    """
+    try:
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"this LLM has no gradient checkpointing; say --gradient-checkpointing off ({str(error).splitlines()[0]})") from None
+    return [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 # ---- the speech LLM ----
 
 class SpeechLLM(nn.Module):
@@ -262,9 +282,7 @@ class SpeechLLM(nn.Module):
         self.eot, self.fingerprint, self.lora = end_of_turn(tokenizer), fingerprint(llm, tokenizer), lora
         ends = llm.generation_config.eos_token_id
         self.ends = sorted({self.eot, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
-        if lora:
-            from peft import LoraConfig, get_peft_model
-            self.llm = get_peft_model(llm, LoraConfig(r=lora, lora_alpha=2 * lora, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+        self.llm = with_lora(llm, lora)
 
     def train(self, mode=True):
         """The LLM and the encoder stay in eval mode whatever happens."""
@@ -272,16 +290,12 @@ class SpeechLLM(nn.Module):
         if self.connector is not None:
             self.connector.train(mode)
         for layer in self.checkpointed:
-            layer.training = mode                                  # the layer's own flag alone: transformers recomputes only where it is set
+            layer.training = mode
         return self
 
     def checkpoint_gradients(self):
-        """Keep only what goes into each layer of the LLM, and compute the rest again in the backward pass: less memory, a third more time."""
-        try:
-            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        except ValueError as error:
-            raise UserError(f"this LLM has no gradient checkpointing; say --gradient-checkpointing off ({str(error).splitlines()[0]})") from None
-        self.checkpointed = [m for m in self.llm.modules() if isinstance(m, GradientCheckpointingLayer)]
+        """Less memory and a third more time for training."""
+        self.checkpointed = checkpoint_gradients(self.llm)
         return self
 
     def trainable(self):

@@ -160,8 +160,8 @@ def generate_options(sub):
 
 
 def plan_options(sub):
-    option(sub, "--llm", "qwen2.5-7b", "a name in the table of plan.py, a local folder, or a Hugging Face name")
-    option(sub, "--encoder", "whisper-large-v3", "likewise")
+    option(sub, "--llm", "Qwen/Qwen2.5-7B-Instruct", "a Hugging Face name or a local folder; the ones in plan.py's table need no download")
+    option(sub, "--encoder", "openai/whisper-large-v3", "likewise")
     option(sub, "--vram", 8.0, "GPU memory, GB", type=positive_number)
     option(sub, "--bits", 4, "the LLM's weights in 4 (NF4), 8 or 16 (not quantized) bits", type=int, choices=[4, 8, 16])
     option(sub, "--precision", "bf16", "what the LLM computes in", choices=list(PRECISIONS))
