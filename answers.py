@@ -1,10 +1,12 @@
 """Many questions answered by an LLM, in batches, each kept as soon as it is there: stage 1 and the benchmark both come through here."""
 
 import json
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
+from data import chat_parts, transcript_tokens
 from files import UserError, mend_jsonl, read_jsonl
 from parallel import MAIN, RANK, mine, wait
 
@@ -49,6 +51,14 @@ def answer_in_memory(model, conversations, max_new_tokens):
     return [answer for rows in (conversations[:half], conversations[half:]) for answer in answer_in_memory(model, rows, max_new_tokens)]
 
 
+def answer_in_text(model, questions, texts, batch_size, max_new_tokens, kept, key):
+    """The LLM's own answers to questions (Behaviors that lack theirs) about transcripts; texts: {Utterance.id: transcript}."""
+    parts = [chat_parts(model.tokenizer, q.messages(), [[transcript_tokens(model.tokenizer, texts[i])] for i in q.utterances()]) for q in questions]
+    order, said = [(q.task, len(texts[q.utterance])) for q in questions], kept.name.replace("behaviors", "imitate")
+    answers = generate_all(model, parts, order, said, batch_size, max_new_tokens, kept, key)
+    return [replace(q, response=answer, ended=ended, llm=model.fingerprint) for q, (answer, ended) in zip(questions, answers) if answer or ended]
+
+
 def kept_parts(kept):
     return sorted(kept.parent.glob(f"{kept.name}.part-*.jsonl"))
 
@@ -60,7 +70,7 @@ def read_parts(kept, key):
 
 
 def forget_parts(kept):
-    """Delete the parts, when what they hold is written elsewhere."""
+    """Delete the parts, when what they hold is written elsewhere; the name may be a pattern."""
     wait()
     for path in kept_parts(kept) if MAIN else []:
         path.unlink(missing_ok=True)

@@ -90,6 +90,13 @@ def frames_a_token(kind, frame_rate, tokens_per_second):
     return 2 ** round(math.log2(k)) if kind == "conv" else round(k)
 
 
+def hidden_width(kind, llm_width):
+    """(hidden width, the reason): for an MLP four times the LLM's width; for the Transformer layers of a Q-Former that width itself, in whole heads."""
+    if kind == "qformer":
+        return min(1024, -(-llm_width // 64) * 64), f"the LLM's width of {llm_width}, in whole heads, at most 1024"
+    return min(2048, 4 * llm_width), f"four times the LLM's width of {llm_width}, at most 2048"
+
+
 class Connector(nn.Module):
     """Encoder frames to speech tokens: k frames a token, and a scale that starts the tokens at the norm of the LLM's own embeddings."""
 

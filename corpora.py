@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from data import SAMPLE_RATE, Utterance, held_out, load_audio, normalize, read_manifest, write_audio
 from files import UserError, claim, is_done, one_thread, read_json, read_jsonl, read_lines, relative, timed, write_jsonl
-from model import named, shared_encoder
+from encoder import shared_encoder
+from hub import named
 
 UNDERSTOOD = 0.75            # mean probability of the letters aligned; the tiny encoder gives unheard espeak-ng voices 0.9 and more, human ones 0.5 and less
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")

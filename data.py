@@ -269,3 +269,10 @@ def check_messages(messages):
 def ask(prompt, audio=None):
     """The one-turn conversation of the benchmark and of stages 1 and 2: a prompt, then an utterance."""
     return [{"role": "user", "content": [{"type": "text", "text": prompt}, {"type": "audio", "audio": audio}]}]
+
+
+def dialogue(earlier, prompt, again=False):
+    """A conversation of several turns: earlier ones, [(prompt about an utterance, answer)], and a question; `again`: about the earlier utterance, so that
+    it comes without one of its own."""
+    turns = [message for said, answer in earlier for message in (*ask(said), {"role": "assistant", "content": answer})]
+    return turns + ([{"role": "user", "content": prompt}] if again else ask(prompt))

@@ -1,25 +1,27 @@
 """The generalization benchmark: seen and unseen tasks x seen and unseen prompts, on speech that training never heard.
 
-The reference is the text LLM's own answer to the true transcript, so any LLM and any transcribed speech can be benchmarked.
+The reference is the text LLM's own answer to the true transcript, so any LLM and any transcribed speech can be benchmarked. A system is a model and a way to
+put an utterance before it: as text, as speech, or as what a CTC model made of it. What is measured of it is a record, kept in RUN/bench/ and measured once.
 """
 
-import os
 import random
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+import torch
 
-from answers import generate_all
-from data import Speech, ask, chat_parts, normalize, transcript_tokens
-from files import UserError, read_config, read_json, timed, whole_file, write_json, write_jsonl
+from answers import forget_parts, generate_all
+from data import Speech, chat_parts, dialogue, normalize, transcript_tokens
 from features import encode_all
+from files import UserError, read_json, timed, write_json
 from model import SpeechLLM
-from train import read_log
+from parallel import MAIN, wait
 
 QUADRANTS = ["seen_task_seen_prompt", "seen_task_unseen_prompt", "unseen_task_seen_prompt", "unseen_task_unseen_prompt"]
+DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]      # the multi-turn mixed-modal set
 RESAMPLES = 1000             # bootstrap resamples of the utterances
 
 
@@ -29,7 +31,18 @@ class Case:
     utterance: object
     task: object
     prompt: str
-    quadrant: str
+    quadrant: str            # one of QUADRANTS, or of DIALOGUES
+    earlier: tuple = ()      # the turn before, if there is one: (prompt, utterance, is it spoken, answer)
+    again: bool = False      # the question comes without an utterance: it is about the one of the turn before
+
+    def parts(self, tokenizer, hear, response=None):
+        """The conversation; hear(utterance) gives the parts that stand for what is spoken."""
+        audio = [hear(self.utterance)] if not self.again else []
+        if self.earlier:
+            _, utterance, spoken, _ = self.earlier
+            audio.insert(0, hear(utterance) if spoken else [transcript_tokens(tokenizer, utterance.text)])
+        turns = [(self.earlier[0], self.earlier[3])] if self.earlier else []
+        return chat_parts(tokenizer, dialogue(turns, self.prompt, self.again), audio, response)
 
 
 def draw_cases(tasks, utterances, per_prompt, seed):
@@ -46,12 +59,19 @@ def draw_cases(tasks, utterances, per_prompt, seed):
     return cases
 
 
-def answer_cases(model, hear, cases, name, batch_size, max_new_tokens, kept, key):
-    """The model's answers; hear(utterance) gives the parts that stand for the utterance: text, speech, or what the cascade heard."""
-    heard = {c.utterance.id: hear(c.utterance) for c in cases}
-    parts = [chat_parts(model.tokenizer, ask(c.prompt), [heard[c.utterance.id]]) for c in cases]
-    order = [(c.task.name, c.utterance.duration) for c in cases]
-    return [text for text, _ in generate_all(model, parts, order, f"bench {name}", batch_size, max_new_tokens, kept, key)]
+def draw_dialogues(cases, answers, n, seed):
+    """n conversations of two turns of each kind in DIALOGUES, made of pairs of cases; the first turn is answered as the text LLM answered it."""
+    rng, drawn, about = random.Random(f"dialogues-{seed}"), [], {}
+    for i, case in enumerate(cases):
+        about.setdefault(case.utterance.id, []).append(i)
+    for kind in DIALOGUES:
+        again = kind == "speech_then_text_question"
+        fitting = [i for i, case in enumerate(cases) if (len(about[case.utterance.id]) if again else len(cases)) > 1]
+        for i in rng.sample(fitting, min(n, len(fitting))):
+            first = rng.choice([j for j in (about[cases[i].utterance.id] if again else range(len(cases))) if j != i])
+            drawn.append(Case(cases[i].utterance, cases[i].task, cases[i].prompt, kind, (cases[first].prompt, cases[first].utterance,
+                                                                                       kind != "text_then_speech", answers[first]), again))
+    return drawn
 
 
 def systems(run, encoders, transcriber, llm, utterances, cache, keep, precision):
@@ -66,7 +86,13 @@ def systems(run, encoders, transcriber, llm, utterances, cache, keep, precision)
 
     def cascade():
         frames = encode_all(transcriber, utterances, cache, keep)
-        return reader, lambda u: [transcript_tokens(reader.tokenizer, transcriber.transcribe(frames[u.id]) or "…")]
+        heard = {}
+
+        def hear(u):
+            if u.id not in heard:
+                heard[u.id] = [transcript_tokens(reader.tokenizer, transcriber.transcribe(frames[u.id]) or "…")]
+            return heard[u.id]
+        return reader, hear
 
     def trained(name):
         own_llm = read_json(run / name / "model.json", "lora")["lora"] > 0
@@ -79,15 +105,158 @@ def systems(run, encoders, transcriber, llm, utterances, cache, keep, precision)
     return {"text": text, **({"cascade": cascade} if transcriber.head is not None else {}), **{name: partial(trained, name) for name in encoders}}
 
 
-def run_systems(systems, cases, batch_size, max_new_tokens, run, key):
-    """({system: answers}, {system: seconds of loading and answering}); the answers are kept in `run` as they come, under `key`."""
-    answers, seconds = {}, {}
-    for name, load in systems.items():
-        start = time.perf_counter()
+# ---- what is measured of a system ----
+
+class Bench:
+    """The questions, the top line's answers to them, and the record of each system."""
+
+    def __init__(self, run, tasks, utterances, llm, keys, *, per_prompt, dialogues, probes, seed, batch_size, max_new_tokens):
+        self.run, self.keys, self.batch_size, self.max_new_tokens = run, keys, batch_size, max_new_tokens
+        self.reader = SpeechLLM(*llm)
+        self.cases = draw_cases(tasks, utterances, per_prompt, seed)
+        self.references = self.answers_of_text("text", self.cases)
+        self.dialogues = draw_dialogues(self.cases, self.references, dialogues, seed)
+        self.dialogue_references = self.answers_of_text("text-dialogues", self.dialogues)
+        self.probes = sorted(random.Random(f"probes-{seed}").sample(range(len(self.cases)), min(probes, len(self.cases))))
+
+    def read(self, utterance):
+        return [transcript_tokens(self.reader.tokenizer, utterance.text)]
+
+    def answers_of_text(self, name, cases):
+        """The text LLM's answers to the transcripts: asked once, and kept."""
+        path, key = self.run / "bench" / f"{name}.answers.json", self.keys["text"]
+        kept = read_record(path, key)
+        if not kept:
+            kept = {"key": key, "answers": self.ask(self.reader, self.read, cases, name)}
+            wait()
+            if MAIN:
+                write_json(path, kept)
+            self.forget(name)
+        return kept["answers"]
+
+    def ask(self, model, hear, cases, name):
+        """The model's answers to the cases."""
+        parts = [c.parts(model.tokenizer, hear) for c in cases]
+        order = [(c.task.name, c.utterance.duration) for c in cases]
+        return [text for text, _ in generate_all(model, parts, order, f"bench {name}", self.batch_size, self.max_new_tokens,
+                                                 self.run / "bench" / name, self.keys[name.removesuffix("-dialogues").removesuffix("-retention")])]
+
+    def forget(self, name):
+        """Delete the answers that were kept one by one."""
+        for part in ("", "-dialogues", "-retention"):
+            forget_parts(self.run / "bench" / f"{name}{part}")
+
+    def record(self, name, load):
+        """What there is to measure of a system: taken from RUN/bench/NAME.json if it was measured before."""
+        path, start = self.run / "bench" / f"{name}.json", time.perf_counter()
+        if record := read_record(path, self.keys[name]):
+            return record
         with timed(f"bench {name}"):
-            answers[name] = answer_cases(*load(), cases, name, batch_size, max_new_tokens, run / f"answers-{name}", key)
-        seconds[name] = time.perf_counter() - start
-    return answers, seconds
+            model, hear = load()
+            answers = self.references if name == "text" else self.ask(model, hear, self.cases, name)
+            spoken = self.dialogue_references if name == "text" else self.ask(model, hear, self.dialogues, f"{name}-dialogues")
+            retained = self.ask(model, self.read, self.cases, f"{name}-retention") if model.lora else self.references      # a frozen LLM answers as ever
+            probes = [self.cases[i] for i in self.probes]
+            gap = behavior_gap(model, self.reader, hear, self.read, probes, [self.references[i] for i in self.probes])
+            attention = attention_shares(model, hear, probes, [self.references[i] for i in self.probes])
+        record = {"key": self.keys[name], "answers": answers, "dialogue_answers": spoken,
+                  "values": self.values(answers, spoken, retained, gap, attention), "attention": by_layer(attention),
+                  "metrics": self.metrics(answers), "repeat_wer": corpus_wer(self.cases, answers), "seconds": round(time.perf_counter() - start, 1)}
+        wait()
+        if MAIN:
+            write_json(path, record)
+        self.forget(name)
+        return record
+
+    def values(self, answers, spoken, retained, gap, attention):
+        """{measure: [[utterance id, value], ...]}, one value per question: what intervals and paired differences are made of."""
+        def scored(cases, references, answers):
+            return [(c, score(c.task.metric, r, a)) for c, r, a in zip(cases, references, answers)]
+        values = {name: [] for name in [*QUADRANTS, *DIALOGUES]}
+        for case, value in scored(self.cases, self.references, answers) + scored(self.dialogues, self.dialogue_references, spoken):
+            values[case.quadrant].append((case, value))
+        values |= {f"task {name}": [] for name in dict.fromkeys(c.task.name for c in self.cases)}
+        for case, value in scored(self.cases, self.references, answers):
+            values[f"task {case.task.name}"].append((case, value))
+        values["ignored instruction"] = [(c, float(repeats_instead(c, r, a))) for c, r, a in zip(self.cases, self.references, answers)
+                                         if c.task.name != "repeat"]
+        values["text retention"] = scored(self.cases, self.references, retained)
+        probes = [self.cases[i] for i in self.probes]
+        values["behavior gap"] = list(zip(probes, gap))
+        values["attention on instruction"] = list(zip(probes, [float(np.mean(rows["instruction"])) for rows in attention]))
+        return {name: [[c.utterance.id, round(value, 6)] for c, value in rows] for name, rows in values.items()}
+
+    def metrics(self, answers):
+        """{task: {"exact", "wer", "chrf", "bleu"}}: every metric of every task, whichever its score is made of; over all its answers (sacrebleu, jiwer)."""
+        import jiwer
+        from sacrebleu import corpus_bleu, corpus_chrf
+        table = {}
+        for task in dict.fromkeys(c.task.name for c in self.cases):
+            rows = [(normalize(r) or r, normalize(a) or a) for c, r, a in zip(self.cases, self.references, answers) if c.task.name == task]
+            said, heard = [r for r, _ in rows], [a for _, a in rows]
+            table[task] = {"exact": sum(r == a for r, a in rows) / len(rows), "wer": jiwer.wer(said, heard) if all(said) else None,
+                           "chrf": corpus_chrf(heard, [said]).score / 100, "bleu": corpus_bleu(heard, [said]).score / 100}
+        return table
+
+
+def read_record(path, key):
+    """The record at `path` if it is whole and was measured under this key, or None."""
+    try:
+        record = read_json(path, "key", "answers")
+    except UserError:
+        return None
+    return record if record["key"] == key else None
+
+
+# ---- probes: what the LLM does inside ----
+
+@torch.no_grad()
+def behavior_gap(model, reader, hear, read, cases, references, batch_size=32):
+    """KL(LLM reading text || model hearing speech) over the LLM's own answer, nats per token: one number per case."""
+    gaps = []
+    for at in range(0, len(cases), batch_size):
+        rows = [(c, model.response(r).ids) for c, r in zip(cases[at:at + batch_size], references[at:at + batch_size])]
+        heard = model.logits([c.parts(model.tokenizer, hear, ids) for c, ids in rows])[0].log_softmax(-1)           # (R, V)
+        text = reader.logits([c.parts(model.tokenizer, read, ids) for c, ids in rows])[0].log_softmax(-1)           # (R, V)
+        kl = (text.exp() * (text - heard)).sum(-1)                                                                  # (R)
+        gaps += [part.mean().item() for part in kl.split([len(ids) for _, ids in rows])]
+    return gaps
+
+
+@contextmanager
+def attention_weights(llm):
+    """Let the LLM give its attention weights, which the fast kernels never hold."""
+    before = llm.config._attn_implementation
+    llm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        llm.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def attention_shares(model, hear, cases, references):
+    """[{"instruction": [by layer], "utterance": [by layer]}] per case: the share of attention, averaged over heads and over the positions that predict the
+    answer, that falls on the instruction and on what stands for the utterance; the rest falls on the chat template and on the answer itself."""
+    shares, llm = [], model.llm.get_base_model() if model.lora else model.llm
+    with attention_weights(llm):
+        for case, reference in zip(cases, references):
+            instruction, heard, response = transcript_tokens(model.tokenizer, case.prompt), hear(case.utterance), model.response(reference).ids
+            slots = [{"role": "user", "content": [{"type": "audio", "audio": None}] * 2}]
+            parts = chat_parts(model.tokenizer, slots, [[instruction], heard], response)
+            kinds = ["instruction" if p is instruction else "utterance" if any(p is h for h in heard) else "" for p in parts]
+            lengths = [-(-len(p.frames) // model.connector.k) if isinstance(p, Speech) else len(p.ids) for p in parts]
+            embeds, mask, _ = model.embed([parts])
+            layers = model.llm(inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False).attentions       # each (1, heads, L, L)
+            means = torch.stack([a[0, :, -len(response) - 1:-1].float().mean((0, 1)) for a in layers if a is not None])             # (layers, L)
+            pieces = means.split(lengths, dim=1)
+            shares.append({kind: sum(p.sum(1) for p, k in zip(pieces, kinds) if k == kind).tolist() for kind in ("instruction", "utterance")})
+    return shares
+
+
+def by_layer(shares):
+    """{"instruction": [mean by layer], "utterance": [mean by layer]} over the cases."""
+    return {kind: np.mean([rows[kind] for rows in shares], axis=0).tolist() for kind in ("instruction", "utterance")} if shares else None
 
 
 # ---- metrics ----
@@ -113,36 +282,6 @@ def repeats_instead(case, reference, answer):
     return case.task.name != "repeat" and word_error_rate(case.utterance.text, answer) <= 0.25 < word_error_rate(case.utterance.text, reference)
 
 
-def cell(scores, utterances, seed=0):
-    """{"score", "share_of_text", "n", "ci95"}: mean score, its share of the top line's, and a 95% bootstrap interval over utterances.
-
-    The text LLM is its own reference, so the top line's score is 1 and the share is the score.
-    """
-    if not scores:
-        return {"score": None, "share_of_text": None, "n": 0, "ci95": [None, None]}
-    scores, ids = np.asarray(scores), np.unique(utterances, return_inverse=True)[1]
-    sums, counts = np.bincount(ids, scores), np.bincount(ids)
-    picks = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    return {"score": float(scores.mean()), "share_of_text": float(scores.mean()), "n": len(scores),
-            "ci95": [float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))]}
-
-
-def grade(cases, references, answers, seconds):
-    """One system's entry of report.json; references are the answers of the top line."""
-    scores = [score(c.task.metric, r, a) for c, r, a in zip(cases, references, answers)]
-
-    def over(chosen):
-        rows = [i for i, c in enumerate(cases) if chosen(c)]
-        return cell([scores[i] for i in rows], [cases[i].utterance.id for i in rows])
-
-    asked = [repeats_instead(c, r, a) for c, r, a in zip(cases, references, answers) if c.task.name != "repeat"]
-    return {"quadrants": {q: over(lambda c: c.quadrant == q) for q in QUADRANTS},
-            "tasks": {t: over(lambda c: c.task.name == t) for t in dict.fromkeys(c.task.name for c in cases)},
-            "repeat_wer": corpus_wer(cases, answers),
-            "ignored_instruction_rate": float(np.mean(asked)) if asked else None, "seconds": round(seconds, 1)}
-
-
 def corpus_wer(cases, answers):
     """Word error rate of the task "repeat" against the true transcripts, over all its words; None if it was not asked."""
     import jiwer
@@ -150,173 +289,35 @@ def corpus_wer(cases, answers):
     return jiwer.wer([r for r, _ in rows], [a for _, a in rows]) if rows else None
 
 
-# ---- the report ----
+def cell(scores, utterances, seed=0):
+    """{"score", "share_of_text", "n", "ci95"}: mean score, its share of the top line's, and a 95% bootstrap interval over utterances.
 
-def percent(value, digits=1):
-    return "–" if value is None else f"{100 * value:.{digits}f}%"
-
-
-def quadrant_table(report):
-    """The table people look at first, as markdown."""
-    names = [q.replace("_task_", " task × ").replace("_prompt", " prompt") for q in QUADRANTS]
-    lines = ["| system | " + " | ".join(names) + " | repeat WER | ignored instruction |", "|---|" + "---|" * (len(names) + 2)]
-    for name, entry in report["recipes"].items():
-        cells = [f"{percent(c['score'])} [{percent(c['ci95'][0], 0)}, {percent(c['ci95'][1], 0)}]" for c in entry["quadrants"].values()]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {percent(entry['repeat_wer'])} | {percent(entry['ignored_instruction_rate'])} |")
-    return "\n".join(lines)
+    The text LLM is its own reference, so the top line's score is 1 and the share is the score.
+    """
+    if not scores:
+        return {"score": None, "share_of_text": None, "n": 0, "ci95": [None, None]}
+    means = bootstrap(scores, utterances, np.random.default_rng(seed))
+    return {"score": float(np.mean(scores)), "share_of_text": float(np.mean(scores)), "n": len(scores),
+            "ci95": [float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))]}
 
 
-def task_table(report):
-    recipes, splits = report["recipes"], report["meta"]["task_splits"]
-    lines = ["| task | " + " | ".join(f"`{name}`" for name in recipes) + " |", "|---|" + "---|" * len(recipes)]
-    for split in ("train", "unseen"):
-        lines += [f"| {task} ({'seen' if split == 'train' else 'unseen'}) | " + " | ".join(percent(r["tasks"][task]["score"]) for r in recipes.values()) + " |"
-                  for task in splits if splits[task] == split and task in next(iter(recipes.values()))["tasks"]]
-    return "\n".join(lines)
+def bootstrap(values, utterances, rng):
+    """RESAMPLES means, each over as many utterances drawn with replacement: answers about one utterance are no independent observations."""
+    values, ids = np.asarray(values), np.unique(utterances, return_inverse=True)[1]
+    sums, counts = np.bincount(ids, values), np.bincount(ids)
+    picks = rng.integers(0, len(sums), (RESAMPLES, len(sums)))
+    return sums[picks].sum(1) / counts[picks].sum(1)
 
 
-def write_markdown(path, report):
-    meta = report["meta"]
-    samples = "\n".join(f"- **{s['prompt']}** ({s['quadrant'].replace('_', ' ')})  \n  speech: *{s['transcript']}* ({s['audio']})  \n" + "  \n".join(
-        f"  `{name}`: {' '.join(answer.split())}" for name, answer in s["answers"].items()) for s in report["samples"])
-    text = f"""# Benchmark of {', '.join(report['recipes'])}
+def summary(record, seconds=0.0):
+    """A system's entry of report.json."""
+    def over(name):
+        rows = record["values"][name]
+        return cell([value for _, value in rows], [i for i, _ in rows])
 
-{meta['n_utterances']} held-out utterances of {meta['n_speakers']} speakers, {meta['n_unheard_speakers']} of them never heard in training;
-{meta['n_cases']} questions. The score is a mean over questions of what
-the task asks for: exact match, 1 - word error rate, or chrF, against the text LLM's own answer to the true transcript. `text`, the top line, is therefore 100%
-wherever it is measured against itself, and a score is at the same time its share of the top line. In brackets: 95% bootstrap interval over utterances.
-
-{quadrant_table(report)}
-
-![scores by quadrant](quadrants.png)
-
-## Tasks
-
-{task_table(report)}
-
-![task × system](tasks.png)
-
-## Training
-
-![loss](loss.png)
-
-## Five conversations
-
-{samples}
-
-## How this was made
-
-{chr(10).join(f'- {key}: {value}' for key, value in meta.items() if key != 'task_splits')}
-"""
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_report(folder, report, cases, answers):
-    """answers.jsonl, the plots, report.md, and last report.json."""
-    write_jsonl(folder / "answers.jsonl", [{"utterance": c.utterance.id, "task": c.task.name, "prompt": c.prompt, "quadrant": c.quadrant,
-                                            "answers": {name: rows[i] for name, rows in answers.items()}} for i, c in enumerate(cases)])
-    write_plots(folder, report)
-    write_markdown(folder / "report.md", report)
-    write_json(folder / "report.json", report)
-
-
-def show(report, run):
-    print("\nScore, % of the text LLM's own answers [95% interval over utterances]\n\n" + quadrant_table(report) + "\n")
-    for s in report["samples"]:
-        print(f"{s['prompt']}  [{s['transcript']}]  ({s['quadrant'].replace('_', ' ')}; {s['audio']})")
-        print("\n".join(f"    {name:<8} {' '.join(answer.split())}" for name, answer in s["answers"].items()))
-    print(f"\nreport: {run / 'report.md'} (and report.json, answers.jsonl, quadrants.png, tasks.png, loss.png)")
-
-
-def earlier_report(run, asked):
-    """The report of an earlier `bench` that was asked for the very same, or None."""
-    try:
-        report = read_json(run / "report.json", "recipes", "samples", "meta")
-    except UserError:
-        return None                                                # none, or not whole: it is written anew
-    return report if isinstance(report["meta"], dict) and report["meta"].get("asked") == asked else None
-
-
-def describe_recipe(folder, scored):
-    """Lines about one trained recipe of a run."""
-    chosen, done = read_config(folder, "train", encoder=str, connector=str, lora=int, steps=int, batch_size=int, accumulate=int)
-    log, spec = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else [], read_json(folder / "model.json", "k", "hidden") if done else {}
-    steps, log = log[-1]["step"] + 1 if log else 0, [row for row in log if row["loss"] is not None]
-    yield (f"encoder {chosen['encoder']}, connector {chosen['connector']}" + (f" (k {spec['k']}, hidden {spec['hidden']})" if done else "") +
-           (f", LoRA of rank {chosen['lora']}" if chosen["lora"] else ", LLM frozen"))
-    yield (f"steps {steps} of {chosen['steps']}, {chosen['batch_size'] * chosen['accumulate']} utterances each"
-           + (f"; loss {log[0]['loss']:.3f} -> {sum(row['loss'] for row in log[-20:]) / len(log[-20:]):.3f} nats/token (mean of the last 20 steps), "
-              f"{log[-1]['seconds']:.0f} s" if log else "") + ("" if done else "; not finished: the same `train` command goes on"))
-    yield describe_scores(scored) if scored else "not benchmarked yet"
-
-
-def describe_scores(entry):
-    try:
-        quadrants = {q.replace("_task_", " × ").removesuffix("_prompt"): percent(cell["score"]) for q, cell in entry["quadrants"].items()}
-        return "scores (task × prompt) " + ", ".join(f"{q} {score}" for q, score in quadrants.items()) + f"; repeat WER {percent(entry['repeat_wer'])}"
-    except (KeyError, TypeError, AttributeError):
-        raise UserError("report.json: is not what `bench` writes; run `bench` again with --force") from None
-
-
-def draw_samples(cases, answers, seed, n=5):
-    """n questions from all quadrants in turn, with every system's answer."""
-    rng, samples = random.Random(f"samples-{seed}"), []
-    for i in range(n):
-        rows = [j for j, c in enumerate(cases) if c.quadrant == QUADRANTS[(3 - i) % 4]] or list(range(len(cases)))
-        j = rng.choice(rows)
-        case = cases[j]
-        samples.append({"prompt": case.prompt, "task": case.task.name, "quadrant": case.quadrant, "audio": os.path.normpath(case.utterance.audio),
-                        "transcript": case.utterance.text, "answers": {name: rows[j] for name, rows in answers.items()}})
-    return samples
-
-
-# ---- plots ----
-
-def save_plot(figure, path):
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight")
-
-
-def write_plots(folder, report):
-    """quadrants.png, tasks.png and loss.png in `folder`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    recipes = report["recipes"]
-
-    figure, axes = pyplot.subplots(figsize=(9, 4))
-    width = 0.8 / len(recipes)
-    for i, (name, entry) in enumerate(recipes.items()):
-        cells = [entry["quadrants"][q] for q in QUADRANTS]
-        means = [100 * (c["score"] or 0) for c in cells]
-        spread = [[100 * abs((c["score"] or 0) - (end if end is not None else 0)) for c, end in zip(cells, ends)]
-                  for ends in ([c["ci95"][0] for c in cells], [c["ci95"][1] for c in cells])]
-        axes.bar(np.arange(4) + i * width, means, width * 0.9, yerr=spread, capsize=2, label=name)
-    axes.set_xticks(np.arange(4) + 0.4 - width / 2, [q.replace("_task_", " task\n").replace("_prompt", " prompt") for q in QUADRANTS])
-    axes.set(ylabel="score, % of the text LLM", ylim=(0, 105), title="Generalization (bars: 95% interval over utterances)")
-    axes.legend(loc="lower left")
-    save_plot(figure, Path(folder) / "quadrants.png")
-    pyplot.close(figure)
-
-    tasks = sorted(next(iter(recipes.values()))["tasks"], key=lambda t: report["meta"]["task_splits"][t] == "unseen")
-    grid = np.array([[entry["tasks"][t]["score"] for entry in recipes.values()] for t in tasks])
-    figure, axes = pyplot.subplots(figsize=(2 + 1.1 * len(recipes), 0.8 + 0.27 * len(tasks)))
-    axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    for (y, x), value in np.ndenumerate(grid):
-        axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
-    axes.set_xticks(range(len(recipes)), list(recipes))
-    axes.set_yticks(range(len(tasks)), [t + (" (unseen)" if report["meta"]["task_splits"][t] == "unseen" else "") for t in tasks], fontsize=8)
-    axes.set_title("score by task, %")
-    save_plot(figure, Path(folder) / "tasks.png")
-    pyplot.close(figure)
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name in report["meta"]["training"]:
-        rows = [row for row in read_log(Path(folder) / name / "log.jsonl") if row["loss"] is not None]
-        smooth = np.convolve(np.pad([r["loss"] for r in rows], (9, 0), mode="edge"), np.ones(10) / 10, mode="valid")
-        axes.plot([r["step"] for r in rows], smooth, label=name)
-    axes.set(xlabel="step", ylabel="loss, nats/token (mean of 10 steps)", yscale="log", title="Stage 2")
-    axes.legend()
-    save_plot(figure, Path(folder) / "loss.png")
-    pyplot.close(figure)
+    ignored = over("ignored instruction")
+    return {"quadrants": {q: over(q) for q in QUADRANTS}, "dialogues": {d: over(d) for d in DIALOGUES},
+            "tasks": {name.removeprefix("task "): over(name) for name in record["values"] if name.startswith("task ")},
+            "metrics": record["metrics"], "repeat_wer": record["repeat_wer"], "ignored_instruction_rate": ignored["score"],
+            "ignored_instruction_ci95": ignored["ci95"], "behavior_gap": over("behavior gap"), "text_retention": over("text retention"),
+            "attention": record["attention"], "seconds": round(record["seconds"] + seconds, 1)}

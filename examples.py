@@ -1,12 +1,14 @@
 """What is trained on: tasks, recipes, behaviors, and the batches made of them."""
 
+import hashlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
-from data import Speech, Text, ask, chat_parts, tokenize_in_context, transcript_tokens
+from data import Speech, Text, chat_parts, dialogue, tokenize_in_context, transcript_tokens
 from files import UserError, read_jsonl
 from parallel import WORLD
 
@@ -16,6 +18,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 METRICS = ("exact", "wer", "chrf")
+ALWAYS = ("repeat", "continue")      # asked about every transcript they apply to, because some recipes train on one of them alone
 
 
 # ---- tasks, recipes, behaviors ----
@@ -61,8 +64,8 @@ def load_tasks(path):
 class Recipe:
     """One row of the recipe table: what makes one paper's system differ from another's."""
     about: str
-    tasks: str = "train"         # "train": all training tasks of the task table; or the name of one task
-    connector: str = "stack-mlp"
+    tasks: tuple = ("*",)        # which of the training tasks, as names or patterns
+    connector: str = "stack-mlp" # "": nothing is trained
     tokens_per_second: float = 5.6    # speech tokens a second of speech; how many encoder frames that makes one, the encoder's frame rate tells
     lora: int = 0                # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
     interleave: float = 0.0      # share of examples in which spans of words enter as text
@@ -70,6 +73,12 @@ class Recipe:
     span: float = 2.0            # mean length of a text span, words
     repeat: tuple = (0.0, 0.0)   # share of the task "repeat": at the start, and from half-way on
     loss: str = "ce"             # "ce": the LLM's answer; "kl": its whole next-token distribution
+    text_only: float = 0.0       # share of examples without speech: the LLM reads the transcript, and any training task is asked (text-only SFT)
+    mixed: float = 0.0           # share of examples that are mixed-modal turns: of a conversation in text some utterances, or spans of them, are spoken
+    speech: float = 1.0          # share of the training utterances that is used
+
+    def trains_on(self, task):
+        return any(fnmatch(task, pattern) for pattern in self.tasks)
 
 
 @dataclass
@@ -81,6 +90,15 @@ class Behavior:
     response: str
     ended: bool = True       # False: cut off at the longest length allowed, so its end is not imitated
     llm: str = ""            # fingerprint of the LLM that gave it
+    earlier: list = field(default_factory=list)      # turns before the question: [[prompt, Utterance.id, answer], ...]
+    again: bool = False      # the question is about the earlier utterance, and comes without one of its own
+
+    def messages(self):
+        return dialogue([(prompt, answer) for prompt, _, answer in self.earlier], self.prompt, self.again)
+
+    def utterances(self):
+        """The ids of the utterances it is about, in the order in which they are said."""
+        return [turn[1] for turn in self.earlier] + [self.utterance] * (not self.again)
 
 
 def read_behaviors(path):
@@ -88,8 +106,38 @@ def read_behaviors(path):
     for number, row in read_jsonl(path):
         if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in ("utterance", "task", "prompt", "response")):
             raise UserError(f"{path}:{number}: is no behavior; run `imitate` again with --force")
-        behaviors.append(Behavior(row["utterance"], row["task"], row["prompt"], row["response"], bool(row.get("ended", True)), str(row.get("llm", ""))))
+        earlier = row.get("earlier") or []
+        if not isinstance(earlier, list) or not all(isinstance(turn, list) and [type(x) for x in turn] == [str] * 3 for turn in earlier):
+            raise UserError(f"{path}:{number}: its earlier turns are no turns; run `imitate` again with --force")
+        behaviors.append(Behavior(row["utterance"], row["task"], row["prompt"], row["response"], bool(row.get("ended", True)), str(row.get("llm", "")),
+                                  earlier, bool(row.get("again"))))
     return behaviors
+
+
+# ---- the questions of stage 1 ----
+
+def draw_questions(tasks, utterances, per_utterance, seed):
+    """Behaviors that lack their response: training tasks and training prompts only."""
+    rng, questions = random.Random(f"imitate-{seed}"), []
+    for u in utterances:
+        fitting = [t for t in tasks.values() if t.split == "train" and t.applies(u.text)]
+        others = [t for t in fitting if t.name not in ALWAYS]
+        for task in [*(t for t in fitting if t.name in ALWAYS), *rng.sample(others, min(per_utterance, len(others)))]:
+            questions.append(Behavior(u.id, task.name, rng.choice(task.prompts), ""))
+    return questions
+
+
+def draw_dialogues(tasks, utterances, behaviors, per_utterance, seed):
+    """Questions of a second turn, likewise: half of them about the utterance of the first turn once more, half about a new one."""
+    rng, questions, about = random.Random(f"dialogues-{seed}"), [], {}
+    for b in behaviors:
+        about.setdefault(b.utterance, []).append(b)
+    for u in utterances * per_utterance:
+        again, task = rng.random() < 0.5, rng.choice([t for t in tasks.values() if t.split == "train" and t.applies(u.text)])
+        first = rng.choice(about.get(u.id, behaviors) if again else behaviors)
+        again = again and first.utterance == u.id
+        questions.append(Behavior(u.id, task.name, rng.choice(task.prompts), "", earlier=[[first.prompt, first.utterance, first.response]], again=again))
+    return questions
 
 
 # ---- from behaviors to batches ----
@@ -102,13 +150,16 @@ def epoch_order(lengths, batch_size, seed, epoch):
     """
     rng = random.Random(f"epoch-{seed}-{epoch}")
     order = rng.sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if epoch == 0 and longest not in order:
+        order[0] = longest
     bucket = 8 * batch_size
     ordered = [i for b in range(0, len(order), bucket) for i in sorted(order[b:b + bucket], key=lengths.__getitem__)]
     batches = [ordered[b:b + batch_size] for b in range(0, len(ordered), batch_size)]
     rng.shuffle(batches)
     if epoch == 0:
-        longest = max(range(len(batches)), key=lambda i: max(lengths[j] for j in batches[i]))
-        batches[0], batches[longest] = batches[longest], batches[0]
+        first = next(i for i, batch in enumerate(batches) if longest in batch)
+        batches[0], batches[first] = batches[first], batches[0]
     return batches
 
 
@@ -145,6 +196,13 @@ def interleave(tokenizer, utterance, frames, as_text):
     return parts
 
 
+def fewer(utterances, share):
+    """A share of the utterances, the same whatever the seed; a smaller share is a part of a larger one."""
+    order = sorted(range(len(utterances)), key=lambda i: hashlib.sha256(utterances[i].id.encode()).digest())
+    kept = set(order[:max(1, round(share * len(utterances)))])
+    return [u for i, u in enumerate(utterances) if i in kept]
+
+
 class Examples:
     """The training set of a run. A step is `accumulate` micro-batches of `batch_size` conversations; which ones is a pure function of (seed, step,
     micro-batch), so that there is no data position to save, and the step is the same on any number of processes."""
@@ -152,12 +210,17 @@ class Examples:
     def __init__(self, model, utterances, behaviors, frames, recipe, steps, batch_size, seed, accumulate=1):
         self.model, self.frames, self.recipe = model, frames, recipe
         self.steps, self.batch_size, self.accumulate, self.seed = steps, batch_size, accumulate, seed
-        by_id = {u.id: u for u in utterances}
+        self.by_id = by_id = {u.id: u for u in fewer(utterances, recipe.speech)}
         self.behaviors = {}      # utterance id -> {"repeat": [..], "other": [..]}
+        self.in_text, self.dialogues = [], []
         for b in behaviors:
-            if b.utterance in by_id and recipe.tasks in ("train", b.task):
-                kinds = self.behaviors.setdefault(b.utterance, {"repeat": [], "other": []})
-                kinds["repeat" if b.task == "repeat" else "other"].append(b)
+            if b.earlier:
+                self.dialogues += [b] if all(i in by_id for i in (b.utterance, *(turn[1] for turn in b.earlier))) else []
+            elif b.utterance in by_id:
+                self.in_text.append(b)
+                if recipe.trains_on(b.task):
+                    kinds = self.behaviors.setdefault(b.utterance, {"repeat": [], "other": []})
+                    kinds["repeat" if b.task == "repeat" else "other"].append(b)
         self.utterances = [by_id[i] for i in self.behaviors]
         self.lengths = tuple(u.duration for u in self.utterances)
         if len(self.utterances) < batch_size:
@@ -165,6 +228,8 @@ class Examples:
                             "prepare more speech, lower --batch-size, or see that the task table has the recipe's tasks")
         if recipe.interleave and not any(u.words for u in self.utterances):
             print("interleaving is off: no utterance of this data has word times")
+        if recipe.mixed and not self.dialogues:
+            print("mixed-modal turns are off: `imitate` asked no questions of two turns")
 
     def explain(self):
         """Print every derived number once, with its reason."""
@@ -195,14 +260,38 @@ class Examples:
             as_text[rng.randrange(len(as_text))] = False
         return interleave(self.model.tokenizer, utterance, frames, as_text)
 
+    def hear_in_text(self, rng, utterance):
+        """The parts of an utterance of which nothing but one sentence or span is spoken: all of it, or with word times half the time a span of it."""
+        if not utterance.words or rng.random() < 0.5:
+            return [Speech(self.frames[utterance.id])]
+        start = rng.randrange(len(utterance.words))
+        length = rng.randint(1, len(utterance.words) - start)
+        return interleave(self.model.tokenizer, utterance, self.frames[utterance.id], [not start <= i < start + length for i in range(len(utterance.words))])
+
+    def example(self, rng, utterance, step):
+        """(behavior, parts that stand for each of its utterances): about the speech of `utterance`; a share of them text alone, or mixed-modal turns."""
+        kind, mixed = rng.random() if self.recipe.text_only or self.recipe.mixed else 1.0, self.recipe.mixed if self.dialogues else 0.0
+        if kind < self.recipe.text_only:
+            behavior = rng.choice(self.in_text)
+            return behavior, [self.read(self.by_id[behavior.utterance])]
+        if kind < self.recipe.text_only + mixed:
+            behavior = rng.choice(self.dialogues)
+            said = behavior.utterances()
+            spoken = {rng.randrange(len(said))} | {i for i in range(len(said)) if rng.random() < 0.5}
+            return behavior, [self.hear_in_text(rng, self.by_id[u]) if i in spoken else self.read(self.by_id[u]) for i, u in enumerate(said)]
+        return self.choose(rng, utterance, step), [self.hear(rng, utterance)]
+
+    def read(self, utterance):
+        return [transcript_tokens(self.model.tokenizer, utterance.text)]
+
     def batch(self, step, micro=0):
         """(batch, teacher batch or None) of micro-batch `micro` of step `step`: the same conversations with speech and with the transcript."""
         rng, tokenizer, heard, read = random.Random(f"batch-{self.seed}-{step}-{micro}"), self.model.tokenizer, [], []
         epoch, at = divmod(step * self.accumulate + micro, len(self.utterances) // self.batch_size)
         for utterance in (self.utterances[i] for i in epoch_order(self.lengths, self.batch_size, self.seed, epoch)[at]):
-            behavior = self.choose(rng, utterance, step)
+            behavior, utterance_parts = self.example(rng, utterance, step)
             response = self.model.response(behavior.response, behavior.ended).ids
-            heard.append(chat_parts(tokenizer, ask(behavior.prompt), [self.hear(rng, utterance)], response))
+            heard.append(chat_parts(tokenizer, behavior.messages(), utterance_parts, response))
             if self.recipe.loss == "kl":
-                read.append(chat_parts(tokenizer, ask(behavior.prompt), [[transcript_tokens(tokenizer, utterance.text)]], response))
+                read.append(chat_parts(tokenizer, behavior.messages(), [self.read(self.by_id[i]) for i in behavior.utterances()], response))
         return heard, read or None

@@ -25,15 +25,19 @@ SHARD = 256 * 2**20          # bytes of frames in one file, about
 class Kept:
     """{utterance id: frames (T, D_encoder)} of frames that are on disk, in memory, or made when they are asked for (`encoder` is given)."""
 
-    def __init__(self, utterances, places, encoder=None):
-        self.by_id, self.places, self.encoder = {u.id: u for u in utterances}, places, encoder
+    def __init__(self, utterances, places, encoder=None, width=0):
+        self.by_id, self.places, self.encoder, self.width = {u.id: u for u in utterances}, places, encoder, width
 
     def __getitem__(self, utterance_id):
         if self.encoder:
             u = self.by_id[utterance_id]
             return self.encoder(load_audio(u.audio, u.duration), u.audio)
         place, name = self.places[utterance_id]
-        return place[name] if isinstance(place, dict) else place.get_tensor(name)      # of a mapped file: read when it is used
+        frames = place[name] if isinstance(place, dict) else place.get_tensor(name)    # of a mapped file: read when it is used
+        if frames.ndim != 2 or not len(frames) or frames.shape[1] != self.width:
+            raise UserError(f"{self.by_id[utterance_id].audio}: its kept frames are damaged ({tuple(frames.shape)}, expected T x {self.width}); "
+                            "delete DATA/features and run again")
+        return frames
 
     def __len__(self):
         return len(self.by_id)
@@ -47,9 +51,10 @@ def encode_all(encoder, utterances, folder, keep="disk"):
     if keep == "off":
         print(f"features: not kept; the encoder stays on {DEVICE} and hears every utterance at every use")
         return Kept(utterances, {}, encoder.to(DEVICE))
-    folder, names = Path(folder) / encoder.key, content_names(utterances, folder)
+    folder, names = Path(folder) / encoder.key, content_names(utterances, Path(folder))
     made = kept_shards(folder)
     todo = list({names[u.id]: u for u in utterances if names[u.id] not in made}.values())
+    wait()                                                         # all processes see the same before the first one writes
     if todo:
         tell_size(encoder, todo, folder, keep)
         encoder.to(DEVICE)
@@ -65,7 +70,13 @@ def encode_all(encoder, utterances, folder, keep="disk"):
             encoder.to("cpu")                                      # its memory on the GPU is for the training
     if keep == "ram":                                              # what was on disk already is read now
         made = {name: made[name] if isinstance(made[name], dict) else {name: made[name].get_tensor(name).clone()} for name in set(names.values())}
-    return Kept(utterances, {u.id: (made[names[u.id]], names[u.id]) for u in utterances})
+    return Kept(utterances, {u.id: (made[names[u.id]], names[u.id]) for u in utterances}, width=encoder.width)
+
+
+def audio_id(utterances, folder):
+    """Names the content of all recordings, so that one that changed is noticed."""
+    names = content_names(utterances, Path(folder))
+    return hashlib.sha256(repr([names[u.id] for u in utterances]).encode()).hexdigest()[:12]
 
 
 def encode(encoder, utterances, names):
@@ -106,7 +117,7 @@ def open_shard(path, _written):
 
 def content_names(utterances, folder):
     """{utterance id: name of the content of its recording}; a file of the same size and date as last time is not read again."""
-    path, known = folder.parent / "contents.json", {}
+    path, known = folder / "contents.json", {}
     if path.exists():
         try:
             known = read_json(path)
@@ -119,11 +130,14 @@ def content_names(utterances, folder):
         if stamp is None:
             names[u.id] = f"missing {u.id}"                        # which load_audio explains
             continue
-        same = isinstance(before, list) and before[:2] == stamp
+        same = isinstance(before, list) and len(before) == 3 and before[:2] == stamp and isinstance(before[2], str)
         names[u.id] = before[2] if same else hashlib.sha256(u.audio.read_bytes()).hexdigest()[:24]
         found[u.id] = [*stamp, names[u.id]]
     if MAIN and any(known.get(i) != row for i, row in found.items()):
-        write_json(path, known | found)
+        try:
+            write_json(path, known | found)
+        except OSError:
+            pass                                                   # it only saves time
     return names
 
 
@@ -134,6 +148,8 @@ def tell_size(encoder, utterances, folder, keep):
     print(f"features: {seconds / 3600:.3g} hours x {encoder.frame_rate:.1f} frames/s x {encoder.width} values x 2 bytes = {size / 1e9:.3g} GB " +
           (f"in {os.path.normpath(folder)}, memory-mapped" if keep == "disk" else "of memory" + (f" in each of {WORLD} processes" if WORLD > 1 else "")))
     if keep == "disk":
+        if not os.access(next(p for p in [folder, *folder.absolute().parents] if p.exists()), os.W_OK):
+            raise UserError(f"{folder}: cannot be written; say --cache-features ram, or off to encode at every use")
         there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
         if (free := shutil.disk_usage(there).free) < 1.05 * size:
             raise UserError(f"{folder}: the features take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or say "

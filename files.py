@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
+
+from parallel import MAIN
 
 
 class UserError(Exception):
@@ -114,6 +117,24 @@ def read_config(folder, made_by, **kinds):
 def claim(folder, settings, done=False):
     """Write a step's settings into its folder: when its work begins, and again, with done=True, when it is finished."""
     write_json(Path(folder) / "config.json", {"settings": settings, "done": done})
+
+
+@contextmanager
+def alone(folder):
+    """While a step works in `folder`, no other process does; the operating system forgets the lock of a process that was killed."""
+    if not MAIN:                                                   # the first of several processes speaks for all
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is at work in this folder; wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def relative(path, folder):

@@ -8,14 +8,15 @@
     generate  ask a trained model about a sound file
     info      what a run folder is: models, recipes, data, steps, scores
     plan      will it fit my GPU? before anything is loaded
+    recipes   the table of recipes
+    compare   every recipe, several seeds, one report: which of the papers' claims hold?
     demo      all of it in the tiny world: offline, on a laptop CPU
 """
 
+import argparse
 import hashlib
 import os
 import platform
-import random
-import shlex
 import shutil
 import sys
 import time
@@ -32,25 +33,41 @@ import torch
 import transformers
 
 import eval as benchmark
-from answers import forget_parts, generate_all
-from connectors import CONNECTORS, frames_a_token
+import report as reports
+from answers import answer_in_text, forget_parts
+from compare import compare
+from connectors import CONNECTORS, frames_a_token, hidden_width
 from corpora import align, prepare
-from data import ask, chat_parts, normalize, read_manifest, transcript_tokens, utterances_id
-from examples import Behavior, Examples, Recipe, load_tasks, read_behaviors
-from features import encode_all
-from files import TIMES, UserError, claim, is_done, read_config, read_json, relative, timed, write_jsonl
-from model import CHECKPOINT_FROM, SpeechLLM, compute_precision, load_llm, named, shared_encoder, shared_llm, weights_id
+from demo import show_demo
+from data import ask, normalize, read_manifest, utterances_id
+from encoder import shared_encoder
+from examples import ALWAYS, Examples, Recipe, draw_dialogues, draw_questions, load_tasks, read_behaviors
+from features import audio_id, encode_all
+from files import UserError, alone, claim, is_done, read_config, relative, timed, write_jsonl
+from model import CHECKPOINT_FROM, SpeechLLM, compute_precision, load_llm, shared_llm
+from hub import named, weights_id
 from options import build_parser
 from parallel import DEVICE, MAIN, WORLD, wait
 from plan import plan
-from train import read_log, saved_states, train
+from train import AS_BEFORE, as_before, begin, train
 
+# VoiceTextBlender's speech tasks: recognition, translation, and questions about what was said; of both task tables
+SPOKEN_TASKS = ("repeat", "translate*", "who", "where", "what", "how_many", "category", "topic", "question_about", "smallest")
 RECIPES = {
     "mtbi": Recipe("multi-task behavior imitation with speech-text interleaving (arXiv 2505.18644)", interleave=0.4, repeat=(1.0, 0.2)),
     "mtbi-no-interleave": Recipe("mtbi without interleaving: what does it add?", repeat=(1.0, 0.2)),
     "mtbi-kl": Recipe("mtbi that imitates the whole next-token distribution", interleave=0.4, repeat=(1.0, 0.2), loss="kl"),
-    "asr": Recipe("the task repeat alone: the baseline that was never shown another task", tasks="repeat", repeat=(1.0, 1.0)),
-    "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks="continue", connector="conv"),
+    "asr": Recipe("the task repeat alone: the baseline that was never shown another task", tasks=("repeat",), repeat=(1.0, 1.0)),
+    "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks=("continue",), connector="conv"),
+    "self-powered": Recipe("Self-Powered LSM: six kinds of tasks the LLM answers itself, Q-Former and LoRA (arXiv 2410.03798)", connector="qformer", lora=8,
+                           tasks=("repeat", "continue", "keywords", "intent", "category", "sentiment", "summar*", "translate*"), repeat=(1.0, 0.2)),
+    "vanilla-it": Recipe("the same model tuned on ASR instructions alone: speech anchor bias", tasks=("repeat",), repeat=(1.0, 1.0), connector="qformer",
+                         lora=8),
+    "vtb": Recipe("VoiceTextBlender: speech tasks, mixed-modal turns and text-only SFT in one stage, LoRA (arXiv 2410.17485)", tasks=SPOKEN_TASKS, lora=8,
+                  repeat=(0.5, 0.2), text_only=0.25, mixed=0.25),
+    "vtb-no-text": Recipe("vtb without text-only SFT: are text skills forgotten?", tasks=SPOKEN_TASKS, lora=8, repeat=(0.5, 0.2), mixed=0.25),
+    "cascade": Recipe("nothing is trained: a CTC model transcribes, the LLM reads that", tasks=(), connector=""),
+    "text": Recipe("nothing is trained: the LLM reads the true transcript, the top line", tasks=(), connector=""),
 }
 
 
@@ -82,7 +99,7 @@ def imitate(args):
     settings = {"data": relative(data, out), "utterances": utterances_id(utterances), "llm": named(args.llm), "bits": args.bits,
                 "llm_weights": weights_id(args.llm, "llm"), "precision": compute_precision(args.precision), "decoding": "greedy",
                 "tasks": relative(tasks_path, HERE), "task_table": digest(tasks_path), "per_utterance": args.per_utterance,
-                "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+                "dialogues": args.dialogues, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     utterances = [u for u in utterances if u.split == "train"]
     if not utterances:
         raise UserError(f"{data / 'manifest.jsonl'}: has no row with split train; run prepare first")
@@ -90,46 +107,40 @@ def imitate(args):
         return print(f"{out}: has its behaviors already")
     say_where()
     model = SpeechLLM(*shared_llm(named(args.llm), args.bits, args.precision))
-    todo = draw_questions(tasks, utterances, args.per_utterance, args.seed)
-    if args.force:
-        forget_parts(out / "behaviors")
-    wait()
-    if MAIN:
-        claim(out, settings)
-    print(f"{len(todo)} questions about {len(utterances)} transcripts: repeat and {args.per_utterance} of the other training tasks each")
-    with timed("imitate"):                                         # (text, did it end by itself) of each answer
-        parts = [chat_parts(model.tokenizer, ask(prompt), [[transcript_tokens(model.tokenizer, u.text)]]) for u, _, prompt in todo]
-        answers = generate_all(model, parts, [(task.name, len(u.text)) for u, task, _ in todo], "imitate", args.batch_size, args.max_new_tokens,
-                               out / "behaviors", model.fingerprint)
-    behaviors = [Behavior(u.id, task.name, prompt, answer, ended, model.fingerprint)
-                 for (u, task, prompt), (answer, ended) in zip(todo, answers) if answer or ended]
-    if not behaviors:
-        raise UserError(f"LLM {args.llm}: gives no answer to any question")
-    if MAIN:
-        write_jsonl(out / "behaviors.jsonl", map(asdict, behaviors))
-        claim(out, settings, done=True)
-    forget_parts(out / "behaviors")
-    cut = sum(not b.ended for b in behaviors)
+    with alone(out), timed("imitate"):
+        if args.force:
+            forget_parts(out / "behaviors*")
+        wait()
+        if MAIN:
+            claim(out, settings)
+        behaviors = ask_llm(model, tasks, utterances, args, name_of([settings, model.fingerprint]))
+        if MAIN:
+            write_jsonl(out / "behaviors.jsonl", map(asdict, behaviors))
+            claim(out, settings, done=True)
+        forget_parts(out / "behaviors*")
+    cut, texts = sum(not b.ended for b in behaviors), {u.id: u.text for u in utterances}
     print(f"{out / 'behaviors.jsonl'}: {len(behaviors)} behaviors" +
           (f"; {cut} were cut off at --max-new-tokens {args.max_new_tokens}: their beginning is imitated, and no end" if cut else ""))
-    texts = {u.id: u.text for u in utterances}
     for b in behaviors[:3]:
         print(f"  {b.prompt}  [{texts[b.utterance]}]  ->  {' '.join(b.response.split())}")
 
 
-def draw_questions(tasks, utterances, per_utterance, seed):
-    """[(utterance, task, prompt)]: training tasks and training prompts only."""
-    rng, questions = random.Random(f"imitate-{seed}"), []
-    for u in utterances:
-        fitting = [t for t in tasks.values() if t.split == "train" and t.applies(u.text) and t.name != "repeat"]
-        for task in [tasks["repeat"], *rng.sample(fitting, min(per_utterance, len(fitting)))]:
-            questions.append((u, task, rng.choice(task.prompts)))
-    return questions
+def ask_llm(model, tasks, utterances, args, key):
+    """The behaviors: the LLM's answers about the transcripts, first of one turn, then, with these as first turns, of two."""
+    texts, kept = {u.id: u.text for u in utterances}, Path(args.out) / "behaviors"
+    todo = draw_questions(tasks, utterances, args.per_utterance, args.seed)
+    print(f"{len(todo)} questions about {len(utterances)} transcripts: {' and '.join(ALWAYS)}, and {args.per_utterance} of the other training tasks each")
+    behaviors = answer_in_text(model, todo, texts, args.batch_size, args.max_new_tokens, kept, key)
+    if not behaviors:
+        raise UserError(f"LLM {args.llm}: gives no answer to any question")
+    later = draw_dialogues(tasks, utterances, behaviors, args.dialogues, args.seed)
+    return behaviors + answer_in_text(model, later, texts, args.batch_size, args.max_new_tokens, kept.with_name("behaviors-dialogues"), key)
 
 
 def run_settings(run):
     """(settings, data folder, utterances) of a run folder made by `imitate`; UserError if its data has changed since."""
-    settings, done = read_config(run, "imitate", data=str, utterances=str, llm=str, bits=int, tasks=str, task_table=str, seed=int)
+    settings, done = read_config(run, "imitate", data=str, utterances=str, llm=str, llm_weights=str, bits=int, tasks=str,
+                                 task_table=str, seed=int)
     if not done:
         raise UserError(f"{run}: its behaviors are not complete; run `imitate … --out {run}` first")
     data = Path(run) / settings["data"]
@@ -144,25 +155,31 @@ def run_settings(run):
 def train_recipe(args):
     """Stage 2: train the connector (and the adapter, if the recipe has one) on the behaviors of RUN."""
     run = Path(args.run)
-    if args.recipe not in RECIPES:
-        raise UserError(f"there is no recipe {args.recipe!r}; there are {', '.join(RECIPES)}")
+    row = find_recipe(args.recipe)
+    if not row.connector:
+        return print(f"{args.recipe}: {row.about}; `bench` measures it beside the others")
     settings, data, utterances = run_settings(run)
     folder = run / args.recipe
-    if args.resume:
-        as_before(args, folder)
-    recipe = replace(RECIPES[args.recipe], **{key: getattr(args, key) for key in ("connector", "loss", "lora") if getattr(args, key) is not None})
+    if args.resume:                                                # checked like any other options
+        before = ["train", args.run, "--recipe", args.recipe, *as_before(folder)]
+        before = vars(build_parser(__doc__, COMMANDS, RECIPES).parse_args(before))
+        args = argparse.Namespace(**{**vars(args), **{key: before[key] for key in (*AS_BEFORE, "pad_whisper")}, "force": False})
+    recipe = replace(row, **{key: getattr(args, key) for key in ("connector", "loss", "lora") if getattr(args, key) is not None})
     if recipe.connector not in CONNECTORS:
         raise UserError(f"there is no connector {recipe.connector!r}; there are {', '.join(CONNECTORS)}")
     spec = {"llm": settings["llm"], "bits": settings["bits"], "encoder": named(args.encoder), "pad_whisper": args.pad_whisper,
             "connector": recipe.connector, "k": args.k, "hidden": args.hidden, "lora": recipe.lora}
+    if weights_id(settings["llm"], "llm") != settings["llm_weights"]:
+        raise UserError(f"{settings['llm']}: is not the LLM any more that gave the behaviors of {run}; run `imitate` again with --force")
+    utterances = [u for u in utterances if u.split == "train"]
     chosen = {**spec, "encoder_weights": weights_id(args.encoder, "encoder"), "recipe": {k: v for k, v in asdict(recipe).items() if k != "about"},
-              "behaviors": digest(run / "behaviors.jsonl"), "manifest": digest(data / "manifest.jsonl"), "steps": args.steps, "batch_size": args.batch_size,
+              "audio": audio_id(utterances, data / "features"), "behaviors": digest(run / "behaviors.jsonl"),
+              "manifest": digest(data / "manifest.jsonl"), "steps": args.steps, "batch_size": args.batch_size,
               "accumulate": args.accumulate, "lr": args.lr, "precision": compute_precision(args.precision), "seed": args.seed}
     if is_done(folder, chosen, "connector.safetensors", args.force):
         return print(f"{folder}: is trained already")
     say_where()
-    utterances, behaviors = [u for u in utterances if u.split == "train"], read_behaviors(run / "behaviors.jsonl")
-    encoder = shared_encoder(spec["encoder"], spec["pad_whisper"])
+    behaviors, encoder = read_behaviors(run / "behaviors.jsonl"), shared_encoder(spec["encoder"], spec["pad_whisper"])
     frames = encode_all(encoder, utterances, data / "features", args.cache_features)      # before the LLM needs the memory
     llm = (load_llm if recipe.lora else shared_llm)(spec["llm"], spec["bits"], args.precision)
     spec |= connector_size(args, recipe, llm[0].get_input_embeddings().weight.shape[1], encoder)
@@ -173,35 +190,14 @@ def train_recipe(args):
     examples = Examples(model, utterances, behaviors, frames, recipe, args.steps, args.batch_size, args.seed, args.accumulate)
     examples.explain()
     checkpoint_if_large(model, args.gradient_checkpointing)
-    begin(folder, chosen, args.force)
-    with timed(f"train {args.recipe}"):
-        train(model, examples, folder, lr=args.lr, save_every=args.save_every)
-    if MAIN:
-        model.save(folder, spec)
-        claim(folder, chosen, done=True)
-    wait()
-
-
-def as_before(args, folder):
-    """Take every option from the training that was begun in `folder`."""
-    chosen, _ = read_config(folder, "train", encoder=str, connector=str, lora=int, steps=int, batch_size=int, accumulate=int, lr=float, recipe=dict)
-    if not saved_states(folder):
-        raise UserError(f"{folder}: there is no saved state to resume from; train without --resume")
-    for key in ("encoder", "pad_whisper", "connector", "k", "hidden", "lora", "steps", "batch_size", "accumulate", "lr", "precision", "seed"):
-        setattr(args, key, chosen.get(key))
-    args.loss, args.force = chosen["recipe"].get("loss"), False
-
-
-def begin(folder, chosen, anew):
-    """Claim a training's folder, and clear it of another training's results; with `anew`, of its states too."""
-    wait()
-    if MAIN:
-        for name in ("model.json", "connector.safetensors", *(["log.jsonl"] if anew else [])):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("adapter", *(["state"] if anew else [])):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        claim(folder, chosen)
-    wait()
+    with alone(folder):
+        begin(folder, chosen, args.force)
+        with timed(f"train {args.recipe}"):
+            train(model, examples, folder, lr=args.lr, save_every=args.save_every, key=name_of(chosen))
+        if MAIN:
+            model.save(folder, spec)
+            claim(folder, chosen, done=True)
+        wait()
 
 
 def checkpoint_if_large(model, choice):
@@ -217,10 +213,10 @@ def checkpoint_if_large(model, choice):
 def connector_size(args, recipe, llm_width, encoder):
     """{"k", "hidden"}: as asked for, or derived; printed with the reason."""
     k = args.k or frames_a_token(recipe.connector, encoder.frame_rate, recipe.tokens_per_second)
-    hidden = args.hidden or min(2048, 4 * llm_width)
+    hidden, why = (args.hidden, "as asked by --hidden") if args.hidden else hidden_width(recipe.connector, llm_width)
     print(f"k: {k} encoder frames a speech token, " + ("as asked by --k" if args.k else
           f"because the encoder gives {encoder.frame_rate:.1f} frames/s and the recipe wants about {recipe.tokens_per_second} speech tokens/s"))
-    print(f"hidden: {hidden}, " + ("as asked by --hidden" if args.hidden else f"four times the LLM's width of {llm_width}, at most 2048"))
+    print(f"hidden: {hidden}, {why}")
     return {"k": k, "hidden": hidden}
 
 
@@ -229,61 +225,86 @@ def connector_size(args, recipe, llm_width, encoder):
 def bench(args):
     """Score the trained recipes of RUN beside the top line and the cascade on the held-out speech of DATA; write report.json, report.md, plots."""
     run, (settings, data, utterances) = Path(args.run), run_settings(args.run)
-    known = {normalize(u.text) for u in utterances if u.split == "train"}
+    known, heard = {normalize(u.text) for u in utterances if u.split == "train"}, {u.speaker for u in utterances if u.split == "train"}
     if args.data and Path(args.data).resolve() != data.resolve():
         data = Path(args.data)
         utterances = read_manifest(data / "manifest.jsonl")
     tested = [u for u in utterances if u.split == "test" and normalize(u.text) not in known]
-    trained = trained_recipes(run)
-    if not trained:
-        raise UserError(f"{run}: holds no trained recipe; run `train {run} --recipe mtbi` first")
-    for name, chosen in trained.items():                           # a recipe that imitated other behaviors may have trained on what is tested now
-        if chosen["behaviors"] != digest(run / "behaviors.jsonl"):
-            raise UserError(f"{run / name}: was trained on other behaviors than those in {run} now; run `train {run} --recipe {name}` again with --force")
-    tasks_path = HERE / settings["tasks"]
+    trained, tasks_path = recipes_to_bench(run, args.recipes), HERE / settings["tasks"]
     if digest(tasks_path) != settings["task_table"]:
         raise UserError(f"{tasks_path}: has changed since `imitate`; run `imitate` again with --force")
-    asked = {"manifest": digest(data / "manifest.jsonl"), "per_prompt": args.per_prompt, "seed": args.seed, "asr": args.asr,
-             "max_new_tokens": args.max_new_tokens, "trained": {name: digest(run / name / "connector.safetensors") for name in trained}}
-    if not args.force and (report := benchmark.earlier_report(run, asked)):
+    asked = {"manifest": digest(data / "manifest.jsonl"), "tasks": settings["task_table"], "llm": settings["llm_weights"], "per_prompt": args.per_prompt,
+             "dialogues": args.dialogues, "probes": args.probes, "seed": args.seed, "asr": args.asr, "max_new_tokens": args.max_new_tokens,
+             "trained": {name: trained_weights(run / name) for name in trained}}
+    if not args.force and (report := reports.earlier_report(run, asked)):
         print(f"{run / 'report.md'}: is written already")
-        return benchmark.show(report, run)
+        return reports.show(report, run)
     say_where()
-    tasks = load_tasks(tasks_path)
-    cases = benchmark.draw_cases(tasks, tested, args.per_prompt, args.seed)
     encoders = {name: (chosen["encoder"], chosen["pad_whisper"]) for name, chosen in trained.items()}
-    llm = shared_llm(settings["llm"], settings["bits"], args.precision)
-    systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()},
-                                shared_encoder(named(args.asr)) if args.asr else shared_encoder(*next(iter(encoders.values()))), llm, tested, data / "features",
+    llm, transcriber = shared_llm(settings["llm"], settings["bits"], args.precision), named(args.asr) if args.asr else next(iter(encoders.values()))
+    transcriber = shared_encoder(*transcriber) if isinstance(transcriber, tuple) else shared_encoder(transcriber)
+    systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()}, transcriber, llm, tested, data / "features",
                                 args.cache_features, args.precision)
-    train_seconds = {name: read_log(run / name / "log.jsonl")[-1]["seconds"] for name in trained}
-    for name in systems if args.force else []:
-        forget_parts(run / f"answers-{name}")
-    answers, seconds = benchmark.run_systems(systems, cases, args.batch_size, args.max_new_tokens, run, name_of(asked))
-    speakers, heard = {c.utterance.speaker for c in cases}, {u.speaker for u in utterances if u.split == "train"}
-    report = {"recipes": {name: benchmark.grade(cases, answers["text"], rows, seconds[name] + train_seconds.get(name, 0)) for name, rows in answers.items()},
-              "samples": benchmark.draw_samples(cases, answers, args.seed),
-              "meta": {"n_utterances": len({c.utterance.id for c in cases}), "n_speakers": len(speakers), "n_unheard_speakers": len(speakers - heard - {""}),
-                       "n_cases": len(cases), "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "asked": asked,
-                       "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)), "training": trained,
-                       "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}",
-                       "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}}
+    same = {key: value for key, value in asked.items() if key not in ("trained", "asr")}
+    keys = {name: name_of([same, asked["trained"].get(name), transcriber.key if name == "cascade" else ""]) for name in systems}
+    if args.force and MAIN:
+        shutil.rmtree(run / "bench", ignore_errors=True)
+    wait()
+    tasks = load_tasks(tasks_path)
+    questions = benchmark.Bench(run, tasks, tested, llm, keys, per_prompt=args.per_prompt, dialogues=args.dialogues, probes=args.probes, seed=args.seed,
+                                batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
+    records = {name: questions.record(name, load) for name, load in systems.items()}
+    meta = {**reports.describe_cases(questions, heard), "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "asked": asked,
+            "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)), "training": trained, **where_it_ran()}
     if MAIN:
         with timed("write the report"):
-            benchmark.write_report(run, report, cases, answers)
-        benchmark.show(report, run)
-    for name in systems:
-        forget_parts(run / f"answers-{name}")
+            report = reports.write_report(run, questions, records, meta, args.seed)
+        reports.show(report, run)
+
+
+def recipes_to_bench(run, chosen=""):
+    """{name: settings} of the trained recipes of a run, or of those among them that are named; UserError if they did not train on its behaviors."""
+    trained = trained_recipes(run)
+    if missing := [name for name in chosen.split(",") if name and name not in trained] or (not trained and ["mtbi"]):
+        raise UserError(f"{run}: holds no trained recipe {missing[0]!r}; run `train {run} --recipe {missing[0]}` first")
+    for name, settings in trained.items():                         # a recipe that imitated other behaviors may have trained on what is tested now
+        if settings["behaviors"] != digest(run / "behaviors.jsonl"):
+            raise UserError(f"{run / name}: was trained on other behaviors than those in {run} now; run `train {run} --recipe {name}` again with --force")
+    return {name: settings for name, settings in trained.items() if not chosen or name in chosen.split(",")}
+
+
+def trained_weights(folder):
+    """Names what was trained: the connector, and the adapter if there is one."""
+    return name_of([digest(path) for path in (folder / "connector.safetensors", folder / "adapter" / "adapter_model.safetensors") if path.exists()])
+
+
+def where_it_ran():
+    return {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}", "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def find_recipe(name):
+    """The row of the recipe table; NAME@PERCENT is the recipe NAME on so many percent of the training utterances. UserError if there is none."""
+    row, at, percent = name.partition("@")
+    if row not in RECIPES or at and not (percent.isdecimal() and 1 <= int(percent) <= 99):
+        raise UserError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, and each with a part of the speech alone, like mtbi@10 for 10%")
+    return replace(RECIPES[row], speech=int(percent) / 100) if at else RECIPES[row]
+
+
+def recipe_folders(run):
+    """{recipe: its folder} of the recipes whose training was begun, in the order of the recipe table."""
+    order, found = list(RECIPES), [path.parent for path in run.glob("*/config.json") if path.parent.name.partition("@")[0] in RECIPES]
+    return {path.name: path for path in sorted(found, key=lambda p: (order.index(p.name.partition("@")[0]), -len(p.name), p.name))}
 
 
 def trained_recipes(run):
     """{recipe: its settings} of the recipes whose training is finished, in the order of the recipe table."""
-    folders = {name: run / name for name in RECIPES if (run / name / "config.json").exists()}
+    folders = recipe_folders(run)
     configs = {name: read_config(folder, "train", encoder=str, pad_whisper=bool, behaviors=str) for name, folder in folders.items()}
     return {name: settings for name, (settings, done) in configs.items() if done and (folders[name] / "connector.safetensors").exists()}
 
 
-# ---- generate, demo ----
+# ---- generate, info, compare, demo ----
 
 def generate(args):
     """Ask a trained model about a sound file."""
@@ -302,56 +323,35 @@ def generate(args):
 def info(args):
     """Print what a run folder is: its models, recipes, data, steps and scores. Loads no model."""
     run, (settings, data, utterances) = Path(args.run), run_settings(args.run)
-    behaviors, report = read_behaviors(run / "behaviors.jsonl"), {}
-    if (run / "report.json").exists():
-        report = read_json(run / "report.json", "recipes", "meta")["recipes"]
-    spoken = {split: [u for u in utterances if u.split == split] for split in ("train", "test")}
-    print(f"run        {run}, seed {settings['seed']}\nLLM        {settings['llm']}, " +
-          {4: "4 bits (NF4)", 8: "8 bits", 16: "not quantized"}.get(settings["bits"], ""))
-    print(f"data       {data.resolve()}")
-    for split, rows in spoken.items():
-        print(f"  {split:<8} {len(rows)} utterances, {sum(u.duration for u in rows) / 60:.1f} minutes, {len({u.speaker for u in rows} - {''})} known speakers, "
-              f"{sum(bool(u.words) for u in rows)} with word times")
-    print(f"behaviors  {len(behaviors)} over {len({b.task for b in behaviors})} tasks of {settings['tasks']}")
-    for name in RECIPES:
-        if (run / name / "config.json").exists():
-            print("\n".join([f"{name}", *("  " + line for line in benchmark.describe_recipe(run / name, report.get(name)))]))
-    for name in [n for n in report if n not in RECIPES]:
-        print(f"{name}\n  {benchmark.describe_scores(report[name])}")
-    print(f"report     {run / 'report.md'}" if report else f"report     none yet: run `bench {run}`")
+    print("\n".join(reports.describe_run(run, settings, data, utterances, read_behaviors(run / "behaviors.jsonl"), recipe_folders(run))))
+
+
+def show_recipes(args):
+    """Print the table of recipes; each is a row of RECIPES, and a row more is a recipe more."""
+    default = asdict(Recipe(""))
+    for name, recipe in RECIPES.items():
+        changed = ", ".join(f"{column} {value}" for column, value in asdict(recipe).items() if column != "about" and value != default[column])
+        print(f"{name:<20} {recipe.about}\n{'':<20} {changed if recipe.connector else 'no training'}")
+
+
+def compare_recipes(args):
+    """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
+    if args.quick:
+        args.seeds, args.steps, args.per_prompt = 1, min(args.steps, 300), min(args.per_prompt, 4)
+    for name in args.recipes.split(",") if args.recipes != "all" else []:
+        find_recipe(name)
+    compare(args, run_command, RECIPES, where_it_ran())
 
 
 def demo(args):
     """The whole pipeline in the tiny world: the other commands in a row."""
-    out, start = Path(args.out), time.perf_counter()
-    data, seed = str(out / "data"), ["--seed", str(args.seed)]
-    short = {"prepare": ["--train", "200", "--test", "40"], "train": ["--steps", "30"], "bench": ["--per-prompt", "2"]} if args.short else {}
-    commands = [["prepare", "tiny", "--out", data], ["imitate", data, "--out", str(out)], ["train", str(out), "--recipe", "mtbi"],
-                ["train", str(out), "--recipe", "asr"], ["bench", str(out), "--data", data]]
-    for command in commands:
-        command += short.get(command[0], []) + seed + ["--force"] * args.force
-        print(f"\n$ python mtbi.py {shlex.join(command)}")
-        with timed(f"== {command[0]}" + (f" {command[3]}" if command[0] == "train" else "")):
-            run_command(command)
-    print(f"\ndemo: {time.perf_counter() - start:.0f} s" + (" (shortened: the scores mean nothing)" if args.short else ""))
-    if args.profile:
-        total = sum(s for name, s in TIMES.items() if name.startswith("== "))
-        print("\n| step | seconds | share |\n|---|---|---|")
-        print("\n".join(f"| {name} | {s:.1f} | {s / total:.0%} |" for name, s in TIMES.items()))
-    wav = str(out / "data" / "audio" / "test-00000.wav")
-    print(f"""
-What to try next
-  python mtbi.py generate {out} {wav} "Translate this into Spanish."
-  python mtbi.py generate {out} {wav} "Translate this into Spanish." --recipe asr
-  python mtbi.py train {out} --recipe mtbi-no-interleave, then bench {out}: what does interleaving add?
-  Record yourself saying a sentence like those in {out / 'report.md'} and generate from it.
-  Open model.py: SpeechLLM.embed is where speech becomes tokens.""")
+    show_demo(args, run_command)
 
 
 # ---- the command line ----
 
 COMMANDS = {"prepare": prepare, "align": align, "imitate": imitate, "train": train_recipe, "bench": bench, "generate": generate, "info": info, "plan": plan,
-            "demo": demo}
+            "recipes": show_recipes, "compare": compare_recipes, "demo": demo}
 TOGETHER = ("imitate", "train", "bench")       # what several processes can share
 
 

@@ -64,9 +64,9 @@ def build_parser(story, functions, recipes):
         sub.set_defaults(function=function)
         for dest, text in positional:
             sub.add_argument(dest, help=text)
-        if name not in ("align", "generate", "info", "plan"):
+        if name not in ("align", "generate", "info", "plan", "compare", "recipes"):
             option(sub, "--seed", 0, "seed of every random choice", type=seed)
-        if name not in ("generate", "info", "plan"):
+        if name not in ("generate", "info", "plan", "compare", "recipes"):
             sub.add_argument("--force", action="store_true", help="do the step again, whatever is there (default: what is done is kept)")
         return sub
 
@@ -77,6 +77,8 @@ def build_parser(story, functions, recipes):
     generate_options(command("generate", ("run", "a run folder with a trained recipe"), ("audio", "a WAV, FLAC, OGG or MP3 file"), ("prompt", "what to ask")))
     command("info", ("run", "a run folder made by imitate"))
     plan_options(command("plan"))
+    compare_options(command("compare"))
+    command("recipes")
     sub = command("demo")
     option(sub, "--out", "runs/demo", "the run folder")
     sub.add_argument("--short", action="store_true", help="a few steps only, to see that everything runs")
@@ -116,7 +118,8 @@ def imitate_options(sub):
     option(sub, "--bits", 4, "load the LLM in 4 (NF4), 8 or 16 (not quantized) bits", type=int, choices=[4, 8, 16])
     precision_option(sub)
     option(sub, "--tasks", None, "task table; default: tiny/tasks.toml for the tiny LLM, tasks.toml for any other")
-    option(sub, "--per-utterance", 4, "tasks asked about each transcript, beside repeat")
+    option(sub, "--per-utterance", 4, "tasks asked about each transcript, beside repeat and continue")
+    option(sub, "--dialogues", 1, "conversations of two turns about each transcript, for recipes with mixed-modal turns", type=whole(0, 64))
     option(sub, "--batch-size", 128, "transcripts the LLM answers at once")
     option(sub, "--max-new-tokens", 64, "longest answer, in tokens; longer ones are cut off")
 
@@ -132,7 +135,8 @@ def train_options(sub, recipes):
     option(sub, "--loss", None, "ce (the LLM's answer) or kl (its whole distribution); default: the recipe's", choices=["ce", "kl"])
     option(sub, "--lora", None, "rank of a LoRA adapter on the LLM, 0 for none; default: the recipe's", type=rank)
     option(sub, "--k", None, "encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech tokens a second", type=whole(1, 256))
-    option(sub, "--hidden", None, "width of the connector's hidden layer; default: four times the LLM's width, at most 2048", type=positive)
+    option(sub, "--hidden", None, "width of the connector's hidden layer; default: four times the LLM's width, at most 2048 (qformer: once, at most 1024)",
+           type=positive)
     option(sub, "--steps", 1000, "training steps")
     option(sub, "--batch-size", 32, "utterances in a micro-batch")
     option(sub, "--accumulate", 1, "micro-batches in a step; several processes divide the step among them")
@@ -145,12 +149,35 @@ def train_options(sub, recipes):
 
 def bench_options(sub):
     option(sub, "--data", None, "the data folder whose held-out speech is used; default: the one the run was made from")
+    option(sub, "--recipes", "", "which of the trained recipes, separated by commas; default: all")
     option(sub, "--per-prompt", 8, "questions for each prompt of each task")
+    option(sub, "--dialogues", 60, "conversations of two turns of each kind: speech then a text question, text then speech, two speeches")
+    option(sub, "--probes", 96, "questions on which the behavior gap and the attention shares are measured")
     option(sub, "--batch-size", 96, "questions answered at once")
     option(sub, "--max-new-tokens", 64, "longest answer, in tokens")
     option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
     precision_option(sub)
     features_option(sub)
+
+
+def compare_options(sub):
+    sub.add_argument("--out", required=True, help="the folder to write: a run folder for each seed, report.md, plots")
+    option(sub, "--recipes", "all", "which recipes, separated by commas")
+    option(sub, "--seeds", 3, "how many seeds")
+    sub.add_argument("--quick", action="store_true", help="one seed, 300 steps, fewer questions: half an hour at most on two cores")
+    sub.add_argument("--no-curve", action="store_true", help="without the trainings on 10 and 30%% of the speech")
+    option(sub, "--steps", 1000, "training steps of every recipe")
+    option(sub, "--per-prompt", 8, "questions for each prompt of each task")
+    option(sub, "--speech", "tiny", "what `prepare` is given: `tiny`, a manifest, or a folder")
+    option(sub, "--train", 1500, "tiny: training utterances to render")
+    option(sub, "--test", 300, "tiny: held-out utterances to render")
+    option(sub, "--join", "", "likewise: make strings of single-word recordings, fewest:most words")
+    option(sub, "--count", None, "how many such strings", type=positive)
+    sub.add_argument("--leave-one-speaker-out", action="store_true", help="a run for each speaker, held out in it, instead of one for each seed")
+    option(sub, "--llm", "tiny", "the LLM: `tiny`, a local folder, or a Hugging Face name")
+    option(sub, "--encoder", "tiny", "the speech encoder, likewise")
+    option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
+    option(sub, "--k", None, "encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech tokens a second", type=whole(1, 256))
 
 
 def generate_options(sub):

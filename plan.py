@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from connectors import Connector, frames_a_token
+from connectors import Connector, frames_a_token, hidden_width
 from examples import Recipe
 from files import UserError
-from model import CHECKPOINT_FROM, PRECISIONS, TINY, checkpoint_gradients, load_or_explain, with_lora
+from hub import TINY, load_or_explain
+from model import CHECKPOINT_FROM, PRECISIONS, checkpoint_gradients, with_lora
 
 GB = 1e9
 CONTEXT = 0.6 * GB           # CUDA's context, its kernels, workspaces and what the allocator cannot use; assumed, it differs from card to card
@@ -222,7 +223,7 @@ def estimate(llm_config, width, rate, *, bits, dtype, seconds, prompt, answer, c
     weights, unpacked = weight_bytes(llm, bits, dtype)
     k, dim = frames_a_token(connector, rate, Recipe.tokens_per_second), llm.get_input_embeddings().weight.shape[1]
     with torch.device("meta"):
-        body = Connector(connector, width, dim, k, min(2048, 4 * dim))
+        body = Connector(connector, width, dim, k, hidden_width(connector, dim)[0])
     trained = sum(p.numel() for p in (*body.parameters(), *adapted.parameters()) if p.requires_grad)
     parts = {"weights": weights, "trained": trained * 4 * 4,       # fp32: weight, gradient, and AdamW's two moments
              "activations": activation_bytes(llm, adapted, body, Step(batch, round(seconds * rate), prompt, answer), width), "unpacked": unpacked}
@@ -258,9 +259,10 @@ def plan(args):
               f"{(parts['peak'] + CONTEXT) / GB:.1f} GB are needed. A smaller LLM, shorter clips, "
               + ("" if args.bits == 4 else "--bits 4, ") + "or a larger card.")
         return
-    print(f"\nIt fits {args.vram:g} GB, with\n  python mtbi.py imitate DATA --out RUN --llm {args.llm} --bits {args.bits} --batch-size {answered}\n"
-          f"  python mtbi.py train RUN --encoder {args.encoder} --batch-size {micro} --accumulate {-(-args.batch_size // micro)} "
-          f"--gradient-checkpointing {'on' if checkpointing else 'off'} --cache-features disk" +
+    print(f"\nIt fits {args.vram:g} GB, with\n  python mtbi.py imitate DATA --out RUN --llm {args.llm} --bits {args.bits} --precision {args.precision} "
+          f"--batch-size {answered}\n"
+          f"  python mtbi.py train RUN --encoder {args.encoder} --batch-size {micro} --accumulate {args.batch_size // micro} "
+          f"--gradient-checkpointing {'on' if checkpointing else 'off'} --precision {args.precision} --cache-features disk" +
           (f" --connector {args.connector}" if args.connector != "stack-mlp" else "") + (f" --lora {args.lora}" if args.lora else "") +
           "\nEstimated, on shapes alone; no GPU was asked.")
 
@@ -275,7 +277,7 @@ def best_fit(llm_config, width, rate, batch, room, asked):
             parts = estimate(llm_config, width, rate, batch=micro, checkpointing=checkpointing, **asked)
             if parts["peak"] <= room or micro == 1:
                 break
-            micro = max(1, micro // 2)
+            micro = next(n for n in range(micro // 2, 0, -1) if batch % n == 0)
         found[checkpointing] = (micro, checkpointing, parts, parts["peak"] <= room)
     with torch.device("meta"):
         small = sum(p.numel() for p in llm_shape(llm_config, torch.float32)[0].parameters()) < CHECKPOINT_FROM

@@ -6,7 +6,9 @@ One loop for every recipe, on one GPU, several, or a CPU; interrupted or killed 
 import json
 import math
 import random
+import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -18,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from files import UserError, read_jsonl, whole_file, write_jsonl
+from data import Speech
+from files import UserError, claim, read_config, read_jsonl, whole_file, write_jsonl
 from parallel import MAIN, RANK, WORLD, add_up, add_up_gradients, wait
 
+AS_BEFORE = ("encoder", "connector", "k", "hidden", "lora", "steps", "batch_size", "accumulate", "lr", "precision", "seed", "loss")      # what --resume keeps
 SKIPS_ALLOWED = 20           # steps in a row without a finite gradient; after them the training stops
 
 
@@ -66,6 +70,11 @@ def count_tokens(pieces):
     return sum(len(parts[-1].ids) for _, heard, _ in pieces for parts in heard)
 
 
+def count_frames(pieces):
+    """Encoder frames of this process's share."""
+    return sum(len(part.frames) for _, heard, _ in pieces for parts in heard for part in parts if isinstance(part, Speech))
+
+
 def accumulate_gradients(model, pieces, tokens, scale=1.0):
     """Forward and backward of this process's share of a step of so many response tokens. The loss is a mean over them, however the step is divided."""
     loss = 0.0
@@ -78,10 +87,10 @@ def accumulate_gradients(model, pieces, tokens, scale=1.0):
 
 
 def step_gradients(model, examples, progress):
-    """The gradients of a step, over all processes: (loss, response tokens). Where a GPU's memory does not suffice, once more in micro-batches of half
-    the size, and so from then on."""
+    """The gradients of a step, over all processes: (loss, response tokens, encoder frames). Where a GPU's memory does not suffice, once more in
+    micro-batches of half the size, and so from then on."""
     pieces = my_batches(examples, progress.step, progress.halvings)
-    tokens = int(add_up([count_tokens(pieces)])[0])
+    tokens, frames = map(int, add_up([count_tokens(pieces), count_frames(pieces)]))
     while True:
         try:
             loss = accumulate_gradients(model, pieces, tokens, progress.loss_scale)
@@ -95,10 +104,10 @@ def step_gradients(model, examples, progress):
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         tqdm.write(f"out of memory with micro-batches of {size}: from step {progress.step} on {size // 2} at a time and twice the accumulation; "
-                   "the step stays the same")
+                   "the step stays the same", file=sys.stderr)
         pieces = my_batches(examples, progress.step, progress.halvings)
     add_up_gradients(model.trainable().values())
-    return add_up([loss])[0], tokens
+    return add_up([loss])[0], tokens, frames
 
 
 def update(optimizer, parameters, loss, progress, clip):
@@ -108,7 +117,11 @@ def update(optimizer, parameters, loss, progress, clip):
             p.grad /= progress.loss_scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
     if finite := math.isfinite(norm) and math.isfinite(loss):
-        optimizer.step()
+        try:
+            optimizer.step()
+        except torch.OutOfMemoryError as error:                    # it may have changed some weights already, so the step cannot be taken again
+            raise UserError(f"no memory for the optimizer's moments ({str(error).splitlines()[0]}); train again with --force, half the --batch-size and "
+                            "twice the --accumulate; `plan` says what fits") from None
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
@@ -124,32 +137,34 @@ def adjust_loss_scale(progress, finite):
 
 # ---- the loop ----
 
-def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100):
+def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, key=""):
     """Train what is trainable of `model` on `examples` for examples.steps steps; resumes from the newest state in folder/state.
 
+    key: names the settings, so that the state of another training is not taken for one of this.
     Writes folder/log.jsonl and, every `save_every` steps and when it is interrupted, a state. UserError if there is no finite gradient any more.
     """
     folder, parameters = Path(folder), model.trainable()
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    progress, fp16 = load_state(folder, parameters, optimizer), next(model.llm.parameters()).dtype == torch.float16
+    progress, fp16 = load_state(folder, parameters, optimizer, key), next(model.llm.parameters()).dtype == torch.float16
     if not fp16:
         progress.loss_scale = 1.0
-    log = [row for row in read_log(folder / "log.jsonl") if row["step"] < progress.step] if progress.step else []
+    log = earlier_log(folder / "log.jsonl", progress.step)
     start, smooth = time.perf_counter() - (log[-1]["seconds"] if log else 0), None
 
     def save():
         if MAIN:
             write_jsonl(folder / "log.jsonl", log)                 # the log first: what it is ahead of the state is dropped on resuming
-            save_state(folder, parameters, optimizer, progress)
+            save_state(folder, parameters, optimizer, progress, key)
         wait()
 
     model.train()
     with stop_signals() as asked, tqdm(desc=f"train {folder.name}", initial=progress.step, total=examples.steps, unit="step", disable=not MAIN) as bar:
         while progress.step < examples.steps:
             rate = optimizer.param_groups[0]["lr"] = learning_rate(progress.step, examples.steps, lr, warmup)
-            loss, tokens = step_gradients(model, examples, progress)
+            loss, tokens, frames = step_gradients(model, examples, progress)
             norm, finite = update(optimizer, list(parameters.values()), loss, progress, clip)
-            row = {"step": progress.step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
+            row = {"step": progress.step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens,
+                   "audio_seconds": round(frames / model.encoder.frame_rate, 2), "seconds": round(time.perf_counter() - start, 2)}
             log.append(row if finite else {**row, "loss": None, "grad_norm": None, "skipped": True})
             progress.step, progress.skipped, progress.in_a_row = progress.step + 1, progress.skipped + (not finite), 0 if finite else progress.in_a_row + 1
             if fp16:
@@ -168,6 +183,15 @@ def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100):
     if progress.skipped:
         print(f"{progress.skipped} of {progress.step} steps were skipped, because their loss or gradient was not finite")
     return model.train(False)
+
+
+def earlier_log(path, step):
+    """The rows of the log before this step. It is for the reader, not for the training: one that is lost or damaged is begun anew."""
+    try:
+        return [row for row in read_log(path) if row["step"] < step] if step else []
+    except UserError as error:
+        print(f"{error}; the training goes on without its earlier rows")
+        return []
 
 
 def explain_skips(folder, progress):
@@ -195,7 +219,28 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-# ---- what is saved: a log, and the last two states ----
+# ---- what is saved: settings, a log, and the last two states ----
+
+def as_before(folder):
+    """The options that the training in `folder` was begun with, as words of the command line."""
+    chosen, _ = read_config(folder, "train", recipe=dict)
+    if not saved_states(folder):
+        raise UserError(f"{folder}: there is no saved state to resume from; train without --resume")
+    chosen = {**chosen, "loss": chosen["recipe"].get("loss")}
+    words = [word for key in AS_BEFORE if chosen.get(key) is not None for word in (f"--{key.replace('_', '-')}", str(chosen[key]))]
+    return words + ["--pad-whisper"] * bool(chosen.get("pad_whisper"))
+
+
+def begin(folder, chosen, anew):
+    """Claim a training's folder, and clear it of another training's results; with `anew`, of its states too."""
+    wait()
+    if MAIN:
+        for name in ("model.json", "connector.safetensors", *(["log.jsonl"] if anew else [])):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("adapter", *(["state"] if anew else [])):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        claim(folder, chosen)
+    wait()
 
 def read_log(path):
     """The rows of a training log; the loss of a skipped step is None."""
@@ -211,18 +256,18 @@ def saved_states(folder):
     return sorted((Path(folder) / "state").glob("[0-9]*.safetensors"), reverse=True)
 
 
-def save_state(folder, parameters, optimizer, progress):
+def save_state(folder, parameters, optimizer, progress, key=""):
     """One safetensors file: trainable weights, both Adam moments, and the progress. The last two are kept."""
     tensors = {f"weight.{name}": p.detach().contiguous() for name, p in parameters.items()}
     for name, p in parameters.items():
         tensors |= {f"{key}.{name}": value.contiguous() for key, value in optimizer.state[p].items()}
     with whole_file(Path(folder) / "state" / f"{progress.step:08d}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(progress))})
+        save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(progress)), "key": key})
     for old in saved_states(folder)[2:]:
-        old.unlink()
+        old.unlink(missing_ok=True)
 
 
-def load_state(folder, parameters, optimizer):
+def load_state(folder, parameters, optimizer, key=""):
     """Put the newest whole state back; returns the progress, at step 0 if there is no state."""
     for half_written in (Path(folder) / "state").glob(".*"):       # its process was killed
         if MAIN:
@@ -233,6 +278,9 @@ def load_state(folder, parameters, optimizer):
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
                 progress = Progress(**json.loads(file.metadata()["progress"]))
+                if file.metadata()["key"] != key:
+                    raise ValueError("it was saved by a training with other settings")
+            progress.in_a_row = 0                                  # after a stop for want of finite gradients it may try as often again
             moments = {name: {key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")
                               if f"{key}.{name}" in tensors} for name, p in parameters.items()}
             for name, p in parameters.items():

@@ -27,11 +27,12 @@ import transformers
 from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from connectors import Connector, frames_a_token
+from connectors import Connector, frames_a_token, hidden_width
 from data import Response, Speech, Text
 from examples import Recipe
 from files import UserError, write_json
-from model import CHECKPOINT_FROM, PRECISIONS, TINY, SpeechLLM, compute_precision, embedding_rms
+from hub import TINY
+from model import CHECKPOINT_FROM, PRECISIONS, SpeechLLM, compute_precision, embedding_rms
 from parallel import DEVICE
 from plan import ENCODERS, GB, LLMS, LiveBytes, estimate, known
 from train import Progress, accumulate_gradients, count_tokens, update
@@ -164,7 +165,7 @@ def build(args, dtype, config, encoder_config):
     """(SpeechLLM of random weights, ready to train; number of LLM parameters; is gradient checkpointing on)."""
     llm, dim = random_llm(config, args.bits, dtype), config.hidden_size
     k = frames_a_token("stack-mlp", FRAME_RATE, Recipe.tokens_per_second)
-    connector = Connector("stack-mlp", encoder_config.d_model, dim, k, min(2048, 4 * dim), embedding_rms(llm)).to(DEVICE)
+    connector = Connector("stack-mlp", encoder_config.d_model, dim, k, hidden_width("stack-mlp", dim)[0], embedding_rms(llm)).to(DEVICE)
     model, size = SpeechLLM(llm, transformers.AutoTokenizer.from_pretrained(TINY / "llm"), None, connector), llm.num_parameters()
     checkpointing = args.gradient_checkpointing == "on" or args.gradient_checkpointing == "auto" and size >= CHECKPOINT_FROM
     return (model.checkpoint_gradients() if checkpointing else model).train(), size, checkpointing

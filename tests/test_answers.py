@@ -47,7 +47,7 @@ def test_imitate_interrupted_goes_on_from_the_last_batch_and_mends_a_half_writte
     asked.clear()
     capsys.readouterr()
     assert imitate(data, tmp_path / "cut") == 0
-    assert "64 of 144 answers are there already" in capsys.readouterr().out and len(asked) == batches - 2
+    assert "64 of 184 answers are there already" in capsys.readouterr().out and len(asked) == batches - 2
     assert (tmp_path / "cut" / "behaviors.jsonl").read_bytes() == (tmp_path / "whole" / "behaviors.jsonl").read_bytes()
     assert not list((tmp_path / "cut").glob("*.part-*"))
 
@@ -61,7 +61,7 @@ def test_half_done_behaviors_of_other_settings_are_refused_and_force_begins_anew
     assert imitate(data, tmp_path, "--max-new-tokens", "5") == 2 and "max_new_tokens was 64, now 5" in capsys.readouterr().err
     asked.clear()
     assert imitate(data, tmp_path, "--max-new-tokens", "5", "--force") == 0
-    assert sum(asked) == 144 and "answers are there already" not in capsys.readouterr().out
+    assert sum(asked) == 232 and "answers are there already" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, mended", [(b"", b""), (b"{}\n", b"{}\n"), (b'{}\n{"a', b"{}\n"), (b'{"a', b""), ('{}\n{"ñ'.encode()[:-1], b"{}\n")])
@@ -105,7 +105,7 @@ def test_two_processes_write_the_behaviors_and_the_report_of_one(data, tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
     assert imitate(data, one) == 0
     said = both("imitate", data, "--out", two, "--per-utterance", 2, "--batch-size", 32)
-    assert said.count("behaviors.jsonl: 144 behaviors") == 1
+    assert said.count("behaviors.jsonl: 232 behaviors") == 1
     rows = [{row["utterance"] + row["prompt"]: row["response"] for _, row in read_jsonl(r / "behaviors.jsonl")} for r in (one, two)]
     assert rows[0] == rows[1]
     shutil.copy(one / "behaviors.jsonl", two)

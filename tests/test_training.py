@@ -204,6 +204,7 @@ def test_an_epoch_visits_no_utterance_twice_in_batches_of_similar_length():
     assert len(batches) == 12 and len({i for b in batches for i in b}) == 96
     assert max(lengths[i] for i in batches[0]) == max(lengths[i] for b in batches for i in b), "what needs most memory comes first"
     assert sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / 12 < 3
+    assert all(max(lengths) in [lengths[i] for i in epoch_order(lengths, 8, seed, 0)[0]] for seed in range(50)), "the longest of all comes first"
     assert epoch_order(lengths, 8, 1, 1) != batches and epoch_order(lengths, 8, 2, 0) != batches
     assert {i for epoch in range(20) for b in epoch_order(lengths, 8, 1, epoch) for i in b} == set(range(100))
 

@@ -1,0 +1,325 @@
+"""Every recipe, several seeds, one report: what each paper claims, what we measured, and whether that holds.
+
+The claims and the rule that decides them stand here, before any run; no hand touches the verdicts.
+"""
+
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import plots
+from data import read_manifest
+from eval import DIALOGUES, QUADRANTS, RESAMPLES, bootstrap
+from files import UserError, read_json, whole_file, write_json
+from report import percent
+from train import read_log
+
+MEASURES = {                 # what a claim can be about: names of the values in RUN/bench/RECIPE.json
+    "score, seen tasks and prompts": QUADRANTS[:1], "score, unseen prompts": QUADRANTS[1:2], "score, unseen tasks": QUADRANTS[2:],
+    "score, everything but training's own cells": QUADRANTS[1:], "conversations of two turns": DIALOGUES, "ignored instruction": ["ignored instruction"],
+    "behavior gap": ["behavior gap"], "attention on instruction": ["attention on instruction"], "text retention": ["text retention"]}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sum of measured values, recipe by recipe with a sign, that must be over zero if the claim holds."""
+    says: str
+    paper: str
+    measure: str
+    terms: tuple             # (+1 or -1, recipe), ...
+
+    def formula(self):
+        return " ".join(("+ " if sign > 0 else "− ") + name for sign, name in self.terms).removeprefix("+ ")
+
+
+def above(better, worse):
+    return ((1, better), (-1, worse))
+
+
+MTBI, SELF, VTB, BLSP = "MTBI, 2505.18644", "Self-Powered LSM, 2410.03798", "VoiceTextBlender, 2410.17485", "BLSP, 2309.00916"
+CLAIMS = [
+    *(Claim(f"MTBI generalizes to unseen {what} better than {other}", MTBI, f"score, unseen {what}", above("mtbi", other))
+      for what in ("prompts", "tasks") for other in ("asr", "blsp", "vtb")),
+    Claim("interleaving helps", MTBI, "score, unseen tasks", above("mtbi", "mtbi-no-interleave")),
+    Claim("interleaving helps most with little speech (10%)", MTBI, "score, unseen tasks",
+          above("mtbi@10", "mtbi-no-interleave@10") + above("mtbi-no-interleave", "mtbi")),
+    Claim("fewer hours are needed: MTBI with 30% of the speech beats ASR tuning with all of it", MTBI, "score, unseen tasks", above("mtbi@30", "asr")),
+    Claim("behavior imitation with one task generalizes better than ASR tuning", BLSP, "score, unseen tasks", above("blsp", "asr")),
+    Claim("ASR instructions alone make the model ignore other instructions (anchor bias)", SELF, "ignored instruction", above("vanilla-it", "self-powered")),
+    Claim("self-powered data brings attention back to the instruction", SELF, "attention on instruction", above("self-powered", "vanilla-it")),
+    Claim("self-powered data generalizes better than ASR instructions alone", SELF, "score, everything but training's own cells",
+          above("self-powered", "vanilla-it")),
+    Claim("without text-only data text skills are lost", VTB, "text retention", above("text", "vtb-no-text")),
+    Claim("text-only data keeps them", VTB, "text retention", above("vtb", "vtb-no-text")),
+    Claim("joint tuning handles unseen prompts better than ASR tuning", VTB, "score, unseen prompts", above("vtb", "asr")),
+    Claim("joint tuning handles multi-turn and mixed-modal input better than ASR tuning", VTB, "conversations of two turns", above("vtb", "asr")),
+    Claim("imitating the whole distribution narrows the behavior gap", "ours", "behavior gap", above("mtbi", "mtbi-kl")),
+]
+RULE = ("holds: the 95% interval lies above zero; does not hold: it lies below zero; undecided: it includes zero. The interval is a bootstrap of the paired "
+        f"difference over runs and, within each, over utterances ({RESAMPLES} resamples, percentiles 2.5 and 97.5).")
+CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10, 30), "asr": (10, 30)}      # the data-efficiency curve: recipes and percents of the speech
+BAR = {"score, seen tasks and prompts": 0.95, "score, unseen prompts": 0.93, "score, unseen tasks": 0.85}      # what mtbi should reach in the tiny world
+
+
+# ---- run ----
+
+def folds(args):
+    """[(name, its `prepare` command without --out, its seed)]: a run for each seed, or for each speaker left out."""
+    source = ["prepare", args.speech] + [word for key in ("join", "count") if getattr(args, key) for word in (f"--{key}", str(getattr(args, key)))]
+    if args.leave_one_speaker_out:
+        speakers = sorted({u.speaker for u in read_manifest(Path(args.speech))} - {""})
+        if len(speakers) < 2:
+            raise UserError(f"{args.speech}: names {len(speakers)} speakers; --leave-one-speaker-out needs two or more")
+        return [(f"without-{speaker}", [*source, "--test-speakers", speaker], 0) for speaker in speakers]
+    return [(f"seed-{seed}", source, seed) for seed in range(args.seeds)]
+
+
+def all_recipes(recipes, chosen, curve):
+    """The recipes to train: those chosen, and what the data-efficiency curve needs of them."""
+    names = [name for name in recipes if recipes[name].connector] if chosen == "all" else [name for name in chosen.split(",") if name]
+    return names + ([f"{name}@{percent}" for name in names if name in CURVE for percent in CURVE[name]] if curve else [])
+
+
+def attempt(run_command, argv, failures, folder, name):
+    """Run a command; if it fails, say so, keep the traceback, and go on."""
+    try:
+        print(f"\n$ python mtbi.py {' '.join(argv)}", flush=True)
+        run_command(argv)
+        return True
+    except Exception as error:                                     # whatever it is, the others are to go on
+        failures[f"{folder.name}/{name}"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"FAILED: {failures[f'{folder.name}/{name}']}")
+        with whole_file(folder / f"failed-{argv[0]}-{name}.txt") as temporary:
+            temporary.write_text(traceback.format_exc(), encoding="utf-8")
+        return False
+
+
+def run_fold(fold, args, names, run_command, failures):
+    """Prepare, imitate, train and bench one run; what is there already is not done again."""
+    folder, prepare, seed = Path(args.out) / fold[0], *fold[1:]
+    always, size = ["--seed", str(seed)], ["--train", str(args.train), "--test", str(args.test)] if args.speech == "tiny" else []
+    data = str(folder / "data")
+    if not (attempt(run_command, [*prepare, *size, "--out", data, *always], failures, folder, "data") and
+            attempt(run_command, ["imitate", data, "--out", str(folder), "--llm", args.llm, *always], failures, folder, "behaviors")):
+        return
+    train = ["--encoder", args.encoder, "--steps", str(args.steps), *(["--k", str(args.k)] if args.k else []), *always]
+    done = [recipe for recipe in names if attempt(run_command, ["train", str(folder), "--recipe", recipe, *train], failures, folder, recipe)]
+    bench = ["--per-prompt", str(args.per_prompt), *(["--asr", args.asr] if args.asr else []), *always]
+    if done and not attempt(run_command, ["bench", str(folder), "--recipes", ",".join(done), *bench], failures, folder, "bench"):
+        for recipe in done:                                        # one of them spoils it: which?
+            attempt(run_command, ["bench", str(folder), "--recipes", recipe, *bench], failures, folder, recipe)
+
+
+def compare(args, run_command, recipes, where):
+    """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
+    start, failures, out = time.perf_counter(), {}, Path(args.out)
+    names, runs = all_recipes(recipes, args.recipes, not args.no_curve), folds(args)
+    print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
+    for fold in runs:
+        run_fold(fold, args, names, run_command, failures)
+    kept = {fold[0]: read_records(out / fold[0], ["text", "cascade", *names]) for fold in runs}
+    if not any(kept.values()):
+        raise UserError(f"{out}: nothing could be measured: {next(iter(failures.values()), 'no recipe was asked for')}")
+    report = summarize(out, kept, ["text", "cascade", *names])
+    report["meta"] = {"runs": [fold[0] for fold in runs], "recipes": names, "steps": args.steps, "llm": args.llm, "encoder": args.encoder,
+                      "speech": args.speech, "quick": args.quick, "failures": failures, "wall_seconds_of_this_sitting": round(time.perf_counter() - start),
+                      **where}
+    write(out, report)
+    print(f"\n{claims_table(report)}\n\nreport: {out / 'report.md'}; {time.perf_counter() - start:.0f} s in this sitting")
+
+
+# ---- measure ----
+
+def read_records(folder, names):
+    """{recipe: its record} of a run, of those that are there."""
+    return {name: read_json(folder / "bench" / f"{name}.json", "values") for name in names if (folder / "bench" / f"{name}.json").exists()}
+
+
+def over_runs(groups, seed=0):
+    """{"score", "ci95", "n"} of one list of (utterance, value) rows a run: the mean of the runs' means, and its bootstrap interval over runs and utterances."""
+    if not groups or not all(groups):
+        return {"score": None, "ci95": [None, None], "n": 0}
+    rng, n = np.random.default_rng(seed), len(groups)
+    draws = np.array([[bootstrap([v for _, v in rows], [u for u, _ in rows], rng) for _ in range(n)] for rows in groups])      # (runs, slots, resamples)
+    picks = rng.integers(0, n, (n, RESAMPLES))                                                                               # the run in each slot
+    means = np.mean([draws[picks[slot], slot, np.arange(RESAMPLES)] for slot in range(n)], axis=0)
+    return {"score": float(np.mean([np.mean([v for _, v in rows]) for rows in groups])),
+            "ci95": [float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))], "n": n}
+
+
+def rows_of(record, measure):
+    return [row for name in MEASURES.get(measure, [measure]) for row in record["values"][name]]
+
+
+def decide(claim, kept):
+    """A claim's entry: the value, its interval, the number of runs, and the verdict by RULE."""
+    groups = []
+    for records in kept.values():
+        if all(name in records for _, name in claim.terms):
+            columns = [rows_of(records[name], claim.measure) for _, name in claim.terms]
+            if any([u for u, _ in column] != [u for u, _ in columns[0]] for column in columns):
+                raise UserError("the recipes of one run were asked different questions; run `compare` with --force")
+            groups.append([(rows[0][0], sum(sign * value for (sign, _), (_, value) in zip(claim.terms, rows))) for rows in zip(*columns)])
+    found = over_runs(groups)
+    low, high = found["ci95"]
+    verdict = "not measured" if not found["n"] else "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+    return {"claim": claim.says, "paper": claim.paper, "measure": claim.measure, "difference": claim.formula(), **found, "verdict": verdict}
+
+
+def summarize(out, kept, names):
+    """Everything report.md and the plots show."""
+    def over(name, measure):
+        return over_runs([rows_of(records[name], measure) for records in kept.values() if name in records])
+
+    found = [name for name in names if any(name in records for records in kept.values())]
+    first = next(records for records in kept.values() if records)
+    tasks = [name for name in next(iter(first.values()))["values"] if name.startswith("task ")]
+    attention = {name: [records[name]["attention"] for records in kept.values() if name in records and records[name]["attention"]] for name in found}
+    return {"claims": [decide(claim, kept) for claim in CLAIMS],
+            "quadrants": {name: {q: over(name, q) for q in QUADRANTS} for name in found},
+            "measures": {name: {m: over(name, m) for m in MEASURES} for name in found},
+            "dialogues": {name: {d: over(name, d) for d in DIALOGUES} for name in found},
+            "tasks": {name: {task.removeprefix("task "): over(name, task)["score"] for task in tasks} for name in found},
+            "repeat_wer": {name: float(np.mean([r[name]["repeat_wer"] for r in kept.values() if name in r])) for name in found},
+            "attention": {name: {kind: np.mean([rows[kind] for rows in runs], axis=0).tolist() for kind in runs[0]}
+                          for name, runs in attention.items() if runs},
+            "curve": {name: {share: over(f"{name}@{share}" if share < 100 else name, "score, unseen tasks") for share in (*CURVE[name], 100)}
+                      for name in CURVE if f"{name}@{CURVE[name][0]}" in found},
+            "training": {name: training(out, kept, name) for name in found if name not in ("text", "cascade")}}
+
+
+def training(out, kept, name):
+    """Trained parameters, audio seconds seen and seconds of a recipe, the last two as means over the runs."""
+    logs = [read_log(out / run / name / "log.jsonl") for run, records in kept.items() if name in records]
+    run = next(run for run, records in kept.items() if name in records)
+    return {"trained_parameters": read_json(out / run / name / "model.json", "trained_parameters")["trained_parameters"],
+            "audio_seconds": float(np.mean([sum(row["audio_seconds"] for row in log) for log in logs])),
+            "train_seconds": float(np.mean([log[-1]["seconds"] for log in logs]))}
+
+
+# ---- write ----
+
+def interval(found, digits=1, factor=100):
+    if found["score"] is None:
+        return "–"
+    return f"{factor * found['score']:.{digits}f} [{factor * found['ci95'][0]:.{digits}f}, {factor * found['ci95'][1]:.{digits}f}]"
+
+
+def claims_table(report):
+    lines = ["| claim | paper | difference | in | measured [95%] | runs | verdict |", "|---|---|---|---|---|---|---|"]
+    for c in report["claims"]:
+        small = c["measure"] == "behavior gap"
+        lines.append(f"| {c['claim']} | {c['paper']} | {c['difference']} | {c['measure']}{', nats/token' if small else ', points'} | "
+                     f"{interval(c, 3, 1) if small else interval(c)} | {c['n']} | **{c['verdict']}** |")
+    return "\n".join(lines)
+
+
+def recipe_table(report):
+    lines = ["| recipe | " + " | ".join(q.replace("_task_", " task × ").replace("_prompt", " prompt") for q in QUADRANTS) +
+             " | repeat WER | ignored instruction | behavior gap | text retention | conversations |", "|---|" + "---|" * 9]
+    for name, row in report["quadrants"].items():
+        m = report["measures"][name]
+        lines.append(f"| `{name}` | " + " | ".join(interval(row[q]) for q in QUADRANTS) + f" | {percent(report['repeat_wer'][name])} | "
+                     f"{interval(m['ignored instruction'])} | {interval(m['behavior gap'], 3, 1)} | {interval(m['text retention'])} | "
+                     f"{interval(m['conversations of two turns'])} |")
+    return "\n".join(lines)
+
+
+def bar_table(report):
+    """The quality bar: shares of the text top line that mtbi should reach, and 97% of the cascade."""
+    if not {"mtbi", "cascade"} <= set(report["measures"]):
+        return "Not measured: it needs `mtbi` and `cascade`."
+    lines = ["| cells | mtbi | bar | reached | share of the cascade | 97% reached |", "|---|---|---|---|---|---|"]
+    for measure, bar in BAR.items():
+        ours, cascade = (report["measures"][name][measure]["score"] for name in ("mtbi", "cascade"))
+        share = ours / cascade if cascade else None
+        lines.append(f"| {measure.removeprefix('score, ')} | {percent(ours)} | {percent(bar, 0)} | {'yes' if ours >= bar else 'no'} | {percent(share)} | "
+                     f"{'–' if share is None else 'yes' if share >= 0.97 else 'no'} |")
+    return "\n".join(lines)
+
+
+def training_table(report):
+    lines = ["| recipe | trained parameters | audio seen, hours | training, s |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {row['trained_parameters'] / 1e6:.2f}M | {row['audio_seconds'] / 3600:.1f} | {row['train_seconds']:.0f} |"
+                              for name, row in report["training"].items()])
+
+
+def write(out, report):
+    """The plots, each with the JSON it was drawn from, report.md and report.json."""
+    draw(out, report)
+    meta, failures = report["meta"], report["meta"]["failures"]
+    text = f"""# {', '.join(meta['recipes'])}: {len(meta['runs'])} run{'s' * (len(meta['runs']) > 1)}{', shortened' if meta['quick'] else ''}
+
+Scores are percentages of the text LLM's own answers to the true transcripts, on speakers, sentences, prompts and tasks that were held out. In brackets: 95%
+bootstrap intervals over {'runs and ' if len(meta['runs']) > 1 else ''}utterances.
+
+## Claims
+
+{claims_table(report)}
+
+The rule, written before the run: {RULE} Runs: {', '.join(meta['runs'])}.
+{'' if not failures else chr(10).join(['', '**Failed:**', *(f'- {name}: {why}' for name, why in failures.items())])}
+
+## The quality bar
+
+{bar_table(report)}
+
+## Recipes
+
+{recipe_table(report)}
+
+![recipe × quadrant](quadrants.png)
+
+![ignored instruction](ignored.png)
+
+![recipe × task](tasks.png)
+
+![conversations](dialogues.png)
+
+## Data efficiency
+
+![unseen tasks by share of the speech](curve.png)
+
+## Attention
+
+![attention by layer](attention.png)
+
+## Text retention
+
+![text retention](retention.png)
+
+## How this was made
+
+{training_table(report)}
+
+{chr(10).join(f'- {key}: {value}' for key, value in meta.items() if key != 'failures')}
+"""
+    with whole_file(out / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    write_json(out / "report.json", report)
+
+
+def draw(out, report):
+    """Every PNG, and beside it the JSON it was drawn from."""
+    def keep(name, numbers):
+        write_json(out / f"{name}.json", numbers)
+        return out / f"{name}.png"
+
+    groups = [q.replace("_task_", " task\n").replace("_prompt", " prompt") for q in QUADRANTS]
+    plots.bars(keep("quadrants", report["quadrants"]), groups, {n: list(row.values()) for n, row in report["quadrants"].items()},
+               "Generalization", "score, % of the text LLM")
+    plots.bars(keep("dialogues", report["dialogues"]), [d.replace("_", " ") for d in DIALOGUES],
+               {n: list(row.values()) for n, row in report["dialogues"].items()}, "Conversations of two turns", "score, % of the text LLM")
+    for name, measure in (("ignored", "ignored instruction"), ("retention", "text retention")):
+        cells = {n: [row[measure]] for n, row in report["measures"].items()}
+        plots.bars(keep(name, cells), [measure], cells, measure.capitalize(), "%")
+    tasks = list(next(iter(report["tasks"].values())))
+    plots.heat_map(keep("tasks", report["tasks"]), tasks, list(report["tasks"]), np.array([[row[t] for row in report["tasks"].values()] for t in tasks]),
+                   "score by task, %")
+    curves = {n: (list(row), [100 * c["score"] for c in row.values()], tuple([100 * c["ci95"][end] for c in row.values()] for end in (0, 1)))
+              for n, row in report["curve"].items() if all(c["score"] is not None for c in row.values())}
+    plots.lines(keep("curve", report["curve"]), curves, "share of the training speech, %", "score on unseen tasks, % of the text LLM", "Data efficiency")
+    plots.attention(keep("attention", report["attention"]), report["attention"])
