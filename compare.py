@@ -79,7 +79,9 @@ def folds(args):
 
 def all_recipes(recipes, chosen, curve):
     """The recipes to train: those chosen, and what the data-efficiency curve needs of them."""
-    names = [name for name in recipes if recipes[name].connector] if chosen == "all" else [name for name in chosen.split(",") if name]
+    names = [name for name in (recipes if chosen == "all" else chosen.split(",")) if name and name not in ("text", "cascade")]
+    if not names:
+        raise UserError("--recipes: names no recipe that is trained; `text` and `cascade` are measured beside any that is")
     return names + ([f"{name}@{percent}" for name in names if name in CURVE for percent in CURVE[name]] if curve else [])
 
 
@@ -107,7 +109,8 @@ def run_fold(fold, args, names, run_command, failures):
         return
     train = ["--encoder", args.encoder, "--steps", str(args.steps), *(["--k", str(args.k)] if args.k else []), *always]
     done = [recipe for recipe in names if attempt(run_command, ["train", str(folder), "--recipe", recipe, *train], failures, folder, recipe)]
-    bench = ["--per-prompt", str(args.per_prompt), *(["--asr", args.asr] if args.asr else []), *always]
+    sizes = ["--per-prompt", str(args.per_prompt), "--dialogues", str(args.dialogues), "--probes", str(args.probes)]
+    bench = [*sizes, *(["--asr", args.asr] if args.asr else []), *always]
     if done and not attempt(run_command, ["bench", str(folder), "--recipes", ",".join(done), *bench], failures, folder, "bench"):
         for recipe in done:                                        # one of them spoils it: which?
             attempt(run_command, ["bench", str(folder), "--recipes", recipe, *bench], failures, folder, recipe)

@@ -11,7 +11,8 @@ def show_demo(args, run_command):
     """Run and time prepare, imitate, train twice, and bench; say what to try next."""
     out, start = Path(args.out), time.perf_counter()
     data, seed = str(out / "data"), ["--seed", str(args.seed)]
-    short = {"prepare": ["--train", "200", "--test", "40"], "train": ["--steps", "30"], "bench": ["--per-prompt", "2"]} if args.short else {}
+    short = {"prepare": ["--train", "200", "--test", "40"], "train": ["--steps", "30"],
+             "bench": ["--per-prompt", "2", "--dialogues", "4", "--probes", "8"]} if args.short else {}
     commands = [["prepare", "tiny", "--out", data], ["imitate", data, "--out", str(out)], ["train", str(out), "--recipe", "mtbi"],
                 ["train", str(out), "--recipe", "asr"], ["bench", str(out), "--data", data]]
     for command in commands:

@@ -51,6 +51,7 @@ from parallel import DEVICE, MAIN, WORLD, wait
 from plan import plan
 from train import AS_BEFORE, as_before, begin, train
 
+PEAK_AT_192 = 4e-3           # the best peak learning rate for the tiny LLM; see docs/notes.md
 # VoiceTextBlender's speech tasks: recognition, translation, and questions about what was said; of both task tables
 SPOKEN_TASKS = ("repeat", "translate*", "who", "where", "what", "how_many", "category", "topic", "question_about", "smallest")
 RECIPES = {
@@ -182,7 +183,8 @@ def train_recipe(args):
     behaviors, encoder = read_behaviors(run / "behaviors.jsonl"), shared_encoder(spec["encoder"], spec["pad_whisper"])
     frames = encode_all(encoder, utterances, data / "features", args.cache_features)      # before the LLM needs the memory
     llm = (load_llm if recipe.lora else shared_llm)(spec["llm"], spec["bits"], args.precision)
-    spec |= connector_size(args, recipe, llm[0].get_input_embeddings().weight.shape[1], encoder)
+    width = llm[0].get_input_embeddings().weight.shape[1]
+    spec |= connector_size(args, recipe, width, encoder)
     model = SpeechLLM.build(spec, llm, encoder, args.seed)
     if wrong := next((b for b in behaviors if b.llm not in ("", model.fingerprint)), None):
         raise UserError(f"{run / 'behaviors.jsonl'}: was answered by another LLM ({wrong.llm}) than the one that is now at {spec['llm']} "
@@ -190,10 +192,11 @@ def train_recipe(args):
     examples = Examples(model, utterances, behaviors, frames, recipe, args.steps, args.batch_size, args.seed, args.accumulate)
     examples.explain()
     checkpoint_if_large(model, args.gradient_checkpointing)
+    lr = peak_rate(args.lr, width)
     with alone(folder):
         begin(folder, chosen, args.force)
         with timed(f"train {args.recipe}"):
-            train(model, examples, folder, lr=args.lr, save_every=args.save_every, key=name_of(chosen))
+            train(model, examples, folder, lr=lr, save_every=args.save_every, key=name_of(chosen))
         if MAIN:
             model.save(folder, spec)
             claim(folder, chosen, done=True)
@@ -218,6 +221,14 @@ def connector_size(args, recipe, llm_width, encoder):
           f"because the encoder gives {encoder.frame_rate:.1f} frames/s and the recipe wants about {recipe.tokens_per_second} speech tokens/s"))
     print(f"hidden: {hidden}, {why}")
     return {"k": k, "hidden": hidden}
+
+
+def peak_rate(asked, llm_width):
+    """The peak learning rate: as asked for, or derived; printed with the reason."""
+    lr = asked or PEAK_AT_192 * 192 / max(192, llm_width)
+    print(f"learning rate: {lr:.2g} at its peak, " + ("as asked by --lr" if asked else
+          f"because {PEAK_AT_192} was best for an LLM of width 192, and this one's is {llm_width}: the wider, the smaller"))
+    return lr
 
 
 # ---- bench ----
@@ -337,7 +348,7 @@ def show_recipes(args):
 def compare_recipes(args):
     """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
     if args.quick:
-        args.seeds, args.steps, args.per_prompt = 1, min(args.steps, 300), min(args.per_prompt, 4)
+        args.seeds, args.steps, args.per_prompt, args.dialogues, args.probes = 1, min(args.steps, 300), min(args.per_prompt, 4), 30, 48
     for name in args.recipes.split(",") if args.recipes != "all" else []:
         find_recipe(name)
     compare(args, run_command, RECIPES, where_it_ran())

@@ -140,19 +140,23 @@ def train_options(sub, recipes):
     option(sub, "--steps", 1000, "training steps")
     option(sub, "--batch-size", 32, "utterances in a micro-batch")
     option(sub, "--accumulate", 1, "micro-batches in a step; several processes divide the step among them")
-    option(sub, "--lr", 2e-3, "peak learning rate", type=rate)
+    option(sub, "--lr", None, "peak learning rate; default: by the LLM's width", type=rate)
     precision_option(sub)
     option(sub, "--gradient-checkpointing", "auto", "compute activations again in the backward pass instead of keeping them; auto: from 3B parameters on",
            choices=["auto", "on", "off"])
     option(sub, "--save-every", 100, "steps between two saved states; the last two are kept")
 
 
-def bench_options(sub):
-    option(sub, "--data", None, "the data folder whose held-out speech is used; default: the one the run was made from")
-    option(sub, "--recipes", "", "which of the trained recipes, separated by commas; default: all")
+def question_options(sub):
     option(sub, "--per-prompt", 8, "questions for each prompt of each task")
     option(sub, "--dialogues", 60, "conversations of two turns of each kind: speech then a text question, text then speech, two speeches")
     option(sub, "--probes", 96, "questions on which the behavior gap and the attention shares are measured")
+
+
+def bench_options(sub):
+    option(sub, "--data", None, "the data folder whose held-out speech is used; default: the one the run was made from")
+    option(sub, "--recipes", "", "which of the trained recipes, separated by commas; default: all")
+    question_options(sub)
     option(sub, "--batch-size", 96, "questions answered at once")
     option(sub, "--max-new-tokens", 64, "longest answer, in tokens")
     option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
@@ -167,7 +171,7 @@ def compare_options(sub):
     sub.add_argument("--quick", action="store_true", help="one seed, 300 steps, fewer questions: half an hour at most on two cores")
     sub.add_argument("--no-curve", action="store_true", help="without the trainings on 10 and 30%% of the speech")
     option(sub, "--steps", 1000, "training steps of every recipe")
-    option(sub, "--per-prompt", 8, "questions for each prompt of each task")
+    question_options(sub)
     option(sub, "--speech", "tiny", "what `prepare` is given: `tiny`, a manifest, or a folder")
     option(sub, "--train", 1500, "tiny: training utterances to render")
     option(sub, "--test", 300, "tiny: held-out utterances to render")

@@ -120,7 +120,7 @@ def test_compare_reports_a_failed_recipe_goes_on_with_the_others_and_does_nothin
     """k = 6 is no power of two, which the convolutions of blsp need."""
     out = tmp_path / "compare"
     argv = ["compare", "--out", str(out), "--recipes", "mtbi,blsp,vtb", "--seeds", "1", "--steps", "3", "--k", "6", "--train", "40", "--test", "16",
-            "--per-prompt", "1", "--no-curve"]
+            "--per-prompt", "1", "--dialogues", "2", "--probes", "4", "--no-curve"]
     assert main(argv) == 0
     said = capsys.readouterr().out
     report = read_json(out / "report.json")
@@ -149,4 +149,5 @@ def test_leaving_each_speaker_out_needs_speakers(data, tmp_path, capsys):
     (data / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert main(["compare", "--out", str(tmp_path), "--speech", str(data / "one.jsonl"), "--leave-one-speaker-out"]) == 2
     assert "needs two or more" in capsys.readouterr().err
+    assert main(["compare", "--out", str(tmp_path), "--recipes", "text,cascade"]) == 2 and "names no recipe that is trained" in capsys.readouterr().err
     assert main(["compare", "--out", str(tmp_path), "--recipes", "mtbi,nothing"]) == 2 and "there is no recipe 'nothing'" in capsys.readouterr().err
