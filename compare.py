@@ -3,6 +3,7 @@
 The claims and the rule that decides them stand here, before any run; no hand touches the verdicts.
 """
 
+import re
 import time
 import traceback
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import plots
 from data import read_manifest
 from eval import DIALOGUES, QUADRANTS, RESAMPLES, bootstrap
-from files import UserError, read_json, whole_file, write_json
+from files import UserError, claim, is_done, read_json, whole_file, write_json
 from report import percent
 from train import read_log
 
@@ -25,14 +26,16 @@ MEASURES = {                 # what a claim can be about: names of the values in
 
 @dataclass(frozen=True)
 class Claim:
-    """A sum of measured values, recipe by recipe with a sign, that must be over zero if the claim holds."""
+    """A sum of measured values, recipe by recipe with a sign, that must be over a margin, zero if nothing else is said, if the claim holds."""
     says: str
     paper: str
     measure: str
     terms: tuple             # (+1 or -1, recipe), ...
+    margin: float = 0.0      # it must be over this
 
     def formula(self):
-        return " ".join(("+ " if sign > 0 else "− ") + name for sign, name in self.terms).removeprefix("+ ")
+        terms = " ".join(("+ " if sign > 0 else "− ") + name for sign, name in self.terms).removeprefix("+ ")
+        return terms + (f" > {100 * self.margin:g}" if self.margin else "")
 
 
 def above(better, worse):
@@ -44,22 +47,25 @@ CLAIMS = [
     *(Claim(f"MTBI generalizes to unseen {what} better than {other}", MTBI, f"score, unseen {what}", above("mtbi", other))
       for what in ("prompts", "tasks") for other in ("asr", "blsp", "vtb")),
     Claim("interleaving helps", MTBI, "score, unseen tasks", above("mtbi", "mtbi-no-interleave")),
-    Claim("interleaving helps most with little speech (10%)", MTBI, "score, unseen tasks",
-          above("mtbi@10", "mtbi-no-interleave@10") + above("mtbi-no-interleave", "mtbi")),
+    Claim("interleaving helps with 10% of the speech", MTBI, "score, unseen tasks", above("mtbi@10", "mtbi-no-interleave@10")),
+    Claim("and more than with all of it", MTBI, "score, unseen tasks", above("mtbi@10", "mtbi-no-interleave@10") + above("mtbi-no-interleave", "mtbi")),
     Claim("fewer hours are needed: MTBI with 30% of the speech beats ASR tuning with all of it", MTBI, "score, unseen tasks", above("mtbi@30", "asr")),
     Claim("behavior imitation with one task generalizes better than ASR tuning", BLSP, "score, unseen tasks", above("blsp", "asr")),
     Claim("ASR instructions alone make the model ignore other instructions (anchor bias)", SELF, "ignored instruction", above("vanilla-it", "self-powered")),
     Claim("self-powered data brings attention back to the instruction", SELF, "attention on instruction", above("self-powered", "vanilla-it")),
     Claim("self-powered data generalizes better than ASR instructions alone", SELF, "score, everything but training's own cells",
           above("self-powered", "vanilla-it")),
-    Claim("without text-only data text skills are lost", VTB, "text retention", above("text", "vtb-no-text")),
-    Claim("text-only data keeps them", VTB, "text retention", above("vtb", "vtb-no-text")),
+    Claim("without text-only data text skills are lost: more than one point of them", VTB, "text retention", above("text", "vtb-no-text"), 0.01),
+    Claim("text-only data keeps them better", VTB, "text retention", above("vtb", "vtb-no-text")),
     Claim("joint tuning handles unseen prompts better than ASR tuning", VTB, "score, unseen prompts", above("vtb", "asr")),
     Claim("joint tuning handles multi-turn and mixed-modal input better than ASR tuning", VTB, "conversations of two turns", above("vtb", "asr")),
     Claim("imitating the whole distribution narrows the behavior gap", "ours", "behavior gap", above("mtbi", "mtbi-kl")),
 ]
-RULE = ("holds: the 95% interval lies above zero; does not hold: it lies below zero; undecided: it includes zero. The interval is a bootstrap of the paired "
-        f"difference over runs and, within each, over utterances ({RESAMPLES} resamples, percentiles 2.5 and 97.5).")
+RULE = ("holds: the 95% interval lies above zero (or the margin named); does not hold: it lies below; undecided: it includes it. The interval is a "
+        f"bootstrap of the paired difference over runs and over utterances ({RESAMPLES} resamples, percentiles 2.5 and 97.5), in which the differences between "
+        "runs are widened as Student's t does, because few runs show too little of them. Each claim is decided by itself: of twenty that are wrong one may "
+        "seem to hold.")
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}      # 97.5% quantile of t, by the number of runs
 CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10, 30), "asr": (10, 30)}      # the data-efficiency curve: recipes and percents of the speech
 BAR = {"score, seen tasks and prompts": 0.95, "score, unseen prompts": 0.93, "score, unseen tasks": 0.85}      # what mtbi should reach in the tiny world
 
@@ -70,10 +76,12 @@ def folds(args):
     """[(name, its `prepare` command without --out, its seed)]: a run for each seed, or for each speaker left out."""
     source = ["prepare", args.speech] + [word for key in ("join", "count") if getattr(args, key) for word in (f"--{key}", str(getattr(args, key)))]
     if args.leave_one_speaker_out:
+        if not Path(args.speech).is_file():
+            raise UserError(f"{args.speech}: --leave-one-speaker-out needs a JSONL manifest that names speakers")
         speakers = sorted({u.speaker for u in read_manifest(Path(args.speech))} - {""})
         if len(speakers) < 2:
             raise UserError(f"{args.speech}: names {len(speakers)} speakers; --leave-one-speaker-out needs two or more")
-        return [(f"without-{speaker}", [*source, "--test-speakers", speaker], 0) for speaker in speakers]
+        return [(f"without-{re.sub(r'[^A-Za-z0-9_-]', '-', speaker)}", [*source, "--test-speakers", speaker], 0) for speaker in speakers]
     return [(f"seed-{seed}", source, seed) for seed in range(args.seeds)]
 
 
@@ -100,37 +108,41 @@ def attempt(run_command, argv, failures, folder, name):
 
 
 def run_fold(fold, args, names, run_command, failures):
-    """Prepare, imitate, train and bench one run; what is there already is not done again."""
+    """Prepare, imitate, train and bench one run, where that is not done already; returns the recipes that are measured now."""
     folder, prepare, seed = Path(args.out) / fold[0], *fold[1:]
     always, size = ["--seed", str(seed)], ["--train", str(args.train), "--test", str(args.test)] if args.speech == "tiny" else []
     data = str(folder / "data")
     if not (attempt(run_command, [*prepare, *size, "--out", data, *always], failures, folder, "data") and
             attempt(run_command, ["imitate", data, "--out", str(folder), "--llm", args.llm, *always], failures, folder, "behaviors")):
-        return
-    train = ["--encoder", args.encoder, "--steps", str(args.steps), *(["--k", str(args.k)] if args.k else []), *always]
+        return []
+    train = ["--encoder", args.encoder, "--steps", str(args.steps), "--batch-size", str(args.batch_size), *(["--k", str(args.k)] if args.k else []), *always]
     done = [recipe for recipe in names if attempt(run_command, ["train", str(folder), "--recipe", recipe, *train], failures, folder, recipe)]
     sizes = ["--per-prompt", str(args.per_prompt), "--dialogues", str(args.dialogues), "--probes", str(args.probes)]
     bench = [*sizes, *(["--asr", args.asr] if args.asr else []), *always]
     if done and not attempt(run_command, ["bench", str(folder), "--recipes", ",".join(done), *bench], failures, folder, "bench"):
-        for recipe in done:                                        # one of them spoils it: which?
-            attempt(run_command, ["bench", str(folder), "--recipes", recipe, *bench], failures, folder, recipe)
+        done = [recipe for recipe in done if attempt(run_command, ["bench", str(folder), "--recipes", recipe, *bench], failures, folder, recipe)]
+    return ["text", "cascade", *done] if done else []
 
 
 def compare(args, run_command, recipes, where):
     """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
     start, failures, out = time.perf_counter(), {}, Path(args.out)
     names, runs = all_recipes(recipes, args.recipes, not args.no_curve), folds(args)
+    settings = {key: value for key, value in vars(args).items() if key not in ("command", "function", "out", "recipes", "seeds", "no_curve")}
+    is_done(out, settings, "report.md", half_way="*/config.json")              # recipes and seeds may be added later, but nothing else may change
+    claim(out, settings)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
-    for fold in runs:
-        run_fold(fold, args, names, run_command, failures)
-    kept = {fold[0]: read_records(out / fold[0], ["text", "cascade", *names]) for fold in runs}
+    kept = {fold[0]: read_records(out / fold[0], run_fold(fold, args, names, run_command, failures)) for fold in runs}
     if not any(kept.values()):
         raise UserError(f"{out}: nothing could be measured: {next(iter(failures.values()), 'no recipe was asked for')}")
     report = summarize(out, kept, ["text", "cascade", *names])
     report["meta"] = {"runs": [fold[0] for fold in runs], "recipes": names, "steps": args.steps, "llm": args.llm, "encoder": args.encoder,
                       "speech": args.speech, "quick": args.quick, "failures": failures, "wall_seconds_of_this_sitting": round(time.perf_counter() - start),
+                      "training_seconds": round(sum(row["train_seconds"] * row["runs"] for row in report["training"].values())),
+                      "bench_seconds": round(sum(record["seconds"] for records in kept.values() for record in records.values())),
                       **where}
     write(out, report)
+    claim(out, settings, done=True)
     print(f"\n{claims_table(report)}\n\nreport: {out / 'report.md'}; {time.perf_counter() - start:.0f} s in this sitting")
 
 
@@ -138,38 +150,40 @@ def compare(args, run_command, recipes, where):
 
 def read_records(folder, names):
     """{recipe: its record} of a run, of those that are there."""
-    return {name: read_json(folder / "bench" / f"{name}.json", "values") for name in names if (folder / "bench" / f"{name}.json").exists()}
+    return {name: read_json(folder / "bench" / f"{name}.json", "values", "answers") for name in names if (folder / "bench" / f"{name}.json").exists()}
 
 
 def over_runs(groups, seed=0):
-    """{"score", "ci95", "n"} of one list of (utterance, value) rows a run: the mean of the runs' means, and its bootstrap interval over runs and utterances."""
-    if not groups or not all(groups):
+    """{"score", "ci95", "n"} of one list of (utterance, value) rows a run: the mean of the runs' means, and its interval as RULE says."""
+    groups = [rows for rows in groups if rows]
+    if not groups:
         return {"score": None, "ci95": [None, None], "n": 0}
     rng, n = np.random.default_rng(seed), len(groups)
-    draws = np.array([[bootstrap([v for _, v in rows], [u for u, _ in rows], rng) for _ in range(n)] for rows in groups])      # (runs, slots, resamples)
-    picks = rng.integers(0, n, (n, RESAMPLES))                                                                               # the run in each slot
-    means = np.mean([draws[picks[slot], slot, np.arange(RESAMPLES)] for slot in range(n)], axis=0)
-    return {"score": float(np.mean([np.mean([v for _, v in rows]) for rows in groups])),
-            "ci95": [float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))], "n": n}
+    means = np.array([np.mean([v for _, v in rows]) for rows in groups])                                                      # (runs)
+    within = np.array([bootstrap([v for _, v in rows], [u for u, _ in rows], rng) for rows in groups]) - means[:, None]       # (runs, resamples)
+    between = (means - means.mean())[rng.integers(0, n, (n, RESAMPLES))].mean(0)                                              # (resamples)
+    wider = STUDENT.get(n, 1.96) / 1.96 * (n / (n - 1)) ** 0.5 if n > 1 else 0.0
+    low, high = np.percentile(means.mean() + wider * between + within.mean(0), [2.5, 97.5])
+    return {"score": float(means.mean()), "ci95": [float(low), float(high)], "n": n}
 
 
 def rows_of(record, measure):
-    return [row for name in MEASURES.get(measure, [measure]) for row in record["values"][name]]
+    return [row for name in MEASURES.get(measure, [measure]) for row in record["values"].get(name, [])]
 
 
-def decide(claim, kept):
+def decide(about, kept):
     """A claim's entry: the value, its interval, the number of runs, and the verdict by RULE."""
     groups = []
     for records in kept.values():
-        if all(name in records for _, name in claim.terms):
-            columns = [rows_of(records[name], claim.measure) for _, name in claim.terms]
+        if all(name in records for _, name in about.terms):
+            columns = [rows_of(records[name], about.measure) for _, name in about.terms]
             if any([u for u, _ in column] != [u for u, _ in columns[0]] for column in columns):
-                raise UserError("the recipes of one run were asked different questions; run `compare` with --force")
-            groups.append([(rows[0][0], sum(sign * value for (sign, _), (_, value) in zip(claim.terms, rows))) for rows in zip(*columns)])
+                raise UserError("the recipes of one run were asked different questions; choose another folder for --out")
+            groups.append([(rows[0][0], sum(sign * value for (sign, _), (_, value) in zip(about.terms, rows))) for rows in zip(*columns)])
     found = over_runs(groups)
     low, high = found["ci95"]
-    verdict = "not measured" if not found["n"] else "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-    return {"claim": claim.says, "paper": claim.paper, "measure": claim.measure, "difference": claim.formula(), **found, "verdict": verdict}
+    verdict = "not measured" if not found["n"] else "holds" if low > about.margin else "does not hold" if high < about.margin else "undecided"
+    return {"claim": about.says, "paper": about.paper, "measure": about.measure, "difference": about.formula(), **found, "verdict": verdict}
 
 
 def summarize(out, kept, names):
@@ -178,10 +192,9 @@ def summarize(out, kept, names):
         return over_runs([rows_of(records[name], measure) for records in kept.values() if name in records])
 
     found = [name for name in names if any(name in records for records in kept.values())]
-    first = next(records for records in kept.values() if records)
-    tasks = [name for name in next(iter(first.values()))["values"] if name.startswith("task ")]
+    tasks = list(dict.fromkeys(t for records in kept.values() for record in records.values() for t in record["values"] if t.startswith("task ")))
     attention = {name: [records[name]["attention"] for records in kept.values() if name in records and records[name]["attention"]] for name in found}
-    return {"claims": [decide(claim, kept) for claim in CLAIMS],
+    return {"claims": [decide(about, kept) for about in CLAIMS],
             "quadrants": {name: {q: over(name, q) for q in QUADRANTS} for name in found},
             "measures": {name: {m: over(name, m) for m in MEASURES} for name in found},
             "dialogues": {name: {d: over(name, d) for d in DIALOGUES} for name in found},
@@ -199,7 +212,7 @@ def training(out, kept, name):
     logs = [read_log(out / run / name / "log.jsonl") for run, records in kept.items() if name in records]
     run = next(run for run, records in kept.items() if name in records)
     return {"trained_parameters": read_json(out / run / name / "model.json", "trained_parameters")["trained_parameters"],
-            "audio_seconds": float(np.mean([sum(row["audio_seconds"] for row in log) for log in logs])),
+            "runs": len(logs), "audio_seconds": float(np.mean([sum(row["audio_seconds"] for row in log) for log in logs])),
             "train_seconds": float(np.mean([log[-1]["seconds"] for log in logs]))}
 
 
@@ -221,12 +234,13 @@ def claims_table(report):
 
 
 def recipe_table(report):
-    lines = ["| recipe | " + " | ".join(q.replace("_task_", " task × ").replace("_prompt", " prompt") for q in QUADRANTS) +
+    lines = ["| recipe (runs) | " + " | ".join(q.replace("_task_", " task × ").replace("_prompt", " prompt") for q in QUADRANTS) +
              " | repeat WER | ignored instruction | behavior gap | text retention | conversations |", "|---|" + "---|" * 9]
     for name, row in report["quadrants"].items():
         m = report["measures"][name]
-        lines.append(f"| `{name}` | " + " | ".join(interval(row[q]) for q in QUADRANTS) + f" | {percent(report['repeat_wer'][name])} | "
-                     f"{interval(m['ignored instruction'])} | {interval(m['behavior gap'], 3, 1)} | {interval(m['text retention'])} | "
+        lines.append(f"| `{name}` ({row[QUADRANTS[0]]['n']}) | " + " | ".join(interval(row[q]) for q in QUADRANTS) +
+                     f" | {percent(report['repeat_wer'][name])} | {interval(m['ignored instruction'])} | {interval(m['behavior gap'], 3, 1)} | "
+                     f"{interval(m['text retention'])} | "
                      f"{interval(m['conversations of two turns'])} |")
     return "\n".join(lines)
 
@@ -238,6 +252,8 @@ def bar_table(report):
     lines = ["| cells | mtbi | bar | reached | share of the cascade | 97% reached |", "|---|---|---|---|---|---|"]
     for measure, bar in BAR.items():
         ours, cascade = (report["measures"][name][measure]["score"] for name in ("mtbi", "cascade"))
+        if ours is None or cascade is None:
+            continue
         share = ours / cascade if cascade else None
         lines.append(f"| {measure.removeprefix('score, ')} | {percent(ours)} | {percent(bar, 0)} | {'yes' if ours >= bar else 'no'} | {percent(share)} | "
                      f"{'–' if share is None else 'yes' if share >= 0.97 else 'no'} |")
@@ -245,8 +261,9 @@ def bar_table(report):
 
 
 def training_table(report):
-    lines = ["| recipe | trained parameters | audio seen, hours | training, s |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| `{name}` | {row['trained_parameters'] / 1e6:.2f}M | {row['audio_seconds'] / 3600:.1f} | {row['train_seconds']:.0f} |"
+    lines = ["| recipe | runs | trained parameters | audio seen, hours | training, s |", "|---|---|---|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {row['runs']} | {row['trained_parameters'] / 1e6:.2f}M | {row['audio_seconds'] / 3600:.1f} | "
+                              f"{row['train_seconds']:.0f} |"
                               for name, row in report["training"].items()])
 
 
@@ -320,8 +337,8 @@ def draw(out, report):
         cells = {n: [row[measure]] for n, row in report["measures"].items()}
         plots.bars(keep(name, cells), [measure], cells, measure.capitalize(), "%")
     tasks = list(next(iter(report["tasks"].values())))
-    plots.heat_map(keep("tasks", report["tasks"]), tasks, list(report["tasks"]), np.array([[row[t] for row in report["tasks"].values()] for t in tasks]),
-                   "score by task, %")
+    grid = np.array([[row[t] for row in report["tasks"].values()] for t in tasks], dtype=float)
+    plots.heat_map(keep("tasks", report["tasks"]), tasks, list(report["tasks"]), grid, "score by task, %")
     curves = {n: (list(row), [100 * c["score"] for c in row.values()], tuple([100 * c["ci95"][end] for c in row.values()] for end in (0, 1)))
               for n, row in report["curve"].items() if all(c["score"] is not None for c in row.values())}
     plots.lines(keep("curve", report["curve"]), curves, "share of the training speech, %", "score on unseen tasks, % of the text LLM", "Data efficiency")

@@ -149,7 +149,7 @@ class Bench:
     def record(self, name, load):
         """What there is to measure of a system: taken from RUN/bench/NAME.json if it was measured before."""
         path, start = self.run / "bench" / f"{name}.json", time.perf_counter()
-        if record := read_record(path, self.keys[name]):
+        if record := read_record(path, self.keys[name], "values", "attention", "metrics", "seconds"):
             return record
         with timed(f"bench {name}"):
             model, hear = load()
@@ -199,10 +199,10 @@ class Bench:
         return table
 
 
-def read_record(path, key):
+def read_record(path, key, *more):
     """The record at `path` if it is whole and was measured under this key, or None."""
     try:
-        record = read_json(path, "key", "answers")
+        record = read_json(path, "key", "answers", *more)
     except UserError:
         return None
     return record if record["key"] == key else None

@@ -133,7 +133,10 @@ def draw_dialogues(tasks, utterances, behaviors, per_utterance, seed):
     for b in behaviors:
         about.setdefault(b.utterance, []).append(b)
     for u in utterances * per_utterance:
-        again, task = rng.random() < 0.5, rng.choice([t for t in tasks.values() if t.split == "train" and t.applies(u.text)])
+        fitting = [t for t in tasks.values() if t.split == "train" and t.applies(u.text)]
+        if not fitting:
+            continue
+        again, task = rng.random() < 0.5, rng.choice(fitting)
         first = rng.choice(about.get(u.id, behaviors) if again else behaviors)
         again = again and first.utterance == u.id
         questions.append(Behavior(u.id, task.name, rng.choice(task.prompts), "", earlier=[[first.prompt, first.utterance, first.response]], again=again))
@@ -215,7 +218,7 @@ class Examples:
         self.in_text, self.dialogues = [], []
         for b in behaviors:
             if b.earlier:
-                self.dialogues += [b] if all(i in by_id for i in (b.utterance, *(turn[1] for turn in b.earlier))) else []
+                self.dialogues += [b] if recipe.trains_on(b.task) and all(i in by_id for i in (b.utterance, *(turn[1] for turn in b.earlier))) else []
             elif b.utterance in by_id:
                 self.in_text.append(b)
                 if recipe.trains_on(b.task):

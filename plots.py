@@ -37,7 +37,8 @@ def heat_map(path, rows, columns, grid, title):
     figure, axes = pyplot.subplots(figsize=(2 + 0.75 * len(columns), 0.8 + 0.27 * len(rows)))
     axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (y, x), value in np.ndenumerate(grid):
-        axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
+        if not np.isnan(value):
+            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_title(title)

@@ -142,7 +142,15 @@ def earlier_report(run, asked):
         report = read_json(run / "report.json", "recipes", "samples", "meta")
     except UserError:
         return None                                                # none, or not whole: it is written anew
-    return report if isinstance(report["meta"], dict) and report["meta"].get("asked") == asked else None
+    kept = [run / "bench" / f"{name}.json" for name in report["recipes"]]
+    return report if isinstance(report["meta"], dict) and report["meta"].get("asked") == asked and all(map(is_whole, kept)) else None
+
+
+def is_whole(path):
+    try:
+        return bool(read_json(path, "key", "values"))
+    except UserError:
+        return False
 
 
 def describe_run(run, settings, data, utterances, behaviors, recipes):

@@ -116,6 +116,23 @@ def test_the_three_lines_of_python_in_the_readme_run(tmp_path, data, own_run, mo
     assert len(capsys.readouterr().out.splitlines()) >= 1
 
 
+def test_a_benchmark_is_done_again_where_speech_or_precision_changed_and_nowhere_else(data, own_run, tmp_path, capsys):
+    copied = tmp_path / "data"
+    shutil.copytree(data, copied)
+    assert mtbi.main(["imitate", str(copied), "--out", str(own_run), "--per-utterance", "1", "--force"]) == 0
+    assert mtbi.main(["train", str(own_run), "--recipe", "asr", "--steps", "2", "--batch-size", "8", "--hidden", "16"]) == 0
+    bench = ["bench", str(own_run), "--per-prompt", "1", "--dialogues", "1", "--probes", "2", "--max-new-tokens", "4"]
+    assert mtbi.main(bench) == 0
+    capsys.readouterr()
+    assert mtbi.main(bench) == 0 and "is written already" in capsys.readouterr().out
+    wavs = sorted((copied / "audio").glob("test-*.wav"))
+    shutil.copy(wavs[0], wavs[1])
+    for more in ([], ["--precision", "bf16"]):
+        assert mtbi.main([*bench, *more]) == 0
+        said = capsys.readouterr().out
+        assert "is written already" not in said and "bench text:" in said and "bench asr:" in said, more
+
+
 def test_info_tells_what_a_run_folder_is(own_run, capsys, tmp_path):
     train = ["train", str(own_run), "--recipe", "asr", "--steps", "2", "--batch-size", "8", "--hidden", "16", "--connector", "qformer", "--lora", "2"]
     assert mtbi.main(train) == 0

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -82,7 +83,7 @@ values = st.lists(st.tuples(st.integers(0, 5), st.floats(0, 1)), min_size=3, max
 def test_the_interval_over_runs_holds_what_can_be_and_a_recipe_never_differs_from_itself(runs):
     groups = [[(str(u), v) for u, v in rows] for rows in runs]
     found = compare.over_runs(groups)
-    assert -1e-9 <= found["ci95"][0] <= found["ci95"][1] <= 1 + 1e-9 and found["n"] == len(runs)
+    assert found["ci95"][0] - 1e-9 <= found["score"] <= found["ci95"][1] + 1e-9 and found["n"] == len(runs)
     assert compare.over_runs([[(u, v - v) for u, v in rows] for rows in groups])["ci95"] == [0, 0]
 
 
@@ -98,6 +99,22 @@ def test_the_verdict_follows_the_rule(ours, theirs, verdict):
     found = compare.decide(claim, kept)
     assert found["verdict"] == verdict and found["n"] == 3
     assert compare.decide(claim, {"seed-0": {"mtbi": record(ours)}})["verdict"] == "not measured"
+
+
+def test_when_runs_differ_more_than_utterances_do_three_that_agree_by_chance_decide_nothing():
+    """Under no true difference, with runs that scatter: at most about one in twenty may be decided, as the 95% promise."""
+    rng, decided = np.random.default_rng(0), 0
+    for _ in range(200):
+        found = compare.over_runs([[(str(i), v) for i, v in enumerate(rng.normal(rng.normal(0, 0.1), 0.3, 60))] for _ in range(3)])
+        decided += found["ci95"][0] > 0 or found["ci95"][1] < 0
+    assert decided / 200 < 0.1
+
+
+def test_a_margin_must_be_exceeded():
+    claim = next(c for c in compare.CLAIMS if c.margin)
+    for retention, verdict in ((0.998, "does not hold"), (0.9, "holds")):
+        kept = {"seed-0": {"text": record(lambda i: 1.0), "vtb-no-text": record(lambda i, retention=retention: retention)}}
+        assert compare.decide(claim, kept)["verdict"] == verdict
 
 
 def test_a_difference_of_differences_is_paired():
@@ -141,6 +158,14 @@ def test_compare_reports_a_failed_recipe_goes_on_with_the_others_and_does_nothin
     kept = {f: f.stat().st_mtime_ns for f in (out / "seed-0").rglob("*.safetensors")} | {f: f.stat().st_mtime_ns for f in (out / "seed-0/bench").iterdir()}
     assert main(argv) == 0
     assert {f: f.stat().st_mtime_ns for f in kept} == kept, "what is there is not done again"
+
+    before = (out / "report.json").read_bytes()
+    (out / "seed-0" / "bench" / "mtbi.json").write_text("{")       # damaged: measured again
+    assert main(argv) == 0 and "mtbi" in read_json(out / "report.json")["quadrants"]
+    assert read_json(out / "report.json")["claims"] == json.loads(before)["claims"]
+    capsys.readouterr()
+    argv[argv.index("--steps") + 1] = "4"
+    assert main(argv) == 2 and "steps was 3, now 4" in capsys.readouterr().err, "records of other settings are never put beside each other"
 
 
 def test_leaving_each_speaker_out_needs_speakers(data, tmp_path, capsys):

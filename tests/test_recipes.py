@@ -39,6 +39,7 @@ def test_a_recipes_speech_is_asked_only_what_its_row_names(name, model, utteranc
     for step in range(6):
         tasks = {examples.choose(rng, u, step).task for u in examples.utterances}
         assert tasks and all(any(fnmatch(task, pattern) for pattern in recipe.tasks) for task in tasks)
+    assert all(any(fnmatch(b.task, pattern) for pattern in recipe.tasks) for b in examples.dialogues), "in conversations of two turns, too"
     assert (recipe.text_only > 0) == (name == "vtb") and (recipe.lora > 0) == (recipe.connector == "qformer" or name.startswith("vtb"))
 
 
