@@ -16,8 +16,6 @@
 import argparse
 import hashlib
 import os
-import platform
-import shutil
 import sys
 import time
 import warnings
@@ -259,15 +257,16 @@ def bench(args):
                                 args.cache_features, args.precision)
     same = {key: value for key, value in asked.items() if key not in ("trained", "asr")}
     keys = {name: name_of([same, asked["trained"].get(name), transcriber.key if name == "cascade" else ""]) for name in systems}
-    if args.force and MAIN:
-        shutil.rmtree(run / "bench", ignore_errors=True)
-    wait()
-    tasks = load_tasks(tasks_path)
-    questions = benchmark.Bench(run, tasks, tested, llm, keys, per_prompt=args.per_prompt, dialogues=args.dialogues, probes=args.probes, seed=args.seed,
-                                batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
-    records = {name: questions.record(name, load) for name, load in systems.items()}
+    with alone(run / "bench"):
+        for path in (run / "bench").glob("*.json*") if args.force and MAIN else []:
+            path.unlink()
+        wait()
+        tasks = load_tasks(tasks_path)
+        questions = benchmark.Bench(run, tasks, tested, llm, keys, per_prompt=args.per_prompt, dialogues=args.dialogues, probes=args.probes,
+                                    seed=args.seed, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
+        records = {name: questions.record(name, load) for name, load in systems.items()}
     meta = {**reports.describe_cases(questions, heard), "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "asked": asked,
-            "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)), "training": trained, **where_it_ran()}
+            "llm_is_4_bit": bool(getattr(llm[0], "is_loaded_in_4bit", False)), "training": trained, **reports.where_it_ran()}
     if MAIN:
         with timed("write the report"):
             report = reports.write_report(run, questions, records, meta, args.seed)
@@ -289,11 +288,6 @@ def recipes_to_bench(run, chosen=""):
 def trained_weights(folder):
     """Names what was trained: the connector, and the adapter if there is one."""
     return name_of([digest(path) for path in (folder / "connector.safetensors", folder / "adapter" / "adapter_model.safetensors") if path.exists()])
-
-
-def where_it_ran():
-    return {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}", "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def find_recipe(name):
@@ -350,10 +344,10 @@ def show_recipes(args):
 def compare_recipes(args):
     """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
     if args.quick:
-        args.seeds, args.steps, args.per_prompt, args.dialogues, args.probes = 1, min(args.steps, 300), min(args.per_prompt, 4), 30, 48
+        args.seeds, args.steps, args.per_prompt, args.dialogues, args.probes = 1, min(args.steps, 200), min(args.per_prompt, 4), 30, 48
     for name in args.recipes.split(",") if args.recipes != "all" else []:
         find_recipe(name)
-    compare(args, run_command, RECIPES, where_it_ran())
+    compare(args, run_command, RECIPES, reports.where_it_ran())
 
 
 def demo(args):

@@ -1,11 +1,16 @@
 """What `bench` and `info` show: tables and report.md; plots.py draws what is in it."""
 
 import os
+import platform
 import random
+
+import torch
+import transformers
 
 import plots
 from eval import DIALOGUES, QUADRANTS, summary
 from files import UserError, read_config, read_json, whole_file, write_json, write_jsonl
+from parallel import DEVICE
 from train import read_log
 
 # ---- the report ----
@@ -105,6 +110,11 @@ instruction and to what stands for the utterance, mean over layers and heads; th
 """
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def where_it_ran():
+    return {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {DEVICE}", "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def describe_cases(questions, heard):
