@@ -328,13 +328,17 @@ def draw(out, report):
         write_json(out / f"{name}.json", numbers)
         return out / f"{name}.png"
 
+    def whole(table):
+        """Without the recipes on a part of the speech, which the curve shows."""
+        return {name: row for name, row in table.items() if "@" not in name}
+
     groups = [q.replace("_task_", " task\n").replace("_prompt", " prompt") for q in QUADRANTS]
-    plots.bars(keep("quadrants", report["quadrants"]), groups, {n: list(row.values()) for n, row in report["quadrants"].items()},
+    plots.bars(keep("quadrants", report["quadrants"]), groups, {n: list(row.values()) for n, row in whole(report["quadrants"]).items()},
                "Generalization", "score, % of the text LLM")
     plots.bars(keep("dialogues", report["dialogues"]), [d.replace("_", " ") for d in DIALOGUES],
-               {n: list(row.values()) for n, row in report["dialogues"].items()}, "Conversations of two turns", "score, % of the text LLM")
+               {n: list(row.values()) for n, row in whole(report["dialogues"]).items()}, "Conversations of two turns", "score, % of the text LLM")
     for name, measure in (("ignored", "ignored instruction"), ("retention", "text retention")):
-        cells = {n: [row[measure]] for n, row in report["measures"].items()}
+        cells = {n: [row[measure]] for n, row in whole(report["measures"]).items()}
         plots.bars(keep(name, cells), [measure], cells, measure.capitalize(), "%")
     tasks = list(next(iter(report["tasks"].values())))
     grid = np.array([[row[t] for row in report["tasks"].values()] for t in tasks], dtype=float)
@@ -342,4 +346,4 @@ def draw(out, report):
     curves = {n: (list(row), [100 * c["score"] for c in row.values()], tuple([100 * c["ci95"][end] for c in row.values()] for end in (0, 1)))
               for n, row in report["curve"].items() if all(c["score"] is not None for c in row.values())}
     plots.lines(keep("curve", report["curve"]), curves, "share of the training speech, %", "score on unseen tasks, % of the text LLM", "Data efficiency")
-    plots.attention(keep("attention", report["attention"]), report["attention"])
+    plots.attention(keep("attention", report["attention"]), whole(report["attention"]))

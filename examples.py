@@ -72,6 +72,7 @@ class Recipe:
     text_words: float = 0.4      # share of words that are text in such an example
     span: float = 2.0            # mean length of a text span, words
     repeat: tuple = (0.0, 0.0)   # share of the task "repeat": at the start, and from half-way on
+    lr: float = 1.0              # peak learning rate, as a share of the usual one: Transformer layers and adapters want a smaller one
     loss: str = "ce"             # "ce": the LLM's answer; "kl": its whole next-token distribution
     text_only: float = 0.0       # share of examples without speech: the LLM reads the transcript, and any training task is asked (text-only SFT)
     mixed: float = 0.0           # share of examples that are mixed-modal turns: of a conversation in text some utterances, or spans of them, are spoken

@@ -58,10 +58,10 @@ RECIPES = {
     "mtbi-kl": Recipe("mtbi that imitates the whole next-token distribution", interleave=0.4, repeat=(1.0, 0.2), loss="kl"),
     "asr": Recipe("the task repeat alone: the baseline that was never shown another task", tasks=("repeat",), repeat=(1.0, 1.0)),
     "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks=("continue",), connector="conv"),
-    "self-powered": Recipe("Self-Powered LSM: six kinds of tasks the LLM answers itself, Q-Former and LoRA (arXiv 2410.03798)", connector="qformer", lora=8,
-                           tasks=("repeat", "continue", "keywords", "intent", "category", "sentiment", "translate*"), repeat=(1.0, 0.2)),
+    "self-powered": Recipe("Self-Powered LSM: six kinds of tasks the LLM answers itself, Q-Former and LoRA (arXiv 2410.03798)", repeat=(1.0, 0.2),
+                           tasks=("repeat", "continue", "keywords", "intent", "category", "sentiment", "translate*"), connector="qformer", lora=8, lr=0.25),
     "vanilla-it": Recipe("the same model tuned on ASR instructions alone: speech anchor bias", tasks=("repeat",), repeat=(1.0, 1.0), connector="qformer",
-                         lora=8),
+                         lora=8, lr=0.25),
     "vtb": Recipe("VoiceTextBlender: speech tasks, mixed-modal turns and text-only SFT in one stage, LoRA (arXiv 2410.17485)", tasks=SPOKEN_TASKS, lora=8,
                   repeat=(0.5, 0.2), text_only=0.25, mixed=0.25),
     "vtb-no-text": Recipe("vtb without text-only SFT: are text skills forgotten?", tasks=SPOKEN_TASKS, lora=8, repeat=(0.5, 0.2), mixed=0.25),
@@ -190,7 +190,7 @@ def train_recipe(args):
     examples = Examples(model, utterances, behaviors, frames, recipe, args.steps, args.batch_size, args.seed, args.accumulate)
     examples.explain()
     checkpoint_if_large(model, args.gradient_checkpointing)
-    lr = peak_rate(args.lr, width)
+    lr = peak_rate(args.lr, width, recipe.lr)
     with alone(folder):
         begin(folder, chosen, args.force)
         with timed(f"train {args.recipe}"):
@@ -221,11 +221,11 @@ def connector_size(args, recipe, llm_width, encoder):
     return {"k": k, "hidden": hidden}
 
 
-def peak_rate(asked, llm_width):
+def peak_rate(asked, llm_width, share):
     """The peak learning rate: as asked for, or derived; printed with the reason."""
-    lr = asked or PEAK_AT_192 * 192 / max(192, llm_width)
-    print(f"learning rate: {lr:.2g} at its peak, " + ("as asked by --lr" if asked else
-          f"because {PEAK_AT_192} was best for an LLM of width 192, and this one's is {llm_width}: the wider, the smaller"))
+    lr = asked or share * PEAK_AT_192 * 192 / max(192, llm_width)
+    print(f"learning rate: {lr:.2g} at its peak, " + ("as asked by --lr" if asked else f"{share:g} times {PEAK_AT_192}, which was best for `mtbi` and an LLM "
+          f"of width 192; this one's is {llm_width}, and the wider, the smaller"))
     return lr
 
 

@@ -11,6 +11,8 @@ from files import whole_file
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
+pyplot.rcParams["axes.prop_cycle"] = pyplot.cycler(color=pyplot.get_cmap("tab20").colors[::2] + pyplot.get_cmap("tab20").colors[1::2])      # 20 systems
+
 
 def finish(figure, path):
     with whole_file(path) as temporary:
