@@ -118,3 +118,23 @@ def test_the_checkpoints_are_small_and_have_a_card():
     assert len(files) == 2 and sum(f.stat().st_size for f in files) <= 16e6
     card = (ROOT / "tiny" / "README.md").read_text(encoding="utf-8")
     assert "python -m tiny.pretrain" in card and re.search(r"WER", card)
+
+
+def test_the_llm_knows_what_was_said_before_but_takes_a_second_utterance_for_the_first(llm, rng):
+    """Of two turns, true answers to a question about the same utterance, and about a second one: the second is no use in the tiny world, which is known."""
+    from data import dialogue
+    model, tasks, stream, right = SpeechLLM(*llm), load_tasks(ROOT / "tiny" / "tasks.toml"), world.draws("second", True), {True: [], False: []}
+    for again in right:
+        rows, truths = [], []
+        for _ in range(200):
+            first = next(stream)
+            second = first if again else next(stream)
+            asked = [rng.choice([t for t in tasks.values() if t.applies(u.words)]) for u in (first, second)]
+            answers = [world.ANSWERS[t.name](u) for t, u in zip(asked, (first, second))]
+            heard = [[transcript_tokens(model.tokenizer, u.words)] for u in ((first,) if again else (first, second))]
+            rows.append(chat_parts(model.tokenizer, dialogue([(rng.choice(asked[0].prompts), answers[0])], rng.choice(asked[1].prompts), again), heard))
+            truths.append(answers[1])
+        right[again] = [a == b for a, b in zip(model.generate(rows), truths)]
+    share = {again: sum(hits) / len(hits) for again, hits in right.items()}
+    print(f"true answers in a second turn: {share[True]:.1%} about the same utterance, {share[False]:.1%} about a second one")
+    assert share[True] > 0.9 and share[False] < 0.5
