@@ -90,19 +90,21 @@ def all_recipes(recipes, chosen, curve):
     names = [name for name in (recipes if chosen == "all" else chosen.split(",")) if name and name not in ("text", "cascade")]
     if not names:
         raise UserError("--recipes: names no recipe that is trained; `text` and `cascade` are measured beside any that is")
-    return names + ([f"{name}@{percent}" for name in names if name in CURVE for percent in CURVE[name]] if curve else [])
+    return list(dict.fromkeys(names + ([f"{name}@{percent}" for name in names if name in CURVE for percent in CURVE[name]] if curve else [])))
 
 
 def attempt(run_command, argv, failures, folder, name):
     """Run a command; if it fails, say so, keep the traceback, and go on."""
+    why = folder / f"failed-{argv[0]}-{name}.txt"
     try:
         print(f"\n$ python mtbi.py {' '.join(argv)}", flush=True)
         run_command(argv)
+        why.unlink(missing_ok=True)
         return True
     except Exception as error:                                     # whatever it is, the others are to go on
         failures[f"{folder.name}/{name}"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         print(f"FAILED: {failures[f'{folder.name}/{name}']}")
-        with whole_file(folder / f"failed-{argv[0]}-{name}.txt") as temporary:
+        with whole_file(why) as temporary:
             temporary.write_text(traceback.format_exc(), encoding="utf-8")
         return False
 
@@ -129,7 +131,7 @@ def compare(args, run_command, recipes, where):
     start, failures, out = time.perf_counter(), {}, Path(args.out)
     names, runs = all_recipes(recipes, args.recipes, not args.no_curve), folds(args)
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "function", "out", "recipes", "seeds", "no_curve")}
-    is_done(out, settings, "report.md", half_way="*/config.json")              # recipes and seeds may be added later, but nothing else may change
+    is_done(out, settings, "report.md", half_way="*/config.json", advice="name another --out")      # recipes and seeds may be added later, nothing else
     claim(out, settings)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
     kept = {fold[0]: read_records(out / fold[0], run_fold(fold, args, names, run_command, failures)) for fold in runs}

@@ -32,7 +32,7 @@ class StackMLP(nn.Module):
 
 
 class Conv(nn.Module):
-    """Strided 1-d convolutions, each halving the rate, then a bottleneck MLP with a residual (BLSP, arXiv 2309.00916, section 3.1).
+    """Strided 1-d convolutions, each halving the rate, then a two-layer MLP with a residual (BLSP, arXiv 2309.00916, section 3.1).
 
     frames (B, N * k, D_encoder) -> log2(k) convolutions of stride 2 -> (B, N, D_encoder) -> (B, N, D)
     """
@@ -91,9 +91,10 @@ def frames_a_token(kind, frame_rate, tokens_per_second):
 
 
 def hidden_width(kind, llm_width):
-    """(hidden width, the reason): for an MLP four times the LLM's width; for the Transformer layers of a Q-Former that width itself, in whole heads."""
+    """(hidden width, the reason): for an MLP four times the LLM's width, at most 2048; for the Transformer layers of a Q-Former that width itself, a multiple
+    of 64, at most 1024."""
     if kind == "qformer":
-        return min(1024, -(-llm_width // 64) * 64), f"the LLM's width of {llm_width}, in whole heads, at most 1024"
+        return min(1024, -(-llm_width // 64) * 64), f"the LLM's width of {llm_width}, as a multiple of 64, at most 1024"
     return min(2048, 4 * llm_width), f"four times the LLM's width of {llm_width}, at most 2048"
 
 

@@ -114,32 +114,33 @@ class Bench:
         self.run, self.keys, self.batch_size, self.max_new_tokens = run, keys, batch_size, max_new_tokens
         self.reader = SpeechLLM(*llm)
         self.cases = draw_cases(tasks, utterances, per_prompt, seed)
-        self.references = self.answers_of_text("text", self.cases)
+        self.references, self.ended = self.answers_of_text("text", self.cases)
         self.dialogues = draw_dialogues(self.cases, self.references, dialogues, seed)
-        self.dialogue_references = self.answers_of_text("text-dialogues", self.dialogues)
+        self.dialogue_references, _ = self.answers_of_text("text-dialogues", self.dialogues)
         self.probes = sorted(random.Random(f"probes-{seed}").sample(range(len(self.cases)), min(probes, len(self.cases))))
 
     def read(self, utterance):
         return [transcript_tokens(self.reader.tokenizer, utterance.text)]
 
     def answers_of_text(self, name, cases):
-        """The text LLM's answers to the transcripts: asked once, and kept."""
+        """(the text LLM's answers to the transcripts, which of them ended by themselves): asked once, and kept."""
         path, key = self.run / "bench" / f"{name}.answers.json", self.keys["text"]
-        kept = read_record(path, key)
+        kept = read_record(path, key, "ended")
         if not kept:
-            kept = {"key": key, "answers": self.ask(self.reader, self.read, cases, name)}
+            answers, ended = zip(*self.ask(self.reader, self.read, cases, name)) if cases else ((), ())
+            kept = {"key": key, "answers": list(answers), "ended": list(ended)}
             wait()
             if MAIN:
                 write_json(path, kept)
             self.forget(name)
-        return kept["answers"]
+        return kept["answers"], kept["ended"]
 
     def ask(self, model, hear, cases, name):
-        """The model's answers to the cases."""
+        """The model's answers to the cases: [(text, did it end by itself)]."""
         parts = [c.parts(model.tokenizer, hear) for c in cases]
         order = [(c.task.name, c.utterance.duration) for c in cases]
-        return [text for text, _ in generate_all(model, parts, order, f"bench {name}", self.batch_size, self.max_new_tokens,
-                                                 self.run / "bench" / name, self.keys[name.removesuffix("-dialogues").removesuffix("-retention")])]
+        return generate_all(model, parts, order, f"bench {name}", self.batch_size, self.max_new_tokens, self.run / "bench" / name,
+                            self.keys[name.removesuffix("-dialogues").removesuffix("-retention")])
 
     def forget(self, name):
         """Delete the answers that were kept one by one."""
@@ -153,12 +154,12 @@ class Bench:
             return record
         with timed(f"bench {name}"):
             model, hear = load()
-            answers = self.references if name == "text" else self.ask(model, hear, self.cases, name)
-            spoken = self.dialogue_references if name == "text" else self.ask(model, hear, self.dialogues, f"{name}-dialogues")
-            retained = self.ask(model, self.read, self.cases, f"{name}-retention") if model.lora else self.references      # a frozen LLM answers as ever
-            probes = [self.cases[i] for i in self.probes]
-            gap = behavior_gap(model, self.reader, hear, self.read, probes, [self.references[i] for i in self.probes])
-            attention = attention_shares(model, hear, probes, [self.references[i] for i in self.probes])
+            answers = self.references if name == "text" else texts(self.ask(model, hear, self.cases, name))
+            spoken = self.dialogue_references if name == "text" else texts(self.ask(model, hear, self.dialogues, f"{name}-dialogues"))
+            retained = texts(self.ask(model, self.read, self.cases, f"{name}-retention")) if model.lora else self.references   # a frozen LLM answers as ever
+            probes, responses = [self.cases[i] for i in self.probes], [model.response(self.references[i], self.ended[i]).ids for i in self.probes]
+            gap = behavior_gap(model, self.reader, hear, self.read, probes, responses)
+            attention = attention_shares(model, hear, probes, responses)
         record = {"key": self.keys[name], "answers": answers, "dialogue_answers": spoken,
                   "values": self.values(answers, spoken, retained, gap, attention), "attention": by_layer(attention),
                   "metrics": self.metrics(answers), "repeat_wer": corpus_wer(self.cases, answers), "seconds": round(time.perf_counter() - start, 1)}
@@ -199,6 +200,10 @@ class Bench:
         return table
 
 
+def texts(answers):
+    return [text for text, _ in answers]
+
+
 def read_record(path, key, *more):
     """The record at `path` if it is whole and was measured under this key, or None."""
     try:
@@ -211,11 +216,11 @@ def read_record(path, key, *more):
 # ---- probes: what the LLM does inside ----
 
 @torch.no_grad()
-def behavior_gap(model, reader, hear, read, cases, references, batch_size=32):
-    """KL(LLM reading text || model hearing speech) over the LLM's own answer, nats per token: one number per case."""
+def behavior_gap(model, reader, hear, read, cases, responses, batch_size=32):
+    """KL(LLM reading text || model hearing speech) over the LLM's own answer (`responses`: token ids), nats per token: one number per case."""
     gaps = []
     for at in range(0, len(cases), batch_size):
-        rows = [(c, model.response(r).ids) for c, r in zip(cases[at:at + batch_size], references[at:at + batch_size])]
+        rows = list(zip(cases[at:at + batch_size], responses[at:at + batch_size]))
         heard = model.logits([c.parts(model.tokenizer, hear, ids) for c, ids in rows])[0].log_softmax(-1)           # (R, V)
         text = reader.logits([c.parts(model.tokenizer, read, ids) for c, ids in rows])[0].log_softmax(-1)           # (R, V)
         kl = (text.exp() * (text - heard)).sum(-1)                                                                  # (R)
@@ -235,13 +240,13 @@ def attention_weights(llm):
 
 
 @torch.no_grad()
-def attention_shares(model, hear, cases, references):
+def attention_shares(model, hear, cases, responses):
     """[{"instruction": [by layer], "utterance": [by layer]}] per case: the share of attention, averaged over heads and over the positions that predict the
     answer, that falls on the instruction and on what stands for the utterance; the rest falls on the chat template and on the answer itself."""
     shares, llm = [], model.llm.get_base_model() if model.lora else model.llm
     with attention_weights(llm):
-        for case, reference in zip(cases, references):
-            instruction, heard, response = transcript_tokens(model.tokenizer, case.prompt), hear(case.utterance), model.response(reference).ids
+        for case, response in zip(cases, responses):
+            instruction, heard = transcript_tokens(model.tokenizer, case.prompt), hear(case.utterance)
             slots = [{"role": "user", "content": [{"type": "audio", "audio": None}] * 2}]
             parts = chat_parts(model.tokenizer, slots, [[instruction], heard], response)
             kinds = ["instruction" if p is instruction else "utterance" if any(p is h for h in heard) else "" for p in parts]
@@ -310,7 +315,7 @@ def bootstrap(values, utterances, rng):
 
 
 def summary(record, seconds=0.0):
-    """A system's entry of report.json."""
+    """A system's entry of report.json; `seconds`: of its training, added to those of the benchmark."""
     def over(name):
         rows = record["values"][name]
         return cell([value for _, value in rows], [i for i, _ in rows])

@@ -72,7 +72,7 @@ class Recipe:
     text_words: float = 0.4      # share of words that are text in such an example
     span: float = 2.0            # mean length of a text span, words
     repeat: tuple = (0.0, 0.0)   # share of the task "repeat": at the start, and from half-way on
-    lr: float = 1.0              # peak learning rate, as a share of the usual one: Transformer layers and adapters want a smaller one
+    lr: float = 1.0              # peak learning rate, as a share of the usual one: the Transformer layers of a Q-Former want a smaller one
     loss: str = "ce"             # "ce": the LLM's answer; "kl": its whole next-token distribution
     text_only: float = 0.0       # share of examples without speech: the LLM reads the transcript, and any training task is asked (text-only SFT)
     mixed: float = 0.0           # share of examples that are mixed-modal turns: of a conversation in text some utterances, or spans of them, are spoken
@@ -225,6 +225,8 @@ class Examples:
                 if recipe.trains_on(b.task):
                     kinds = self.behaviors.setdefault(b.utterance, {"repeat": [], "other": []})
                     kinds["repeat" if b.task == "repeat" else "other"].append(b)
+        if recipe.text_only and not recipe.lora:
+            raise UserError("a recipe with text-only examples trains an adapter; with --lora 0 there is nothing in them to train")
         self.utterances = [by_id[i] for i in self.behaviors]
         self.lengths = tuple(u.duration for u in self.utterances)
         if len(self.utterances) < batch_size:
@@ -236,7 +238,7 @@ class Examples:
             print("mixed-modal turns are off: `imitate` asked no questions of two turns")
 
     def explain(self):
-        """Print every derived number once, with its reason."""
+        """Print how much speech there is, what a step is, and how much is trained."""
         seconds, k, step, model = sum(self.lengths), self.model.connector.k, self.batch_size * self.accumulate, self.model
         rate, trainable = model.encoder.frame_rate, sum(p.numel() for p in model.trainable().values())
         print(f"speech: {len(self.utterances)} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s / k = {rate / k:.1f} speech tokens/s")
@@ -265,7 +267,7 @@ class Examples:
         return interleave(self.model.tokenizer, utterance, frames, as_text)
 
     def hear_in_text(self, rng, utterance):
-        """The parts of an utterance of which nothing but one sentence or span is spoken: all of it, or with word times half the time a span of it."""
+        """All of the utterance as speech; or, with word times, half the time one span of its words as speech and the rest as text."""
         if not utterance.words or rng.random() < 0.5:
             return [Speech(self.frames[utterance.id])]
         start = rng.randrange(len(utterance.words))

@@ -66,8 +66,8 @@ def encode_all(encoder, utterances, folder, keep="disk"):
                 write_shards(encoder, mine(todo), names, folder)
                 wait()
                 made = kept_shards(folder)
-        if DEVICE != "cpu":
-            encoder.to("cpu")                                      # its memory on the GPU is for the training
+    if DEVICE != "cpu":
+        encoder.to("cpu")                                          # its memory on the GPU is for the training
     if keep == "ram":                                              # what was on disk already is read now
         made = {name: made[name] if isinstance(made[name], dict) else {name: made[name].get_tensor(name).clone()} for name in set(names.values())}
     return Kept(utterances, {u.id: (made[names[u.id]], names[u.id]) for u in utterances}, width=encoder.width)

@@ -85,7 +85,7 @@ def mend_jsonl(path):
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def is_done(folder, settings, output, force=False, half_way="state/[0-9]*"):
+def is_done(folder, settings, output, force=False, half_way="state/[0-9]*", advice="choose another folder, or --force to redo it"):
     """True if the step with these settings is finished in `folder` and its output is there.
 
     A folder with work of other settings, finished or kept half-way (files that match `half_way`), is refused, unless `force`.
@@ -99,7 +99,7 @@ def is_done(folder, settings, output, force=False, half_way="state/[0-9]*"):
     before = old["settings"] if isinstance(old["settings"], dict) else {}
     changed = [f"{k} was {before.get(k)}, now {settings.get(k)}" for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
     if changed:
-        raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); choose another folder, or --force to redo it")
+        raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); {advice}")
     return bool(old["done"]) and (Path(folder) / output).exists()
 
 

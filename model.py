@@ -223,7 +223,7 @@ class SpeechLLM(nn.Module):
         """The token ids to imitate: the answer and, unless it was cut off, the end of its turn."""
         return Response(tokenize_in_context(self.tokenizer, text)[0] + [self.eot] * ended)
 
-    # -- a run folder holds the connector (and the adapter), and names the LLM and the encoder --
+    # -- RUN/RECIPE holds the connector (and the adapter), and names the LLM and the encoder --
 
     def save(self, folder, spec):
         """Write connector.safetensors (and adapter/) and what is needed to load them again."""

@@ -58,7 +58,7 @@ RECIPES = {
     "mtbi-kl": Recipe("mtbi that imitates the whole next-token distribution", interleave=0.4, repeat=(1.0, 0.2), loss="kl"),
     "asr": Recipe("the task repeat alone: the baseline that was never shown another task", tasks=("repeat",), repeat=(1.0, 1.0)),
     "blsp": Recipe("the task continue alone, with a convolutional connector (arXiv 2309.00916)", tasks=("continue",), connector="conv"),
-    "self-powered": Recipe("Self-Powered LSM: six kinds of tasks the LLM answers itself, Q-Former and LoRA (arXiv 2410.03798)", repeat=(1.0, 0.2),
+    "self-powered": Recipe("Self-Powered LSM: up to six kinds of self-made tasks, Q-Former and LoRA (arXiv 2410.03798)", repeat=(1.0, 0.2),
                            tasks=("repeat", "continue", "keywords", "intent", "category", "sentiment", "translate*"), connector="qformer", lora=8, lr=0.25),
     "vanilla-it": Recipe("the same model tuned on ASR instructions alone: speech anchor bias", tasks=("repeat",), repeat=(1.0, 1.0), connector="qformer",
                          lora=8, lr=0.25),
@@ -232,7 +232,9 @@ def peak_rate(asked, llm_width, share):
 # ---- bench ----
 
 def bench(args):
-    """Score the trained recipes of RUN beside the top line and the cascade on the held-out speech of DATA; write report.json, report.md, plots."""
+    """Score the trained recipes of RUN beside the top line and the cascade on the held-out speech of DATA.
+
+    Writes RUN/report.md, report.json, answers.jsonl, plots, and RUN/bench/, where every answer is kept for the next time."""
     run, (settings, data, utterances) = Path(args.run), run_settings(args.run)
     known, heard = {normalize(u.text) for u in utterances if u.split == "train"}, {u.speaker for u in utterances if u.split == "train"}
     if args.data and Path(args.data).resolve() != data.resolve():
@@ -244,8 +246,8 @@ def bench(args):
         raise UserError(f"{tasks_path}: has changed since `imitate`; run `imitate` again with --force")
     asked = {"manifest": digest(data / "manifest.jsonl"), "tasks": settings["task_table"], "llm": settings["llm_weights"], "per_prompt": args.per_prompt,
              "bits": settings["bits"], "precision": compute_precision(args.precision), "audio": audio_id(tested, data / "features"),
-             "dialogues": args.dialogues, "probes": args.probes, "seed": args.seed, "asr": args.asr, "max_new_tokens": args.max_new_tokens,
-             "trained": {name: trained_weights(run / name) for name in trained}}
+             "dialogues": args.dialogues, "probes": args.probes, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
+             "asr": args.asr and [args.asr, weights_id(named(args.asr), "encoder")], "trained": {name: trained_weights(run / name) for name in trained}}
     if not args.force and (report := reports.earlier_report(run, asked)):
         print(f"{run / 'report.md'}: is written already")
         return reports.show(report, run)
@@ -256,7 +258,7 @@ def bench(args):
     systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()}, transcriber, llm, tested, data / "features",
                                 args.cache_features, args.precision)
     same = {key: value for key, value in asked.items() if key not in ("trained", "asr")}
-    keys = {name: name_of([same, asked["trained"].get(name), transcriber.key if name == "cascade" else ""]) for name in systems}
+    keys = {name: name_of([same, asked["trained"].get(name), weights_id(transcriber.name, "encoder") if name == "cascade" else ""]) for name in systems}
     with alone(run / "bench"):
         for path in (run / "bench").glob("*.json*") if args.force and MAIN else []:
             path.unlink()
@@ -275,7 +277,9 @@ def bench(args):
 
 def recipes_to_bench(run, chosen=""):
     """{name: settings} of the trained recipes of a run, or of those among them that are named; UserError if they did not train on its behaviors."""
-    wanted = [name for name in chosen.split(",") if name and name not in ("text", "cascade")]       # these two are measured beside any
+    wanted = [name for name in chosen.split(",") if name and name not in ("text", "cascade")]
+    if chosen and not wanted:
+        raise UserError("--recipes: names no recipe that is trained; `text` and `cascade` are measured beside any that is")
     trained = trained_recipes(run, wanted)
     if missing := [name for name in wanted if name not in trained] or (not trained and ["mtbi"]):
         raise UserError(f"{run}: holds no trained recipe {missing[0]!r}; run `train {run} --recipe {missing[0]}` first")
@@ -301,7 +305,7 @@ def find_recipe(name):
 def recipe_folders(run):
     """{recipe: its folder} of the recipes whose training was begun, in the order of the recipe table."""
     order, found = list(RECIPES), [path.parent for path in run.glob("*/config.json") if path.parent.name.partition("@")[0] in RECIPES]
-    return {path.name: path for path in sorted(found, key=lambda p: (order.index(p.name.partition("@")[0]), -len(p.name), p.name))}
+    return {path.name: path for path in sorted(found, key=lambda p: (order.index(p.name.partition("@")[0]), len(p.name), p.name))}
 
 
 def trained_recipes(run, wanted=()):
@@ -344,7 +348,8 @@ def show_recipes(args):
 def compare_recipes(args):
     """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
     if args.quick:
-        args.seeds, args.steps, args.per_prompt, args.dialogues, args.probes = 1, min(args.steps, 200), min(args.per_prompt, 4), 30, 48
+        args.seeds, args.steps = 1, min(args.steps, 200)
+        args.per_prompt, args.dialogues, args.probes = min(args.per_prompt, 4), min(args.dialogues, 30), min(args.probes, 48)
     for name in args.recipes.split(",") if args.recipes != "all" else []:
         find_recipe(name)
     compare(args, run_command, RECIPES, reports.where_it_ran())

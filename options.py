@@ -126,8 +126,8 @@ def imitate_options(sub):
 
 def train_options(sub, recipes):
     option(sub, "--recipe", "mtbi", "; ".join(f"{name}: {recipe.about}" for name, recipe in recipes.items()))
-    sub.add_argument("--resume", action="store_true", help="go on with a training that was interrupted, with the options it was begun with "
-                     "(the same command as before goes on, too)")
+    sub.add_argument("--resume", action="store_true", help="go on with a training that was interrupted, with the options it was begun with that "
+                     "change its weights (the same command as before goes on, too)")
     option(sub, "--encoder", "tiny", "the speech encoder: `tiny`, a local folder, or a Hugging Face name")
     sub.add_argument("--pad-whisper", action="store_true", help="run a Whisper encoder on 30 s of padding instead of the audio's own length")
     features_option(sub)
@@ -140,7 +140,7 @@ def train_options(sub, recipes):
     option(sub, "--steps", 1000, "training steps")
     option(sub, "--batch-size", 32, "utterances in a micro-batch")
     option(sub, "--accumulate", 1, "micro-batches in a step; several processes divide the step among them")
-    option(sub, "--lr", None, "peak learning rate; default: by the LLM's width", type=rate)
+    option(sub, "--lr", None, "peak learning rate; default: by the LLM's width and the recipe's share", type=rate)
     precision_option(sub)
     option(sub, "--gradient-checkpointing", "auto", "compute activations again in the backward pass instead of keeping them; auto: from 3B parameters on",
            choices=["auto", "on", "off"])
@@ -155,7 +155,7 @@ def question_options(sub):
 
 def bench_options(sub):
     option(sub, "--data", None, "the data folder whose held-out speech is used; default: the one the run was made from")
-    option(sub, "--recipes", "", "which of the trained recipes, separated by commas; default: all")
+    option(sub, "--recipes", "", "which of the trained recipes, separated by commas: the report then holds only these; default: all")
     question_options(sub)
     option(sub, "--batch-size", 96, "questions answered at once")
     option(sub, "--max-new-tokens", 64, "longest answer, in tokens")
@@ -176,8 +176,8 @@ def compare_options(sub):
     option(sub, "--speech", "tiny", "what `prepare` is given: `tiny`, a manifest, or a folder")
     option(sub, "--train", 1500, "tiny: training utterances to render")
     option(sub, "--test", 300, "tiny: held-out utterances to render")
-    option(sub, "--join", "", "likewise: make strings of single-word recordings, fewest:most words")
-    option(sub, "--count", None, "how many such strings", type=positive)
+    option(sub, "--join", "", "of a manifest of single-word recordings: make strings of them, fewest:most words")
+    option(sub, "--count", None, "how many such strings; default: as many as `prepare` makes", type=positive)
     sub.add_argument("--leave-one-speaker-out", action="store_true", help="a run for each speaker, held out in it, instead of one for each seed")
     option(sub, "--llm", "tiny", "the LLM: `tiny`, a local folder, or a Hugging Face name")
     option(sub, "--encoder", "tiny", "the speech encoder, likewise")

@@ -190,7 +190,7 @@ def describe_recipe(folder, scored):
     yield (f"steps {steps} of {chosen['steps']}, {chosen['batch_size'] * chosen['accumulate']} utterances each"
            + (f"; loss {log[0]['loss']:.3f} -> {sum(row['loss'] for row in log[-20:]) / len(log[-20:]):.3f} nats/token (mean of the last 20 steps), "
               f"{log[-1]['seconds']:.0f} s" if log else "") + ("" if done else "; not finished: the same `train` command goes on"))
-    yield describe_scores(scored) if scored else "not benchmarked yet"
+    yield describe_scores(scored) if scored else "not in the last report"
 
 
 def describe_scores(entry):

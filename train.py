@@ -41,7 +41,8 @@ class Progress:
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over `warmup` steps, then a cosine to zero."""
+    """Linear warm-up over `warmup` steps, at most half of them, then a cosine to zero."""
+    warmup = min(warmup, max(1, steps // 2))
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
 
 

@@ -140,7 +140,7 @@ def test_info_tells_what_a_run_folder_is(own_run, capsys, tmp_path):
     assert mtbi.main(["info", str(own_run)]) == 0
     said = capsys.readouterr().out
     for words in ("tiny, 4 bits (NF4)", "48 utterances", "48 with word times", "behaviors", "asr", "connector qformer (k 6, hidden 16), LoRA of rank 2",
-                  "steps 2 of 2, 8 utterances each", "not benchmarked yet", "report     none yet"):
+                  "steps 2 of 2, 8 utterances each", "not in the last report", "report     none yet"):
         assert words in said, (words, said)
     assert (own_run / "asr" / "adapter" / "adapter_config.json").exists()
     assert mtbi.main(["info", str(tmp_path)]) == 2

@@ -31,10 +31,10 @@ def reader(model):
 def test_the_behavior_gap_is_zero_for_text_and_the_kl_loss_for_speech(model, cases, frames):
     few = cases[:6]
     references = model.generate([c.parts(model.tokenizer, reader(model)) for c in few])
-    assert benchmark.behavior_gap(model, model, reader(model), reader(model), few, references) == pytest.approx([0] * 6, abs=1e-6)
-    gaps = benchmark.behavior_gap(model, model, lambda u: [Speech(frames[u.id])], reader(model), few, references, batch_size=4)
-    for case, reference, gap in zip(few, references, gaps):
-        ids = model.response(reference).ids
+    responses = [model.response(reference).ids for reference in references]
+    assert benchmark.behavior_gap(model, model, reader(model), reader(model), few, responses) == pytest.approx([0] * 6, abs=1e-6)
+    gaps = benchmark.behavior_gap(model, model, lambda u: [Speech(frames[u.id])], reader(model), few, responses, batch_size=4)
+    for case, ids, gap in zip(few, responses, gaps):
         with torch.no_grad():
             kl = model([case.parts(model.tokenizer, lambda u: [Speech(frames[u.id])], ids)], [case.parts(model.tokenizer, reader(model), ids)])
         assert gap == pytest.approx(kl.item() / len(ids), rel=1e-3, abs=1e-5) and gap > 0
@@ -45,7 +45,7 @@ def test_attention_shares_are_shares_of_the_very_prompt_that_is_asked(model, cas
     references = model.generate([c.parts(model.tokenizer, reader(model)) for c in few])
     before = model.llm.config._attn_implementation
     for hear in (reader(model), lambda u: [Speech(frames[u.id])]):
-        for row in benchmark.attention_shares(model, hear, few, references):
+        for row in benchmark.attention_shares(model, hear, few, [model.response(reference).ids for reference in references]):
             assert len(row["instruction"]) == len(row["utterance"]) == model.llm.config.num_hidden_layers
             assert all(0 < a and 0 < b and a + b < 1 for a, b in zip(row["instruction"], row["utterance"]))
     assert model.llm.config._attn_implementation == before, "the fast kernels are back"

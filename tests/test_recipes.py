@@ -53,7 +53,7 @@ def test_every_recipe_finds_its_tasks_in_both_task_tables(table):
 
 def test_text_only_examples_have_no_speech_and_mixed_ones_have_some_beside_text(model, utterances, run, frames):
     def shares(**row):
-        rows = [parts for step in range(6) for parts in examples_of(Recipe("", **row), model, utterances, run, frames).batch(step)[0]]
+        rows = [parts for step in range(6) for parts in examples_of(Recipe("", lora=2, **row), model, utterances, run, frames).batch(step)[0]]
         return rows, [any(isinstance(p, Speech) for p in parts) for parts in rows]
 
     rows, spoken = shares(text_only=1.0)
@@ -105,6 +105,11 @@ def test_a_part_of_the_speech_is_the_same_part_and_a_part_of_a_larger_part(utter
 def test_a_recipe_that_is_none_is_refused(name, run, capsys):
     assert main(["train", str(run), "--recipe", name]) == 2
     assert "there is no recipe" in capsys.readouterr().err
+
+
+def test_text_alone_without_an_adapter_is_refused(run, capsys):
+    assert main(["train", str(run), "--recipe", "vtb", "--lora", "0", "--steps", "2", "--batch-size", "8"]) == 2
+    assert "there is nothing in them to train" in capsys.readouterr().err
 
 
 def test_nothing_is_trained_for_the_top_line_and_the_cascade(run, capsys):
