@@ -191,7 +191,9 @@ def decide(about, kept):
 def summarize(out, kept, names):
     """Everything report.md and the plots show."""
     def over(name, measure):
-        return over_runs([rows_of(records[name], measure) for records in kept.values() if name in records])
+        found = over_runs([rows_of(records[name], measure) for records in kept.values() if name in records])
+        most = np.inf if measure == "behavior gap" else 1.0       # no score is below 0 or above 1, whatever Student's t says
+        return {**found, "ci95": [None if end is None else float(np.clip(end, 0, most)) for end in found["ci95"]]}
 
     found = [name for name in names if any(name in records for records in kept.values())]
     tasks = list(dict.fromkeys(t for records in kept.values() for record in records.values() for t in record["values"] if t.startswith("task ")))
