@@ -305,7 +305,7 @@ The rule, written before the run: {RULE} Runs: {', '.join(meta['runs'])}.
 
 ## Data efficiency
 
-![unseen tasks by share of the speech](curve.png)
+{'![unseen tasks by share of the speech](curve.png)' if report['curve'] else 'Not measured: no recipe was trained on a part of the speech.'}
 
 ## Attention
 
@@ -349,5 +349,6 @@ def draw(out, report):
     plots.heat_map(keep("tasks", report["tasks"]), tasks, list(report["tasks"]), grid, "score by task, %")
     curves = {n: (list(row), [100 * c["score"] for c in row.values()], tuple([100 * c["ci95"][end] for c in row.values()] for end in (0, 1)))
               for n, row in report["curve"].items() if all(c["score"] is not None for c in row.values())}
-    plots.lines(keep("curve", report["curve"]), curves, "share of the training speech, %", "score on unseen tasks, % of the text LLM", "Data efficiency")
+    if report["curve"]:
+        plots.lines(keep("curve", report["curve"]), curves, "share of the training speech, %", "score on unseen tasks, % of the text LLM", "Data efficiency")
     plots.attention(keep("attention", report["attention"]), whole(report["attention"]))

@@ -148,7 +148,8 @@ def test_compare_reports_a_failed_recipe_goes_on_with_the_others_and_does_nothin
     assert verdicts["MTBI generalizes to unseen tasks better than blsp", "mtbi − blsp"] == "not measured"
     text = (out / "report.md").read_text(encoding="utf-8")
     assert compare.RULE in text and "**Failed:**" in text and "power of two" in text
-    for name in ("quadrants", "tasks", "ignored", "retention", "dialogues", "curve", "attention"):
+    assert "no recipe was trained on a part" in text and not (out / "curve.png").exists()
+    for name in ("quadrants", "tasks", "ignored", "retention", "dialogues", "attention"):
         assert (out / f"{name}.png").stat().st_size > 1000 and json.loads((out / f"{name}.json").read_text(encoding="utf-8")) is not None
     trained = report["training"]
     assert trained["mtbi"]["audio_seconds"] > 0 and trained["vtb"]["trained_parameters"] > trained["mtbi"]["trained_parameters"]
