@@ -124,7 +124,8 @@ def test_resume_takes_the_options_the_training_was_begun_with(run, tmp_path, cap
     assert main(["train", str(new), "--resume"]) == 0
     assert "resuming at step 5" in capsys.readouterr().out
     log = read_log(new / "mtbi" / "log.jsonl")
-    assert len(log) == 12 and max(row["lr"] for row in log) == pytest.approx(0.004) and read_json(new / "mtbi" / "config.json")["settings"]["recipe"]["loss"] == "kl"
+    assert len(log) == 12 and max(row["lr"] for row in log) == pytest.approx(0.004)
+    assert read_json(new / "mtbi" / "config.json")["settings"]["recipe"]["loss"] == "kl"
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(model, examples, tmp_path, capsys):
