@@ -115,6 +115,10 @@ def test_two_processes_write_the_behaviors_and_the_report_of_one(data, tmp_path)
     said = both("bench", two, "--per-prompt", 1)
     assert said.count("\nreport:") == 1 and not list(two.glob("*.part-*"))
     reports = [read_json(r / "report.json")["recipes"] for r in (one, two)]
+    inside = [{name: entry.pop("attention") | {"gap": entry.pop("behavior_gap")["score"]} for name, entry in report.items()} for report in reports]
+    for name in inside[0]:                                         # sums of floats, which round by the number of threads
+        for kind, value in inside[0][name].items():
+            assert inside[1][name][kind] == pytest.approx(value, abs=1e-4)
     for report in reports:
         for entry in report.values():
             entry.pop("seconds")
