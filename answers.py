@@ -1,6 +1,7 @@
 """Many questions answered by an LLM, in batches, each kept as soon as it is there: stage 1 and the benchmark both come through here."""
 
 import json
+import sys
 from dataclasses import replace
 
 import torch
@@ -47,7 +48,7 @@ def answer_in_memory(model, conversations, max_new_tokens):
     if not half:
         raise UserError(f"one question at a time is still too much for this GPU ({why}); `plan` says what fits")
     torch.cuda.empty_cache()
-    tqdm.write(f"out of memory with {len(conversations)} questions at once: {half} at a time; a smaller --batch-size saves the attempt")
+    tqdm.write(f"out of memory with {len(conversations)} questions at once: {half} at a time; a smaller --batch-size saves the attempt", file=sys.stderr)
     return [answer for rows in (conversations[:half], conversations[half:]) for answer in answer_in_memory(model, rows, max_new_tokens)]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import plots
 from data import read_manifest
-from eval import DIALOGUES, QUADRANTS, RESAMPLES, bootstrap
+from eval import DIALOGUES, QUADRANTS, RESAMPLES, bootstrap, quadrant_names
 from files import UserError, claim, is_done, read_json, whole_file, write_json
 from report import percent
 from train import read_log
@@ -85,12 +85,9 @@ def folds(args):
     return [(f"seed-{seed}", source, seed) for seed in range(args.seeds)]
 
 
-def all_recipes(recipes, chosen, curve):
-    """The recipes to train: those chosen, and what the data-efficiency curve needs of them."""
-    names = [name for name in (recipes if chosen == "all" else chosen.split(",")) if name and name not in ("text", "cascade")]
-    if not names:
-        raise UserError("--recipes: names no recipe that is trained; `text` and `cascade` are measured beside any that is")
-    return list(dict.fromkeys(names + ([f"{name}@{percent}" for name in names if name in CURVE for percent in CURVE[name]] if curve else [])))
+def with_curve(names):
+    """The recipes chosen, and what the data-efficiency curve needs of them."""
+    return list(dict.fromkeys(names + [f"{name}@{share}" for name in names if name in CURVE for share in CURVE[name]]))
 
 
 def attempt(run_command, argv, failures, folder, name):
@@ -111,7 +108,8 @@ def attempt(run_command, argv, failures, folder, name):
 
 def run_fold(fold, args, names, run_command, failures):
     """Prepare, imitate, train and bench one run, where that is not done already; returns the recipes that are measured now."""
-    folder, prepare, seed = Path(args.out) / fold[0], *fold[1:]
+    name, prepare, seed = fold
+    folder = Path(args.out) / name
     always, size = ["--seed", str(seed)], ["--train", str(args.train), "--test", str(args.test)] if args.speech == "tiny" else []
     data = str(folder / "data")
     if not (attempt(run_command, [*prepare, *size, "--out", data, *always], failures, folder, "data") and
@@ -126,10 +124,10 @@ def run_fold(fold, args, names, run_command, failures):
     return ["text", "cascade", *done] if done else []
 
 
-def compare(args, run_command, recipes, where):
+def compare(args, run_command, chosen, where):
     """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
     start, failures, out = time.perf_counter(), {}, Path(args.out)
-    names, runs = all_recipes(recipes, args.recipes, not args.no_curve), folds(args)
+    names, runs = chosen if args.no_curve else with_curve(chosen), folds(args)
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "function", "out", "recipes", "seeds", "no_curve")}
     is_done(out, settings, "report.md", half_way="*/config.json", advice="name another --out")      # recipes and seeds may be added later, nothing else
     claim(out, settings)
@@ -238,7 +236,7 @@ def claims_table(report):
 
 
 def recipe_table(report):
-    lines = ["| recipe (runs) | " + " | ".join(q.replace("_task_", " task × ").replace("_prompt", " prompt") for q in QUADRANTS) +
+    lines = ["| recipe (runs) | " + " | ".join(quadrant_names(" × ")) +
              " | repeat WER | ignored instruction | behavior gap | text retention | conversations |", "|---|" + "---|" * 9]
     for name, row in report["quadrants"].items():
         m = report["measures"][name]
@@ -336,8 +334,7 @@ def draw(out, report):
         """Without the recipes on a part of the speech, which the curve shows."""
         return {name: row for name, row in table.items() if "@" not in name}
 
-    groups = [q.replace("_task_", " task\n").replace("_prompt", " prompt") for q in QUADRANTS]
-    plots.bars(keep("quadrants", report["quadrants"]), groups, {n: list(row.values()) for n, row in whole(report["quadrants"]).items()},
+    plots.bars(keep("quadrants", report["quadrants"]), quadrant_names("\n"), {n: list(row.values()) for n, row in whole(report["quadrants"]).items()},
                "Generalization", "score, % of the text LLM")
     plots.bars(keep("dialogues", report["dialogues"]), [d.replace("_", " ") for d in DIALOGUES],
                {n: list(row.values()) for n, row in whole(report["dialogues"]).items()}, "Conversations of two turns", "score, % of the text LLM")

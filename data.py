@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AddedToken
 
-from files import UserError, read_jsonl, relative, whole_file
+from files import UserError, name_of, read_jsonl, relative, whole_file
 
 SAMPLE_RATE = 16000          # Hz; everything is resampled to it
 MIN_SECONDS = 0.1            # less gives some encoders not one frame
@@ -158,7 +158,7 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None):
 
 def utterances_id(utterances):
     """Names what stage 1 depends on: audio, transcripts and split; word times may be added later."""
-    return hashlib.sha256(repr([(u.id, u.text, u.split) for u in utterances]).encode()).hexdigest()[:12]
+    return name_of([(u.id, u.text, u.split) for u in utterances])
 
 
 def normalize(text):

@@ -19,8 +19,6 @@ from hub import TINY, load_or_explain
 from parallel import DEVICE
 
 
-# ---- the frozen speech encoder ----
-
 class SpeechEncoder(nn.Module):
     """Any Hugging Face speech encoder (Whisper, WavLM, HuBERT, wav2vec 2.0, Parakeet, …) with its own feature extractor, frozen, in eval mode.
 

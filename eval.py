@@ -16,13 +16,19 @@ import torch
 from answers import forget_parts, generate_all
 from data import Speech, chat_parts, dialogue, normalize, transcript_tokens
 from features import encode_all
-from files import UserError, read_json, timed, write_json
+from files import UserError, read_json, read_json_if_whole, timed, write_json
 from model import SpeechLLM
 from parallel import MAIN, wait
 
 QUADRANTS = ["seen_task_seen_prompt", "seen_task_unseen_prompt", "unseen_task_seen_prompt", "unseen_task_unseen_prompt"]
 DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]      # the multi-turn mixed-modal set
+PARTS = ["", "-dialogues", "-retention"]      # what a system is asked: the cases, the dialogues, and, if it has an adapter, the cases in text
 RESAMPLES = 1000             # bootstrap resamples of the utterances
+
+
+def quadrant_names(between):
+    """The quadrants for people: "seen task × seen prompt", …, with `between` between task and prompt."""
+    return [q.replace("_task_", f" task{between}").replace("_prompt", " prompt") for q in QUADRANTS]
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,11 @@ def draw_dialogues(cases, answers, n, seed):
     return drawn
 
 
-def systems(run, encoders, transcriber, llm, utterances, cache, keep, precision):
+def systems(run, encoders, transcriber, llm, reader, utterances, cache, keep, precision):
     """{name: function that loads it, giving (model, hear)}: the top line, the cascade if there is a transcriber for it, and each trained recipe.
 
-    encoders: {recipe: function that gives its speech encoder}; llm: the (LLM, tokenizer) that the frozen recipes share.
+    encoders: {recipe: function that gives its speech encoder}; llm: the (LLM, tokenizer) that the frozen recipes share; reader: the SpeechLLM of these alone.
     """
-    reader = SpeechLLM(*llm)
-
     def text():
         return reader, lambda u: [transcript_tokens(reader.tokenizer, u.text)]
 
@@ -110,41 +114,40 @@ def systems(run, encoders, transcriber, llm, utterances, cache, keep, precision)
 class Bench:
     """The questions, the top line's answers to them, and the record of each system."""
 
-    def __init__(self, run, tasks, utterances, llm, keys, *, per_prompt, dialogues, probes, seed, batch_size, max_new_tokens):
-        self.run, self.keys, self.batch_size, self.max_new_tokens = run, keys, batch_size, max_new_tokens
-        self.reader = SpeechLLM(*llm)
+    def __init__(self, run, tasks, utterances, reader, keys, *, per_prompt, dialogues, probes, seed, batch_size, max_new_tokens):
+        self.run, self.reader, self.keys, self.batch_size, self.max_new_tokens = run, reader, keys, batch_size, max_new_tokens
         self.cases = draw_cases(tasks, utterances, per_prompt, seed)
-        self.references, self.ended = self.answers_of_text("text", self.cases)
+        self.references, self.ended = self.answers_of_text("", self.cases)
         self.dialogues = draw_dialogues(self.cases, self.references, dialogues, seed)
-        self.dialogue_references, _ = self.answers_of_text("text-dialogues", self.dialogues)
+        self.dialogue_references, _ = self.answers_of_text("-dialogues", self.dialogues)
         self.probes = sorted(random.Random(f"probes-{seed}").sample(range(len(self.cases)), min(probes, len(self.cases))))
 
     def read(self, utterance):
         return [transcript_tokens(self.reader.tokenizer, utterance.text)]
 
-    def answers_of_text(self, name, cases):
+    def answers_of_text(self, part, cases):
         """(the text LLM's answers to the transcripts, which of them ended by themselves): asked once, and kept."""
-        path, key = self.run / "bench" / f"{name}.answers.json", self.keys["text"]
+        path, key = self.run / "bench" / f"text{part}.answers.json", self.keys["text"]
         kept = read_record(path, key, "ended")
         if not kept:
-            answers, ended = zip(*self.ask(self.reader, self.read, cases, name)) if cases else ((), ())
+            answers, ended = zip(*self.ask(self.reader, self.read, cases, "text", part)) if cases else ((), ())
             kept = {"key": key, "answers": list(answers), "ended": list(ended)}
             wait()
             if MAIN:
                 write_json(path, kept)
-            self.forget(name)
+            self.forget("text")
         return kept["answers"], kept["ended"]
 
-    def ask(self, model, hear, cases, name):
-        """The model's answers to the cases: [(text, did it end by itself)]."""
+    def ask(self, model, hear, cases, name, part=""):
+        """The answers of the system `name` to the cases: [(text, did it end by itself)]; `part`: one of PARTS."""
         parts = [c.parts(model.tokenizer, hear) for c in cases]
         order = [(c.task.name, c.utterance.duration) for c in cases]
-        return generate_all(model, parts, order, f"bench {name}", self.batch_size, self.max_new_tokens, self.run / "bench" / name,
-                            self.keys[name.removesuffix("-dialogues").removesuffix("-retention")])
+        return generate_all(model, parts, order, f"bench {name}{part}", self.batch_size, self.max_new_tokens, self.run / "bench" / f"{name}{part}",
+                            self.keys[name])
 
     def forget(self, name):
         """Delete the answers that were kept one by one."""
-        for part in ("", "-dialogues", "-retention"):
+        for part in PARTS:
             forget_parts(self.run / "bench" / f"{name}{part}")
 
     def record(self, name, load):
@@ -155,8 +158,8 @@ class Bench:
         with timed(f"bench {name}"):
             model, hear = load()
             answers = self.references if name == "text" else texts(self.ask(model, hear, self.cases, name))
-            spoken = self.dialogue_references if name == "text" else texts(self.ask(model, hear, self.dialogues, f"{name}-dialogues"))
-            retained = texts(self.ask(model, self.read, self.cases, f"{name}-retention")) if model.lora else self.references   # a frozen LLM answers as ever
+            spoken = self.dialogue_references if name == "text" else texts(self.ask(model, hear, self.dialogues, name, "-dialogues"))
+            retained = texts(self.ask(model, self.read, self.cases, name, "-retention")) if model.lora else self.references   # a frozen LLM answers as ever
             probes, responses = [self.cases[i] for i in self.probes], [model.response(self.references[i], self.ended[i]).ids for i in self.probes]
             gap = behavior_gap(model, self.reader, hear, self.read, probes, responses)
             attention = attention_shares(model, hear, probes, responses)
@@ -173,12 +176,11 @@ class Bench:
         """{measure: [[utterance id, value], ...]}, one value per question: what intervals and paired differences are made of."""
         def scored(cases, references, answers):
             return [(c, score(c.task.metric, r, a)) for c, r, a in zip(cases, references, answers)]
-        values = {name: [] for name in [*QUADRANTS, *DIALOGUES]}
-        for case, value in scored(self.cases, self.references, answers) + scored(self.dialogues, self.dialogue_references, spoken):
+        values, rows = {name: [] for name in [*QUADRANTS, *DIALOGUES]}, scored(self.cases, self.references, answers)
+        for case, value in rows + scored(self.dialogues, self.dialogue_references, spoken):
             values[case.quadrant].append((case, value))
-        values |= {f"task {name}": [] for name in dict.fromkeys(c.task.name for c in self.cases)}
-        for case, value in scored(self.cases, self.references, answers):
-            values[f"task {case.task.name}"].append((case, value))
+        for case, value in rows:
+            values.setdefault(f"task {case.task.name}", []).append((case, value))
         values["ignored instruction"] = [(c, float(repeats_instead(c, r, a))) for c, r, a in zip(self.cases, self.references, answers)
                                          if c.task.name != "repeat"]
         values["text retention"] = scored(self.cases, self.references, retained)
@@ -206,11 +208,8 @@ def texts(answers):
 
 def read_record(path, key, *more):
     """The record at `path` if it is whole and was measured under this key, or None."""
-    try:
-        record = read_json(path, "key", "answers", *more)
-    except UserError:
-        return None
-    return record if record["key"] == key else None
+    record = read_json_if_whole(path, "key", "answers", *more)
+    return record if record and record["key"] == key else None
 
 
 # ---- probes: what the LLM does inside ----

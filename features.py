@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import load_audio
-from files import UserError, one_thread, read_json, timed, whole_file, write_json
+from files import UserError, name_of, one_thread, read_json_if_whole, timed, whole_file, write_json
 from parallel import DEVICE, MAIN, WORLD, mine, wait
 
 KEEP = ("disk", "ram", "off")
@@ -76,7 +76,7 @@ def encode_all(encoder, utterances, folder, keep="disk"):
 def audio_id(utterances, folder):
     """Names the content of all recordings, so that one that changed is noticed."""
     names = content_names(utterances, Path(folder))
-    return hashlib.sha256(repr([names[u.id] for u in utterances]).encode()).hexdigest()[:12]
+    return name_of([names[u.id] for u in utterances])
 
 
 def encode(encoder, utterances, names):
@@ -117,12 +117,8 @@ def open_shard(path, _written):
 
 def content_names(utterances, folder):
     """{utterance id: name of the content of its recording}; a file of the same size and date as last time is not read again."""
-    path, known = folder / "contents.json", {}
-    if path.exists():
-        try:
-            known = read_json(path)
-        except UserError:
-            pass                                                   # it only saves time: read all files again
+    path = folder / "contents.json"
+    known = read_json_if_whole(path) or {}
     names, found = {}, {}
     for u in utterances:
         stamp = [u.audio.stat().st_size, u.audio.stat().st_mtime_ns] if u.audio.is_file() else None

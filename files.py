@@ -1,5 +1,6 @@
 """Files and steps: files are written whole or not at all, a step that is done is not done again, and what went wrong is said in one line."""
 
+import hashlib
 import json
 import os
 import time
@@ -15,8 +16,6 @@ from parallel import MAIN
 class UserError(Exception):
     """Something the user can mend. The command line prints it as one line on stderr and exits with code 2."""
 
-
-# ---- files are written whole or not at all; a step that is done is not done again ----
 
 @contextmanager
 def whole_file(path):
@@ -52,6 +51,19 @@ def read_json(path, *keys):
     if not isinstance(value, dict) or any(key not in value for key in keys):
         raise UserError(f"{path}: is not what this program writes there; make it again with --force")
     return value
+
+
+def read_json_if_whole(path, *keys):
+    """The same, or None: for what only saves time, and is made again if it is lost or damaged."""
+    try:
+        return read_json(path, *keys)
+    except UserError:
+        return None
+
+
+def name_of(settings):
+    """Names a set of settings, or of anything that has a repr."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
 def read_lines(path):

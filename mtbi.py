@@ -41,7 +41,7 @@ from data import ask, normalize, read_manifest, utterances_id
 from encoder import shared_encoder
 from examples import ALWAYS, Examples, Recipe, draw_dialogues, draw_questions, load_tasks, read_behaviors
 from features import audio_id, encode_all
-from files import UserError, alone, claim, is_done, read_config, relative, timed, write_jsonl
+from files import UserError, alone, claim, is_done, name_of, read_config, relative, timed, write_jsonl
 from model import CHECKPOINT_FROM, SpeechLLM, compute_precision, load_llm, shared_llm
 from hub import named, weights_id
 from options import build_parser
@@ -76,11 +76,6 @@ def digest(path):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def name_of(settings):
-    """Names a set of settings."""
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
 def say_where():
@@ -253,10 +248,11 @@ def bench(args):
         return reports.show(report, run)
     say_where()
     encoders = {name: (chosen["encoder"], chosen["pad_whisper"]) for name, chosen in trained.items()}
-    llm, transcriber = shared_llm(settings["llm"], settings["bits"], args.precision), named(args.asr) if args.asr else next(iter(encoders.values()))
-    transcriber = shared_encoder(*transcriber) if isinstance(transcriber, tuple) else shared_encoder(transcriber)
-    systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()}, transcriber, llm, tested, data / "features",
-                                args.cache_features, args.precision)
+    llm = shared_llm(settings["llm"], settings["bits"], args.precision)
+    reader = SpeechLLM(*llm)
+    transcriber = shared_encoder(*((named(args.asr), False) if args.asr else next(iter(encoders.values()))))
+    systems = benchmark.systems(run, {name: partial(shared_encoder, *key) for name, key in encoders.items()}, transcriber, llm, reader, tested,
+                                data / "features", args.cache_features, args.precision)
     same = {key: value for key, value in asked.items() if key not in ("trained", "asr")}
     keys = {name: name_of([same, asked["trained"].get(name), weights_id(transcriber.name, "encoder") if name == "cascade" else ""]) for name in systems}
     with alone(run / "bench"):
@@ -264,7 +260,7 @@ def bench(args):
             path.unlink()
         wait()
         tasks = load_tasks(tasks_path)
-        questions = benchmark.Bench(run, tasks, tested, llm, keys, per_prompt=args.per_prompt, dialogues=args.dialogues, probes=args.probes,
+        questions = benchmark.Bench(run, tasks, tested, reader, keys, per_prompt=args.per_prompt, dialogues=args.dialogues, probes=args.probes,
                                     seed=args.seed, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
         records = {name: questions.record(name, load) for name, load in systems.items()}
     meta = {**reports.describe_cases(questions, heard), "task_splits": {t.name: t.split for t in tasks.values()}, "llm": settings["llm"], "asked": asked,
@@ -277,9 +273,7 @@ def bench(args):
 
 def recipes_to_bench(run, chosen=""):
     """{name: settings} of the trained recipes of a run, or of those among them that are named; UserError if they did not train on its behaviors."""
-    wanted = [name for name in chosen.split(",") if name and name not in ("text", "cascade")]
-    if chosen and not wanted:
-        raise UserError("--recipes: names no recipe that is trained; `text` and `cascade` are measured beside any that is")
+    wanted = named_recipes(chosen) if chosen else []
     trained = trained_recipes(run, wanted)
     if missing := [name for name in wanted if name not in trained] or (not trained and ["mtbi"]):
         raise UserError(f"{run}: holds no trained recipe {missing[0]!r}; run `train {run} --recipe {missing[0]}` first")
@@ -300,6 +294,14 @@ def find_recipe(name):
     if row not in RECIPES or at and not (percent.isdecimal() and 1 <= int(percent) <= 99):
         raise UserError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, and each with a part of the speech alone, like mtbi@10 for 10%")
     return replace(RECIPES[row], speech=int(percent) / 100) if at else RECIPES[row]
+
+
+def named_recipes(text):
+    """Those that are trained among the recipes of a list separated by commas. UserError if there are none, or one that is not in the table."""
+    names = [name for name in text.split(",") if name and find_recipe(name).connector]
+    if not names:
+        raise UserError("--recipes: names no recipe that is trained; `text` and `cascade` are measured beside any that is")
+    return names
 
 
 def recipe_folders(run):
@@ -350,9 +352,7 @@ def compare_recipes(args):
     if args.quick:
         args.seeds, args.steps = 1, min(args.steps, 200)
         args.per_prompt, args.dialogues, args.probes = min(args.per_prompt, 4), min(args.dialogues, 30), min(args.probes, 48)
-    for name in args.recipes.split(",") if args.recipes != "all" else []:
-        find_recipe(name)
-    compare(args, run_command, RECIPES, reports.where_it_ran())
+    compare(args, run_command, named_recipes(",".join(RECIPES) if args.recipes == "all" else args.recipes), reports.where_it_ran())
 
 
 def demo(args):

@@ -185,7 +185,7 @@ def weight_bytes(llm, bits, dtype):
 
 @dataclass
 class Step:
-    """What a training step is made of: `batch` conversations of `speech` encoder frames, `prompt` and `answer` tokens."""
+    """What a training step is made of: `batch` conversations of `frames` encoder frames, `prompt` and `answer` tokens."""
     batch: int
     frames: int
     prompt: int

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from eval import QUADRANTS
+from eval import quadrant_names
 from files import whole_file
 
 matplotlib.use("Agg")
@@ -20,13 +20,13 @@ def finish(figure, path):
     pyplot.close(figure)
 
 
-def bars(path, groups, cells, title, ylabel, percent=True):
+def bars(path, groups, cells, title, ylabel):
     """cells: {system: one {"score", "ci95"} per group}."""
     figure, axes = pyplot.subplots(figsize=(max(6, 2 + 0.22 * len(groups) * len(cells)), 4))
-    width, factor = 0.8 / len(cells), 100 if percent else 1
+    width = 0.8 / len(cells)
     for i, (name, row) in enumerate(cells.items()):
-        means = [factor * (c["score"] or 0) for c in row]
-        spread = [[factor * abs((c["score"] or 0) - (c["ci95"][end] if c["ci95"][end] is not None else 0)) for c in row] for end in (0, 1)]
+        means = [100 * (c["score"] or 0) for c in row]
+        spread = [[100 * abs((c["score"] or 0) - (c["ci95"][end] if c["ci95"][end] is not None else 0)) for c in row] for end in (0, 1)]
         axes.bar(np.arange(len(groups)) + i * width, means, width * 0.9, yerr=spread, capsize=2, label=name)
     axes.set_xticks(np.arange(len(groups)) + 0.4 - width / 2, groups)
     axes.set(ylabel=ylabel, title=title)
@@ -74,7 +74,7 @@ def attention(path, systems):
 def of_bench(folder, report, logs):
     """quadrants.png, tasks.png, attention.png and loss.png of one run; logs: {recipe: rows of its log}."""
     folder, recipes, splits = Path(folder), report["recipes"], report["meta"]["task_splits"]
-    bars(folder / "quadrants.png", [q.replace("_task_", " task\n").replace("_prompt", " prompt") for q in QUADRANTS],
+    bars(folder / "quadrants.png", quadrant_names("\n"),
          {name: list(row["quadrants"].values()) for name, row in recipes.items()}, "Generalization (bars: 95% interval over utterances)",
          "score, % of the text LLM")
     tasks = sorted(next(iter(recipes.values()))["tasks"], key=lambda t: splits[t] == "unseen")

@@ -8,12 +8,11 @@ import torch
 import transformers
 
 import plots
-from eval import DIALOGUES, QUADRANTS, summary
-from files import UserError, read_config, read_json, whole_file, write_json, write_jsonl
+from eval import DIALOGUES, QUADRANTS, quadrant_names, summary
+from files import UserError, read_config, read_json, read_json_if_whole, whole_file, write_json, write_jsonl
 from parallel import DEVICE
 from train import read_log
 
-# ---- the report ----
 
 def percent(value, digits=1):
     return "–" if value is None else f"{100 * value:.{digits}f}%"
@@ -21,7 +20,7 @@ def percent(value, digits=1):
 
 def quadrant_table(report):
     """The table people look at first, as markdown."""
-    names = [q.replace("_task_", " task × ").replace("_prompt", " prompt") for q in QUADRANTS]
+    names = quadrant_names(" × ")
     lines = ["| system | " + " | ".join(names) + " | repeat WER | ignored instruction |", "|---|" + "---|" * (len(names) + 2)]
     for name, entry in report["recipes"].items():
         cells = [f"{percent(c['score'])} [{percent(c['ci95'][0], 0)}, {percent(c['ci95'][1], 0)}]" for c in entry["quadrants"].values()]
@@ -127,12 +126,12 @@ def describe_cases(questions, heard):
 def write_report(folder, questions, records, meta, seed):
     """answers.jsonl, the plots, report.md, and last report.json, which is returned."""
     cases, answers = questions.cases, {name: record["answers"] for name, record in records.items()}
-    train_seconds = {name: read_log(folder / name / "log.jsonl")[-1]["seconds"] for name in meta["training"]}
-    report = {"recipes": {name: summary(record, train_seconds.get(name, 0)) for name, record in records.items()},
+    logs = {name: read_log(folder / name / "log.jsonl") for name in meta["training"]}
+    report = {"recipes": {name: summary(record, logs[name][-1]["seconds"] if name in logs else 0) for name, record in records.items()},
               "samples": draw_samples(cases, answers, seed), "meta": meta}
     write_jsonl(folder / "answers.jsonl", [{"utterance": c.utterance.id, "task": c.task.name, "prompt": c.prompt, "quadrant": c.quadrant,
                                             "answers": {name: rows[i] for name, rows in answers.items()}} for i, c in enumerate(cases)])
-    plots.of_bench(folder, report, {name: read_log(folder / name / "log.jsonl") for name in meta["training"]})
+    plots.of_bench(folder, report, logs)
     write_markdown(folder / "report.md", report)
     write_json(folder / "report.json", report)
     return report
@@ -148,19 +147,10 @@ def show(report, run):
 
 def earlier_report(run, asked):
     """The report of an earlier `bench` that was asked for the very same, or None."""
-    try:
-        report = read_json(run / "report.json", "recipes", "samples", "meta")
-    except UserError:
-        return None                                                # none, or not whole: it is written anew
-    kept = [run / "bench" / f"{name}.json" for name in report["recipes"]]
-    return report if isinstance(report["meta"], dict) and report["meta"].get("asked") == asked and all(map(is_whole, kept)) else None
-
-
-def is_whole(path):
-    try:
-        return bool(read_json(path, "key", "values"))
-    except UserError:
-        return False
+    report = read_json_if_whole(run / "report.json", "recipes", "samples", "meta")
+    if not report or not isinstance(report["meta"], dict) or report["meta"].get("asked") != asked:
+        return None
+    return report if all(read_json_if_whole(run / "bench" / f"{name}.json", "key", "values") for name in report["recipes"]) else None
 
 
 def describe_run(run, settings, data, utterances, behaviors, recipes):

@@ -243,6 +243,7 @@ def begin(folder, chosen, anew):
         claim(folder, chosen)
     wait()
 
+
 def read_log(path):
     """The rows of a training log; the loss of a skipped step is None."""
     rows = [row for _, row in read_jsonl(path)]

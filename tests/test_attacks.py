@@ -10,9 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_engine import SMALL, begun_anew, examples  # noqa: F401
+from test_engine import SMALL, begun_anew, cut_off_at_a_state, examples  # noqa: F401
 
-import train as engine
 from files import UserError
 from model import SpeechLLM
 from mtbi import main
@@ -31,10 +30,7 @@ def test_after_the_stop_for_want_of_finite_gradients_the_same_command_stops_agai
 
 def test_the_state_of_a_training_with_other_settings_is_not_resumed(run, tmp_path, capsys, monkeypatch):
     new = begun_anew(run, tmp_path)
-    real = engine.save_state
-    monkeypatch.setattr(engine, "save_state", lambda *a: (real(*a), (_ for _ in ()).throw(KeyboardInterrupt)))
-    assert main(["train", str(new), *SMALL, "--save-every", "5"]) == 130
-    monkeypatch.setattr(engine, "save_state", real)
+    cut_off_at_a_state(monkeypatch, ["train", str(new), *SMALL, "--save-every", "5"])
     (new / "mtbi" / "config.json").unlink()
     assert main(["train", str(new), *SMALL, "--seed", "5"]) == 2
     said = capsys.readouterr()
@@ -55,10 +51,7 @@ def test_a_folder_is_for_one_process_at_a_time(run, data, tmp_path, capsys):
 
 def test_without_its_log_a_training_resumes_all_the_same(run, tmp_path, capsys, monkeypatch):
     new = begun_anew(run, tmp_path)
-    real = engine.save_state
-    monkeypatch.setattr(engine, "save_state", lambda *a: (real(*a), (_ for _ in ()).throw(KeyboardInterrupt)))
-    assert main(["train", str(new), *SMALL, "--save-every", "5"]) == 130
-    monkeypatch.setattr(engine, "save_state", real)
+    cut_off_at_a_state(monkeypatch, ["train", str(new), *SMALL, "--save-every", "5"])
     (new / "mtbi" / "log.jsonl").write_text("")
     assert main(["train", str(new), "--resume"]) == 0 and "goes on without its earlier rows" in capsys.readouterr().out
     assert [row["step"] for row in read_log(new / "mtbi" / "log.jsonl")] == list(range(5, 12))

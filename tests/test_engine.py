@@ -55,6 +55,14 @@ def begun_anew(run, tmp_path):
     return new
 
 
+def cut_off_at_a_state(monkeypatch, argv):
+    """Run a training that is interrupted as soon as its first state is saved."""
+    real = engine.save_state
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save_state", lambda *a: (real(*a), (_ for _ in ()).throw(KeyboardInterrupt)))
+        assert main(argv) == 130
+
+
 # ---- killed ----
 
 def test_killed_at_random_points_and_inside_a_checkpoint_it_ends_with_the_weights_of_a_run_never_killed(run, tmp_path):
@@ -116,10 +124,7 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_resumes(model, examples, t
 def test_resume_takes_the_options_the_training_was_begun_with(run, tmp_path, capsys, monkeypatch):
     new = begun_anew(run, tmp_path)
     assert main(["train", str(new), "--resume"]) == 2 and "no run folder made by `train`" in capsys.readouterr().err
-    real = engine.save_state
-    monkeypatch.setattr(engine, "save_state", lambda *a: (real(*a), (_ for _ in ()).throw(KeyboardInterrupt)))
-    assert main(["train", str(new), *SMALL, "--lr", "0.004", "--save-every", "5", "--loss", "kl"]) == 130
-    monkeypatch.setattr(engine, "save_state", real)
+    cut_off_at_a_state(monkeypatch, ["train", str(new), *SMALL, "--lr", "0.004", "--save-every", "5", "--loss", "kl"])
     capsys.readouterr()
     assert main(["train", str(new), "--resume"]) == 0
     assert "resuming at step 5" in capsys.readouterr().out
@@ -209,7 +214,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_stays_the_same(model,
     sizes.clear()
     saved_states(tmp_path / "halved")[0].unlink()                  # resumed, it does not run out of memory again
     train(model, examples, tmp_path / "halved", lr=1e-3)
-    assert set(sizes) == {2} and "out of memory" not in capsys.readouterr().out
+    assert set(sizes) == {2} and "out of memory" not in "".join(capsys.readouterr())
 
 
 def test_when_not_even_one_utterance_fits_it_says_what_to_do(model, examples, tmp_path, monkeypatch):
