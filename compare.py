@@ -5,7 +5,6 @@ The claims and the rule that decides them stand here, before any run; no hand to
 
 import re
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import plots
 from data import read_manifest
 from eval import DIALOGUES, QUADRANTS, RESAMPLES, bootstrap, quadrant_names
 from files import UserError, claim, is_done, read_json, whole_file, write_json
+from jobs import Jobs
 from report import percent
 from train import read_log
 
@@ -66,14 +66,22 @@ RULE = ("holds: the 95% interval lies above zero (or the margin named); does not
         "runs are widened as Student's t does, because few runs show too little of them. Each claim is decided by itself: of twenty that are wrong one may "
         "seem to hold.")
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}      # 97.5% quantile of t, by the number of runs
-CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10, 30), "asr": (10, 30)}      # the data-efficiency curve: recipes and percents of the speech
+CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10, 30), "asr": ()}      # the data-efficiency curve: recipes, and percents of the speech beside 100
 BAR = {"score, seen tasks and prompts": 0.95, "score, unseen prompts": 0.93, "score, unseen tasks": 0.85}      # what mtbi should reach in the tiny world
 
 
 # ---- run ----
 
+@dataclass(frozen=True)
+class Fold:
+    """One run of the comparison: its name, its `prepare` command without --out, and its seed."""
+    name: str
+    prepare: tuple
+    seed: int
+
+
 def folds(args):
-    """[(name, its `prepare` command without --out, its seed)]: a run for each seed, or for each speaker left out."""
+    """A run for each seed, or for each speaker left out."""
     source = ["prepare", args.speech] + [word for key in ("join", "count") if getattr(args, key) for word in (f"--{key}", str(getattr(args, key)))]
     if args.leave_one_speaker_out:
         if not Path(args.speech).is_file():
@@ -81,8 +89,8 @@ def folds(args):
         speakers = sorted({u.speaker for u in read_manifest(Path(args.speech))} - {""})
         if len(speakers) < 2:
             raise UserError(f"{args.speech}: names {len(speakers)} speakers; --leave-one-speaker-out needs two or more")
-        return [(f"without-{re.sub(r'[^A-Za-z0-9_-]', '-', speaker)}", [*source, "--test-speakers", speaker], 0) for speaker in speakers]
-    return [(f"seed-{seed}", source, seed) for seed in range(args.seeds)]
+        return [Fold(f"without-{re.sub(r'[^A-Za-z0-9_-]', '-', speaker)}", (*source, "--test-speakers", speaker), 0) for speaker in speakers]
+    return [Fold(f"seed-{seed}", tuple(source), seed) for seed in range(args.seeds)]
 
 
 def with_curve(names):
@@ -90,54 +98,53 @@ def with_curve(names):
     return list(dict.fromkeys(names + [f"{name}@{share}" for name in names if name in CURVE for share in CURVE[name]]))
 
 
-def attempt(run_command, argv, failures, folder, name):
-    """Run a command; if it fails, say so, keep the traceback, and go on."""
-    why = folder / f"failed-{argv[0]}-{name}.txt"
-    try:
-        print(f"\n$ python mtbi.py {' '.join(argv)}", flush=True)
-        run_command(argv)
-        why.unlink(missing_ok=True)
-        return True
-    except Exception as error:                                     # whatever it is, the others are to go on
-        failures[f"{folder.name}/{name}"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(f"FAILED: {failures[f'{folder.name}/{name}']}")
-        with whole_file(why) as temporary:
-            temporary.write_text(traceback.format_exc(), encoding="utf-8")
-        return False
+def run_all(runs, args, names, jobs):
+    """Prepare, imitate, train and bench all runs, where that is not done already; returns {run: the systems measured in it now}."""
+    out, models = Path(args.out), ["--encoder", args.encoder, *(["--k", str(args.k)] if args.k else [])]
+    size = ["--train", str(args.train), "--test", str(args.test)] if args.speech == "tiny" else []
+    sizes = ["--per-prompt", str(args.per_prompt), "--dialogues", str(args.dialogues), "--probes", str(args.probes), *(["--asr", args.asr] if args.asr else [])]
 
+    def behaviors(fold):
+        folder, seed = out / fold.name, ["--seed", str(fold.seed)]
+        return (jobs.attempt([*fold.prepare, *size, "--out", str(folder / "data"), *seed], folder, "data") and
+                jobs.attempt(["imitate", str(folder / "data"), "--out", str(folder), "--llm", args.llm, *seed], folder, "behaviors"))
 
-def run_fold(fold, args, names, run_command, failures):
-    """Prepare, imitate, train and bench one run, where that is not done already; returns the recipes that are measured now."""
-    name, prepare, seed = fold
-    folder = Path(args.out) / name
-    always, size = ["--seed", str(seed)], ["--train", str(args.train), "--test", str(args.test)] if args.speech == "tiny" else []
-    data = str(folder / "data")
-    if not (attempt(run_command, [*prepare, *size, "--out", data, *always], failures, folder, "data") and
-            attempt(run_command, ["imitate", data, "--out", str(folder), "--llm", args.llm, *always], failures, folder, "behaviors")):
-        return []
-    train = ["--encoder", args.encoder, "--steps", str(args.steps), "--batch-size", str(args.batch_size), *(["--k", str(args.k)] if args.k else []), *always]
-    done = [recipe for recipe in names if attempt(run_command, ["train", str(folder), "--recipe", recipe, *train], failures, folder, recipe)]
-    sizes = ["--per-prompt", str(args.per_prompt), "--dialogues", str(args.dialogues), "--probes", str(args.probes)]
-    bench = [*sizes, *(["--asr", args.asr] if args.asr else []), *always]
-    if done and not attempt(run_command, ["bench", str(folder), "--recipes", ",".join(done), *bench], failures, folder, "bench"):
-        done = [recipe for recipe in done if attempt(run_command, ["bench", str(folder), "--recipes", recipe, *bench], failures, folder, recipe)]
-    return ["text", "cascade", *done] if done else []
+    def train(pair):
+        fold, recipe = pair
+        steps = ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--seed", str(fold.seed)]
+        return jobs.attempt(["train", str(out / fold.name), "--recipe", recipe, *models, *steps], out / fold.name, recipe)
+
+    def bench(fold):
+        folder, seed = out / fold.name, ["--seed", str(fold.seed)]
+        trained = [recipe for f, recipe in done if f is fold]
+        if trained and not jobs.attempt(["bench", str(folder), "--recipes", ",".join(trained), *sizes, *seed], folder, "bench"):
+            trained = [recipe for recipe in trained if jobs.attempt(["bench", str(folder), "--recipes", recipe, *sizes, *seed], folder, recipe)]
+        return ["text", "cascade", *trained] if trained else []
+
+    ready = [fold for fold, good in zip(runs, jobs.each("prepare and imitate", behaviors, runs)) if good]
+    pairs = [(fold, recipe) for recipe in names for fold in ready]             # recipe by recipe: what is half done compares some in all runs
+    todo = [(fold, recipe) for fold, recipe in pairs if not (out / fold.name / recipe / "connector.safetensors").exists()]
+    results = dict(zip(todo, jobs.each("train", train, todo)))
+    done = [pair for pair in pairs if (results[pair] if pair in results else train(pair))]      # what is there needs no process: it is only looked at
+    return {fold.name: measured for fold, measured in zip(ready, jobs.each("bench", bench, ready))}
 
 
 def compare(args, run_command, chosen, where):
     """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
-    start, failures, out = time.perf_counter(), {}, Path(args.out)
+    start, out = time.perf_counter(), Path(args.out)
     names, runs = chosen if args.no_curve else with_curve(chosen), folds(args)
-    settings = {key: value for key, value in vars(args).items() if key not in ("command", "function", "out", "recipes", "seeds", "no_curve")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("command", "function", "out", "recipes", "seeds", "no_curve", "jobs")}
     is_done(out, settings, "report.md", half_way="*/config.json", advice="name another --out")      # recipes and seeds may be added later, nothing else
     claim(out, settings)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
-    kept = {fold[0]: read_records(out / fold[0], run_fold(fold, args, names, run_command, failures)) for fold in runs}
+    jobs = Jobs(args.jobs, run_command, tiny=args.llm == "tiny")
+    kept = {name: read_records(out / name, measured) for name, measured in run_all(runs, args, names, jobs).items()}
     if not any(kept.values()):
-        raise UserError(f"{out}: nothing could be measured: {next(iter(failures.values()), 'no recipe was asked for')}")
+        raise UserError(f"{out}: nothing could be measured: {next(iter(jobs.failures.values()), 'no recipe was asked for')}")
     report = summarize(out, kept, ["text", "cascade", *names])
-    report["meta"] = {"runs": [fold[0] for fold in runs], "recipes": names, "steps": args.steps, "llm": args.llm, "encoder": args.encoder,
-                      "speech": args.speech, "quick": args.quick, "failures": failures, "wall_seconds_of_this_sitting": round(time.perf_counter() - start),
+    report["meta"] = {"runs": [fold.name for fold in runs], "recipes": names, "steps": args.steps, "llm": args.llm, "encoder": args.encoder,
+                      "speech": args.speech, "quick": args.quick, "failures": jobs.failures, "jobs at once": jobs.at_once,
+                      "wall_seconds_of_this_sitting": round(time.perf_counter() - start),
                       "training_seconds": round(sum(row["train_seconds"] * row["runs"] for row in report["training"].values())),
                       "bench_seconds": round(sum(record["seconds"] for records in kept.values() for record in records.values())),
                       **where}
@@ -205,7 +212,7 @@ def summarize(out, kept, names):
             "attention": {name: {kind: np.mean([rows[kind] for rows in runs], axis=0).tolist() for kind in runs[0]}
                           for name, runs in attention.items() if runs},
             "curve": {name: {share: over(f"{name}@{share}" if share < 100 else name, "score, unseen tasks") for share in (*CURVE[name], 100)}
-                      for name in CURVE if f"{name}@{CURVE[name][0]}" in found},
+                      for name in CURVE if name in found and any("@" in other for other in found)},
             "training": {name: training(out, kept, name) for name in found if name not in ("text", "cascade")}}
 
 

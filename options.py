@@ -183,6 +183,8 @@ def compare_options(sub):
     option(sub, "--encoder", "tiny", "the speech encoder, likewise")
     option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
     option(sub, "--k", None, "encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech tokens a second", type=whole(1, 256))
+    option(sub, "--jobs", None, "commands at once, each in a process of its own; default: with the tiny models on a CPU one a core, at most 4, elsewhere one",
+           type=whole(1, 64))
 
 
 def generate_options(sub):

@@ -54,6 +54,7 @@ def lines(path, curves, xlabel, ylabel, title, **options):
         [line] = axes.plot(xs, ys, marker="." if len(xs) < 40 else None, label=name)
         if spread:
             axes.fill_between(xs, *spread, color=line.get_color(), alpha=0.15)
+            axes.vlines(xs, *spread, color=line.get_color(), alpha=0.3)                # one point alone has no area
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, **options)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     finish(figure, path)

@@ -1,6 +1,7 @@
 """What the benchmark measures beside scores, and the comparison: its rule, its intervals, and what happens when a recipe fails."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import eval as benchmark
 from data import Speech, chat_parts, ask, transcript_tokens
 from examples import load_tasks
 from files import read_json
-from mtbi import RECIPES, main
+from jobs import Jobs
+from mtbi import RECIPES, main, run_command
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +133,39 @@ def test_every_claim_is_about_recipes_that_are_trained_and_values_that_are_measu
         assert {name for _, name in claim.terms} <= trained and claim.measure in compare.MEASURES and sum(sign for sign, _ in claim.terms) == 0
 
 
+# ---- several commands at once ----
+
+def test_a_job_that_fails_is_explained_and_the_others_go_on(tmp_path, capsys):
+    jobs = Jobs(2, run_command, tiny=True)
+    commands = [["recipes"], ["info", str(tmp_path / "nothing")]]
+    assert jobs.each("two commands", lambda argv: jobs.attempt(argv, tmp_path, argv[0]), commands) == [True, False]
+    assert list(jobs.failures) == [f"{tmp_path.name}/info"] and "there is no run folder" in jobs.failures[f"{tmp_path.name}/info"]
+    assert "mtbi-no-interleave" in (tmp_path / "output-recipes-recipes.txt").read_text(encoding="utf-8")
+    assert "there is no run folder" in (tmp_path / "failed-info-info.txt").read_text(encoding="utf-8")
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_what_runs_and_begins_nothing_more():
+    jobs, begun = Jobs(2, run_command, tiny=True), []
+
+    def work(item):
+        begun.append(item)
+        if item == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.each("ten things", work, list(range(10)))
+    assert len(begun) < 10 and not jobs.threads
+
+
 # ---- the command ----
 
 def test_compare_reports_a_failed_recipe_goes_on_with_the_others_and_does_nothing_twice(tmp_path, capsys):
     """k = 6 is no power of two, which the convolutions of blsp need."""
     out = tmp_path / "compare"
     argv = ["compare", "--out", str(out), "--recipes", "mtbi,blsp,vtb", "--seeds", "1", "--steps", "3", "--k", "6", "--train", "40", "--test", "16",
-            "--per-prompt", "1", "--dialogues", "2", "--probes", "4", "--no-curve"]
+            "--per-prompt", "1", "--dialogues", "2", "--probes", "4", "--no-curve", "--jobs", "1"]
     assert main(argv) == 0
     said = capsys.readouterr().out
     report = read_json(out / "report.json")
