@@ -350,7 +350,7 @@ def show_recipes(args):
 def compare_recipes(args):
     """Train and benchmark every recipe with several seeds, and test each paper's claims: OUT/report.md."""
     if args.quick:
-        args.seeds, args.steps = 1, min(args.steps, 200)
+        args.seeds, args.steps = 1, min(args.steps, 300)
         args.per_prompt, args.dialogues, args.probes = min(args.per_prompt, 4), min(args.dialogues, 30), min(args.probes, 48)
     compare(args, run_command, named_recipes(",".join(RECIPES) if args.recipes == "all" else args.recipes), reports.where_it_ran())
 

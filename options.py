@@ -168,7 +168,7 @@ def compare_options(sub):
     sub.add_argument("--out", required=True, help="the folder to write: a run folder for each seed, report.md, plots")
     option(sub, "--recipes", "all", "which recipes, separated by commas")
     option(sub, "--seeds", 3, "how many seeds")
-    sub.add_argument("--quick", action="store_true", help="one seed, 200 steps, fewer questions: 25 minutes at most on two cores")
+    sub.add_argument("--quick", action="store_true", help="one seed, 300 steps, fewer questions: 25 minutes at most on two cores")
     sub.add_argument("--no-curve", action="store_true", help="without the trainings on 10 and 30%% of the speech")
     option(sub, "--steps", 1000, "training steps of every recipe")
     option(sub, "--batch-size", 32, "utterances in a step")
