@@ -138,7 +138,7 @@ def compare(args, run_command, chosen, where):
     is_done(out, settings, "report.md", half_way="*/config.json", advice="name another --out")      # recipes and seeds may be added later, nothing else
     claim(out, settings)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
-    jobs = Jobs(args.jobs, run_command, tiny=args.llm == "tiny")
+    jobs = Jobs(args.jobs, run_command, tiny={args.llm, args.encoder, args.asr or "tiny"} == {"tiny"})
     kept = {name: read_records(out / name, measured) for name, measured in run_all(runs, args, names, jobs).items()}
     if not any(kept.values()):
         raise UserError(f"{out}: nothing could be measured: {next(iter(jobs.failures.values()), 'no recipe was asked for')}")
@@ -162,17 +162,17 @@ def read_records(folder, names):
 
 
 def over_runs(groups, seed=0):
-    """{"score", "ci95", "n"} of one list of (utterance, value) rows a run: the mean of the runs' means, and its interval as RULE says."""
+    """{"score", "ci95", "n", "by_run"} of one list of (utterance, value) rows a run: the mean of the runs' means, its interval as RULE says, and the means."""
     groups = [rows for rows in groups if rows]
     if not groups:
-        return {"score": None, "ci95": [None, None], "n": 0}
+        return {"score": None, "ci95": [None, None], "n": 0, "by_run": []}
     rng, n = np.random.default_rng(seed), len(groups)
     means = np.array([np.mean([v for _, v in rows]) for rows in groups])                                                      # (runs)
     within = np.array([bootstrap([v for _, v in rows], [u for u, _ in rows], rng) for rows in groups]) - means[:, None]       # (runs, resamples)
     between = (means - means.mean())[rng.integers(0, n, (n, RESAMPLES))].mean(0)                                              # (resamples)
     wider = STUDENT.get(n, 1.96) / 1.96 * (n / (n - 1)) ** 0.5 if n > 1 else 0.0
     low, high = np.percentile(means.mean() + wider * between + within.mean(0), [2.5, 97.5])
-    return {"score": float(means.mean()), "ci95": [float(low), float(high)], "n": n}
+    return {"score": float(means.mean()), "ci95": [float(low), float(high)], "n": n, "by_run": means.tolist()}
 
 
 def rows_of(record, measure):

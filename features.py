@@ -7,6 +7,7 @@ by the content of the recording and by the encoder (DATA/features/ENCODER/), so 
 import hashlib
 import os
 import shutil
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import load_audio
-from files import UserError, name_of, one_thread, read_json_if_whole, timed, whole_file, write_json
+from files import UserError, in_turn, name_of, one_thread, read_json_if_whole, timed, whole_file, write_json
 from parallel import DEVICE, MAIN, WORLD, mine, wait
 
 KEEP = ("disk", "ram", "off")
@@ -52,17 +53,25 @@ def encode_all(encoder, utterances, folder, keep="disk"):
         print(f"features: not kept; the encoder stays on {DEVICE} and hears every utterance at every use")
         return Kept(utterances, {}, encoder.to(DEVICE))
     folder, names = Path(folder) / encoder.key, content_names(utterances, Path(folder))
-    made = kept_shards(folder)
-    todo = list({names[u.id]: u for u in utterances if names[u.id] not in made}.values())
-    wait()                                                         # all processes see the same before the first one writes
+
+    def look():
+        """(what is on disk, the utterances that are not); all processes see the same before the first one writes."""
+        made = kept_shards(folder)
+        todo = list({names[u.id]: u for u in utterances if names[u.id] not in made}.values())
+        wait()
+        return made, todo
+
+    made, todo = look()
     if todo:
         tell_size(encoder, todo, folder, keep)
         encoder.to(DEVICE)
-        with timed(f"encode {len(todo)} utterances"), one_thread():
+        with in_turn(folder, "encodes the same speech") if keep == "disk" else nullcontext(), timed(f"encode {len(todo)} utterances"), one_thread():
+            wait()
+            made, todo = look()                                    # another command may just have made them
             if keep == "ram":
                 frames = encode(encoder, todo, names)
                 made |= dict.fromkeys(frames, frames)
-            else:
+            elif todo:
                 write_shards(encoder, mine(todo), names, folder)
                 wait()
                 made = kept_shards(folder)

@@ -149,6 +149,25 @@ def alone(folder):
         lock.release()
 
 
+@contextmanager
+def in_turn(folder, work):
+    """Wait until no other process does this work in `folder`, then keep the others waiting."""
+    if not MAIN:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{folder}: waiting for another process, which {work}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def relative(path, folder):
     """`path` as seen from `folder`, so that both can be moved together; on another Windows drive the whole path."""
     try:

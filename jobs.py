@@ -1,10 +1,13 @@
 """Commands of mtbi.py in a row that is not stopped by one that fails: here, one after the other, or several at once, each in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +34,8 @@ class Jobs:
     def __init__(self, at_once, run_command, tiny):
         self.at_once, why = (at_once, "as asked by --jobs") if at_once else jobs_that_fit(tiny)
         print(f"jobs: {self.at_once} at once, {why}")
-        self.run_command, self.failures, self.running, self.threads, self.stopped = run_command, {}, set(), 0, False
+        self.run_command, self.failures, self.threads = run_command, {}, 0
+        self.running, self.stopped, self.lock = set(), False, threading.Lock()
 
     def each(self, what, function, items):
         """[function(item) for item in items], several at once if there are several items; what `attempt` runs meanwhile, it runs in processes of their own."""
@@ -40,21 +44,26 @@ class Jobs:
             return [function(item) for item in items]
         self.threads = max(1, torch.get_num_threads() // at_once)
         try:
-            with ThreadPoolExecutor(at_once) as pool, tqdm(desc=what, total=len(items), unit="job") as bar:
+            with sigterm_as_ctrl_c(), ThreadPoolExecutor(at_once) as pool, tqdm(desc=what, total=len(items), unit="job") as bar:
                 futures = [pool.submit(function, item) for item in items]
                 try:
                     for future in as_completed(futures):
                         future.result()
                         bar.update()
-                except BaseException:                              # KeyboardInterrupt above all: the trainings save a state before they end
-                    self.stopped = True
+                except BaseException:                              # KeyboardInterrupt above all
+                    self.stop()
                     pool.shutdown(wait=False, cancel_futures=True)
-                    for process in list(self.running):
-                        process.terminate()
                     raise
             return [future.result() for future in futures]
         finally:
             self.threads = 0
+
+    def stop(self):
+        """Begin no process any more, and end those that run: the trainings save a state first."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running if os.name != "nt" else []:    # Windows has told them already, and knows no friendly way to tell one alone
+                process.terminate()
 
     def attempt(self, argv, folder, name):
         """Run a command; if it fails, say so, keep why, and go on. Returns whether it succeeded."""
@@ -75,15 +84,18 @@ class Jobs:
     def in_a_process(self, argv, output):
         """Run a command in a process of its own, which writes what it says to the file `output`. Failed if it fails."""
         output.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONIOENCODING": "utf-8"}
-        with output.open("w", encoding="utf-8") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONIOENCODING": "utf-8",
+                       "PYTHONUNBUFFERED": "1"}                    # so that its last line is the last thing it said
+        with output.open("w", encoding="utf-8") as file, self.lock:
+            if self.stopped:
+                raise KeyboardInterrupt
             process = subprocess.Popen([sys.executable, str(MTBI), *argv], stdout=file, stderr=subprocess.STDOUT, env=environment)
-        self.running.add(process)
-        try:
-            code = process.wait()
-        finally:
+            self.running.add(process)
+        code = process.wait()
+        with self.lock:
             self.running.discard(process)
-        if code == 130 or self.stopped:
+            self.stopped |= code == 130                            # Ctrl-C reached it first
+        if self.stopped:
             raise KeyboardInterrupt
         if code:
             said = output.read_text(encoding="utf-8", errors="replace")
@@ -95,4 +107,20 @@ def jobs_that_fit(tiny):
     """(how many jobs at once, the reason)."""
     if DEVICE != "cpu" or not tiny:
         return 1, "because one training fills a " + ("GPU" if DEVICE != "cpu" else "CPU, if the models are not tiny")
-    return min(MOST, torch.get_num_threads()), f"because there are {torch.get_num_threads()} cores, and the tiny models gain little from a second one each"
+    return min(MOST, torch.get_num_threads()), (f"because there are {torch.get_num_threads()} cores, of which a tiny model needs one, and each "
+                                                f"process takes 1.4 GB of memory; {MOST} at most")
+
+
+@contextmanager
+def sigterm_as_ctrl_c():
+    """Asked to end, end like by Ctrl-C: otherwise the processes begun would go on alone."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if here else None
+    try:
+        yield
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)

@@ -135,13 +135,14 @@ def test_every_claim_is_about_recipes_that_are_trained_and_values_that_are_measu
 
 # ---- several commands at once ----
 
-def test_a_job_that_fails_is_explained_and_the_others_go_on(tmp_path, capsys):
+def test_a_job_that_fails_is_explained_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)          # what a command prints must come before why it failed
     jobs = Jobs(2, run_command, tiny=True)
-    commands = [["recipes"], ["info", str(tmp_path / "nothing")]]
+    commands = [["recipes"], ["compare", "--out", str(tmp_path / "out"), "--speech", str(tmp_path / "nowhere"), "--jobs", "1"]]
     assert jobs.each("two commands", lambda argv: jobs.attempt(argv, tmp_path, argv[0]), commands) == [True, False]
-    assert list(jobs.failures) == [f"{tmp_path.name}/info"] and "there is no run folder" in jobs.failures[f"{tmp_path.name}/info"]
+    assert list(jobs.failures) == [f"{tmp_path.name}/compare"] and "nothing could be measured" in jobs.failures[f"{tmp_path.name}/compare"]
     assert "mtbi-no-interleave" in (tmp_path / "output-recipes-recipes.txt").read_text(encoding="utf-8")
-    assert "there is no run folder" in (tmp_path / "failed-info-info.txt").read_text(encoding="utf-8")
+    assert "trainings in each of 3 runs" in (tmp_path / "failed-compare-compare.txt").read_text(encoding="utf-8")
     assert "FAILED" in capsys.readouterr().out
 
 
