@@ -100,19 +100,22 @@ def with_curve(names):
 
 def run_all(runs, args, names, jobs):
     """Prepare, imitate, train and bench all runs, where that is not done already; returns {run: the systems measured in it now}."""
-    out, models = Path(args.out), ["--encoder", args.encoder, *(["--k", str(args.k)] if args.k else [])]
+    out = Path(args.out)
+    training = ["--encoder", args.encoder, *(["--k", str(args.k)] if args.k else []), "--steps", str(args.steps), "--batch-size", str(args.batch_size)]
     size = ["--train", str(args.train), "--test", str(args.test)] if args.speech == "tiny" else []
     sizes = ["--per-prompt", str(args.per_prompt), "--dialogues", str(args.dialogues), "--probes", str(args.probes), *(["--asr", args.asr] if args.asr else [])]
 
+    def attempt(fold, name, *argv):
+        return jobs.attempt([*argv, "--seed", str(fold.seed)], out / fold.name, name)
+
     def behaviors(fold):
-        folder, seed = out / fold.name, ["--seed", str(fold.seed)]
-        return (jobs.attempt([*fold.prepare, *size, "--out", str(folder / "data"), *seed], folder, "data") and
-                jobs.attempt(["imitate", str(folder / "data"), "--out", str(folder), "--llm", args.llm, *seed], folder, "behaviors"))
+        run = out / fold.name
+        return (attempt(fold, "data", *fold.prepare, *size, "--out", str(run / "data")) and
+                attempt(fold, "behaviors", "imitate", str(run / "data"), "--out", str(run), "--llm", args.llm))
 
     def train(pair):
         fold, recipe = pair
-        steps = ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--seed", str(fold.seed)]
-        return jobs.attempt(["train", str(out / fold.name), "--recipe", recipe, *models, *steps], out / fold.name, recipe)
+        return attempt(fold, recipe, "train", str(out / fold.name), "--recipe", recipe, *training)
 
     ready = [fold for fold, good in zip(runs, jobs.each("prepare and imitate", behaviors, runs)) if good]
     pairs = [(fold, recipe) for recipe in names for fold in ready]             # recipe by recipe: what is half done compares some in all runs
@@ -121,10 +124,9 @@ def run_all(runs, args, names, jobs):
     done = [pair for pair in pairs if (results[pair] if pair in results else train(pair))]      # what is there needs no process: it is only looked at
 
     def bench(fold):
-        folder, seed = out / fold.name, ["--seed", str(fold.seed)]
-        trained = [recipe for f, recipe in done if f is fold]
-        if trained and not jobs.attempt(["bench", str(folder), "--recipes", ",".join(trained), *sizes, *seed], folder, "bench"):
-            trained = [recipe for recipe in trained if jobs.attempt(["bench", str(folder), "--recipes", recipe, *sizes, *seed], folder, recipe)]
+        words, trained = ["bench", str(out / fold.name), *sizes, "--recipes"], [recipe for f, recipe in done if f is fold]
+        if trained and not attempt(fold, "bench", *words, ",".join(trained)):
+            trained = [recipe for recipe in trained if attempt(fold, recipe, *words, recipe)]
         return ["text", "cascade", *trained] if trained else []
 
     return {fold.name: measured for fold, measured in zip(ready, jobs.each("bench", bench, ready))}

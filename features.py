@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import load_audio
-from files import UserError, in_turn, name_of, one_thread, read_json_if_whole, timed, whole_file, write_json
+from files import UserError, alone, name_of, one_thread, read_json_if_whole, timed, whole_file, write_json
 from parallel import DEVICE, MAIN, WORLD, mine, wait
 
 KEEP = ("disk", "ram", "off")
@@ -65,13 +65,13 @@ def encode_all(encoder, utterances, folder, keep="disk"):
     if todo:
         tell_size(encoder, todo, folder, keep)
         encoder.to(DEVICE)
-        with in_turn(folder, "encodes the same speech") if keep == "disk" else nullcontext(), timed(f"encode {len(todo)} utterances"), one_thread():
-            wait()
-            made, todo = look()                                    # another command may just have made them
+        with alone(folder.parent, "encodes speech") if keep == "disk" else nullcontext(), timed(f"encode {len(todo)} utterances"), one_thread():
             if keep == "ram":
                 frames = encode(encoder, todo, names)
                 made |= dict.fromkeys(frames, frames)
-            elif todo:
+            else:
+                wait()
+                made, todo = look()                                # another command may just have made them
                 write_shards(encoder, mine(todo), names, folder)
                 wait()
                 made = kept_shards(folder)

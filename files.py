@@ -132,8 +132,11 @@ def claim(folder, settings, done=False):
 
 
 @contextmanager
-def alone(folder):
-    """While a step works in `folder`, no other process does; the operating system forgets the lock of a process that was killed."""
+def alone(folder, wait_for=""):
+    """While a step works in `folder`, no other process does; the operating system forgets the lock of a process that was killed.
+
+    If one does: UserError, or, if `wait_for` says what it does there, wait until it has ended.
+    """
     if not MAIN:                                                   # the first of several processes speaks for all
         yield
         return
@@ -142,25 +145,9 @@ def alone(folder):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder}: another process is at work in this folder; wait for it, or choose another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def in_turn(folder, work):
-    """Wait until no other process does this work in `folder`, then keep the others waiting."""
-    if not MAIN:
-        yield
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{folder}: waiting for another process, which {work}")
+        if not wait_for:
+            raise UserError(f"{folder}: another process is at work in this folder; wait for it, or choose another folder") from None
+        print(f"{folder}: waiting for another process, which {wait_for}")
         lock.acquire()
     try:
         yield

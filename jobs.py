@@ -114,13 +114,8 @@ def jobs_that_fit(tiny):
 @contextmanager
 def sigterm_as_ctrl_c():
     """Asked to end, end like by Ctrl-C: otherwise the processes begun would go on alone."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if here else None
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)

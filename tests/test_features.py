@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -63,9 +66,27 @@ def test_interrupted_encoding_goes_on_from_the_last_whole_file(encoder, copies, 
     monkeypatch.setattr(features, "load_audio", lambda *a: (calls.append(a), (_ for _ in ()).throw(KeyboardInterrupt) if len(calls) == 3 else real(*a))[1])
     with pytest.raises(KeyboardInterrupt):
         encode_all(encoder, copies, tmp_path / "features")
-    assert len(heard) == 2 and len(list((tmp_path / "features" / encoder.key).glob("*.safetensors"))) == 2
+    assert len(heard) == 2 and len(list((tmp_path / "features" / encoder.key).iterdir())) == 2
     encode_all(encoder, copies, tmp_path / "features")
     assert len(heard) == 3
+
+
+def test_a_command_waits_for_another_that_encodes_the_same_speech_and_takes_its_frames(encoder, copies, heard, tmp_path, capsys):
+    real, begun = features.write_shards, threading.Event()
+
+    def slowly(*args):
+        begun.set()
+        time.sleep(0.5)
+        real(*args)
+
+    with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "write_shards", slowly)
+        first = pool.submit(encode_all, encoder, copies, tmp_path / "features")
+        assert begun.wait(10)
+        patch.setattr(features, "write_shards", real)
+        second = encode_all(encoder, copies, tmp_path / "features")
+        assert len(first.result()) == len(second)
+    assert len(heard) == 3 and "waiting for another process" in capsys.readouterr().out
 
 
 def test_frames_on_disk_are_mapped_not_read(encoder, tmp_path):
