@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-import plots
+from compare_report import claims_table, write
 from data import read_manifest
-from eval import DIALOGUES, QUADRANTS, RESAMPLES, bootstrap, quadrant_names
-from files import UserError, claim, is_done, read_json, whole_file, write_json
+from eval import DIALOGUES, QUADRANTS, RESAMPLES, bootstrap
+from files import UserError, claim, is_done, read_json, read_json_if_whole, write_json
 from jobs import Jobs
-from report import percent
 from train import read_log
 
 MEASURES = {                 # what a claim can be about: names of the values in RUN/bench/RECIPE.json
@@ -63,10 +62,10 @@ CLAIMS = [
 ]
 RULE = ("holds: the 95% interval lies above zero (or the margin named); does not hold: it lies below; undecided: it includes it. The interval is a "
         f"bootstrap of the paired difference over runs and over utterances ({RESAMPLES} resamples, percentiles 2.5 and 97.5), in which the differences between "
-        "runs are widened as Student's t does, because few runs show too little of them. Each claim is decided by itself: of twenty that are wrong one may "
-        "seem to hold.")
+        "runs are widened as Student's t does, because few runs show too little of them. One run shows nothing of them: its verdicts are about that "
+        "one training of each recipe. Each claim is decided by itself: of twenty that are wrong one may seem to hold.")
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}      # 97.5% quantile of t, by the number of runs
-CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10,), "asr": ()}      # the data-efficiency curve: recipes, and percents of the speech beside 100
+CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10, 30), "asr": (10, 30)}      # the data-efficiency curve: recipes, and percents of the speech beside 100
 BAR = {"score, seen tasks and prompts": 0.95, "score, unseen prompts": 0.93, "score, unseen tasks": 0.85}      # what mtbi should reach in the tiny world
 
 
@@ -80,9 +79,14 @@ class Fold:
     seed: int
 
 
+def say(args, *keys):
+    """These options as command-line words, where they have a value."""
+    return [word for key in keys if getattr(args, key) for word in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+
+
 def folds(args):
     """A run for each seed, or for each speaker left out."""
-    source = ["prepare", args.speech] + [word for key in ("join", "count") if getattr(args, key) for word in (f"--{key}", str(getattr(args, key)))]
+    source = ["prepare", args.speech, *say(args, "join", "count")]
     if args.leave_one_speaker_out:
         if not Path(args.speech).is_file():
             raise UserError(f"{args.speech}: --leave-one-speaker-out needs a JSONL manifest that names speakers")
@@ -101,9 +105,7 @@ def with_curve(names):
 def run_all(runs, args, names, jobs):
     """Prepare, imitate, train and bench all runs, where that is not done already; returns {run: the systems measured in it now}."""
     out = Path(args.out)
-    training = ["--encoder", args.encoder, *(["--k", str(args.k)] if args.k else []), "--steps", str(args.steps), "--batch-size", str(args.batch_size)]
-    size = ["--train", str(args.train), "--test", str(args.test)] if args.speech == "tiny" else []
-    sizes = ["--per-prompt", str(args.per_prompt), "--dialogues", str(args.dialogues), "--probes", str(args.probes), *(["--asr", args.asr] if args.asr else [])]
+    size = say(args, "train", "test") if args.speech == "tiny" else []
 
     def attempt(fold, name, *argv):
         return jobs.attempt([*argv, "--seed", str(fold.seed)], out / fold.name, name)
@@ -111,11 +113,11 @@ def run_all(runs, args, names, jobs):
     def behaviors(fold):
         run = out / fold.name
         return (attempt(fold, "data", *fold.prepare, *size, "--out", str(run / "data")) and
-                attempt(fold, "behaviors", "imitate", str(run / "data"), "--out", str(run), "--llm", args.llm))
+                attempt(fold, "behaviors", "imitate", str(run / "data"), "--out", str(run), *say(args, "llm", "bits", "tasks")))
 
     def train(pair):
         fold, recipe = pair
-        return attempt(fold, recipe, "train", str(out / fold.name), "--recipe", recipe, *training)
+        return attempt(fold, recipe, "train", str(out / fold.name), "--recipe", recipe, *say(args, "encoder", "k", "steps", "batch_size", "accumulate"))
 
     ready = [fold for fold, good in zip(runs, jobs.each("prepare and imitate", behaviors, runs)) if good]
     pairs = [(fold, recipe) for recipe in names for fold in ready]             # recipe by recipe: what is half done compares some in all runs
@@ -124,7 +126,8 @@ def run_all(runs, args, names, jobs):
     done = [pair for pair in pairs if (results[pair] if pair in results else train(pair))]      # what is there needs no process: it is only looked at
 
     def bench(fold):
-        words, trained = ["bench", str(out / fold.name), *sizes, "--recipes"], [recipe for f, recipe in done if f is fold]
+        trained = [recipe for f, recipe in done if f is fold]
+        words = ["bench", str(out / fold.name), *say(args, "per_prompt", "dialogues", "probes", "asr"), "--recipes"]
         if trained and not attempt(fold, "bench", *words, ",".join(trained)):
             trained = [recipe for recipe in trained if attempt(fold, recipe, *words, recipe)]
         return ["text", "cascade", *trained] if trained else []
@@ -141,13 +144,17 @@ def compare(args, run_command, chosen, where):
     claim(out, settings)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
     jobs = Jobs(args.jobs, run_command, tiny={args.llm, args.encoder, args.asr or "tiny"} == {"tiny"})
-    kept = {name: read_records(out / name, measured) for name, measured in run_all(runs, args, names, jobs).items()}
+    sittings = read_json_if_whole(out / "sittings.json", "seconds") or {"seconds": []}
+    try:
+        kept = {name: read_records(out / name, measured) for name, measured in run_all(runs, args, names, jobs).items()}
+    finally:                                                       # however it ends, this was time spent
+        sittings["seconds"].append(round(time.perf_counter() - start))
+        write_json(out / "sittings.json", sittings)
     if not any(kept.values()):
         raise UserError(f"{out}: nothing could be measured: {next(iter(jobs.failures.values()), 'no recipe was asked for')}")
     report = summarize(out, kept, ["text", "cascade", *names])
-    report["meta"] = {"runs": [fold.name for fold in runs], "recipes": names, "steps": args.steps, "llm": args.llm, "encoder": args.encoder,
-                      "speech": args.speech, "quick": args.quick, "failures": jobs.failures, "jobs at once": jobs.at_once,
-                      "wall_seconds_of_this_sitting": round(time.perf_counter() - start),
+    report["meta"] = {"runs": [fold.name for fold in runs], "recipes": names, **settings, "failures": jobs.failures, "jobs_at_once": jobs.at_once,
+                      "wall_seconds_by_sitting": sittings["seconds"],
                       "training_seconds": round(sum(row["train_seconds"] * row["runs"] for row in report["training"].values())),
                       "bench_seconds": round(sum(record["seconds"] for records in kept.values() for record in records.values())),
                       **where}
@@ -206,17 +213,31 @@ def summarize(out, kept, names):
     found = [name for name in names if any(name in records for records in kept.values())]
     tasks = list(dict.fromkeys(t for records in kept.values() for record in records.values() for t in record["values"] if t.startswith("task ")))
     attention = {name: [records[name]["attention"] for records in kept.values() if name in records and records[name]["attention"]] for name in found}
-    return {"claims": [decide(about, kept) for about in CLAIMS],
+    return {"rule": RULE, "claims": [decide(about, kept) for about in CLAIMS], "bar": BAR, "differences": differences(kept, found),
             "quadrants": {name: {q: over(name, q) for q in QUADRANTS} for name in found},
             "measures": {name: {m: over(name, m) for m in MEASURES} for name in found},
             "dialogues": {name: {d: over(name, d) for d in DIALOGUES} for name in found},
             "tasks": {name: {task.removeprefix("task "): over(name, task)["score"] for task in tasks} for name in found},
+            "metrics": {name: mean_metrics([records[name]["metrics"] for records in kept.values() if name in records]) for name in found},
             "repeat_wer": {name: float(np.mean([r[name]["repeat_wer"] for r in kept.values() if name in r])) for name in found},
             "attention": {name: {kind: np.mean([rows[kind] for rows in runs], axis=0).tolist() for kind in runs[0]}
                           for name, runs in attention.items() if runs},
             "curve": {name: {share: over(f"{name}@{share}" if share < 100 else name, "score, unseen tasks") for share in (*CURVE[name], 100)}
                       for name in CURVE if name in found and any("@" in other for other in found)},
             "training": {name: training(out, kept, name) for name in found if name not in ("text", "cascade")}}
+
+
+def differences(kept, names):
+    """{measure: {recipe: {another: what `decide` finds of recipe − another}}}: every pair, not those alone that a claim is about."""
+    whole = [name for name in names if "@" not in name]
+    return {measure: {a: {b: {key: found[key] for key in ("score", "ci95", "n", "verdict")} for b in whole[i + 1:]
+                          if (found := decide(Claim("", "", measure, above(a, b)), kept))["n"]} for i, a in enumerate(whole[:-1])} for measure in MEASURES}
+
+
+def mean_metrics(runs):
+    """{task: {metric: its mean over the runs}} of every task and metric that all runs have."""
+    return {task: {metric: float(np.mean([run[task][metric] for run in runs])) if all(run[task][metric] is not None for run in runs) else None
+                   for metric in metrics} for task, metrics in runs[0].items() if all(task in run for run in runs)}
 
 
 def training(out, kept, name):
@@ -226,136 +247,3 @@ def training(out, kept, name):
     return {"trained_parameters": read_json(out / run / name / "model.json", "trained_parameters")["trained_parameters"],
             "runs": len(logs), "audio_seconds": float(np.mean([sum(row["audio_seconds"] for row in log) for log in logs])),
             "train_seconds": float(np.mean([log[-1]["seconds"] for log in logs]))}
-
-
-# ---- write ----
-
-def interval(found, digits=1, factor=100):
-    if found["score"] is None:
-        return "–"
-    return f"{factor * found['score']:.{digits}f} [{factor * found['ci95'][0]:.{digits}f}, {factor * found['ci95'][1]:.{digits}f}]"
-
-
-def claims_table(report):
-    lines = ["| claim | paper | difference | in | measured [95%] | runs | verdict |", "|---|---|---|---|---|---|---|"]
-    for c in report["claims"]:
-        small = c["measure"] == "behavior gap"
-        lines.append(f"| {c['claim']} | {c['paper']} | {c['difference']} | {c['measure']}{', nats/token' if small else ', points'} | "
-                     f"{interval(c, 3, 1) if small else interval(c)} | {c['n']} | **{c['verdict']}** |")
-    return "\n".join(lines)
-
-
-def recipe_table(report):
-    lines = ["| recipe (runs) | " + " | ".join(quadrant_names(" × ")) +
-             " | repeat WER | ignored instruction | behavior gap | text retention | conversations |", "|---|" + "---|" * 9]
-    for name, row in report["quadrants"].items():
-        m = report["measures"][name]
-        lines.append(f"| `{name}` ({row[QUADRANTS[0]]['n']}) | " + " | ".join(interval(row[q]) for q in QUADRANTS) +
-                     f" | {percent(report['repeat_wer'][name])} | {interval(m['ignored instruction'])} | {interval(m['behavior gap'], 3, 1)} | "
-                     f"{interval(m['text retention'])} | "
-                     f"{interval(m['conversations of two turns'])} |")
-    return "\n".join(lines)
-
-
-def bar_table(report):
-    """The quality bar: shares of the text top line that mtbi should reach, and 97% of the cascade."""
-    if not {"mtbi", "cascade"} <= set(report["measures"]):
-        return "Not measured: it needs `mtbi` and `cascade`."
-    lines = ["| cells | mtbi | bar | reached | share of the cascade | 97% reached |", "|---|---|---|---|---|---|"]
-    for measure, bar in BAR.items():
-        ours, cascade = (report["measures"][name][measure]["score"] for name in ("mtbi", "cascade"))
-        if ours is None or cascade is None:
-            continue
-        share = ours / cascade if cascade else None
-        lines.append(f"| {measure.removeprefix('score, ')} | {percent(ours)} | {percent(bar, 0)} | {'yes' if ours >= bar else 'no'} | {percent(share)} | "
-                     f"{'–' if share is None else 'yes' if share >= 0.97 else 'no'} |")
-    return "\n".join(lines)
-
-
-def training_table(report):
-    lines = ["| recipe | runs | trained parameters | audio seen, hours | training, s |", "|---|---|---|---|---|"]
-    return "\n".join(lines + [f"| `{name}` | {row['runs']} | {row['trained_parameters'] / 1e6:.2f}M | {row['audio_seconds'] / 3600:.1f} | "
-                              f"{row['train_seconds']:.0f} |"
-                              for name, row in report["training"].items()])
-
-
-def write(out, report):
-    """The plots, each with the JSON it was drawn from, report.md and report.json."""
-    draw(out, report)
-    meta, failures = report["meta"], report["meta"]["failures"]
-    text = f"""# {', '.join(meta['recipes'])}: {len(meta['runs'])} run{'s' * (len(meta['runs']) > 1)}{', shortened' if meta['quick'] else ''}
-
-Scores are percentages of the text LLM's own answers to the true transcripts, on speakers, sentences, prompts and tasks that were held out. In brackets: 95%
-bootstrap intervals over {'runs and ' if len(meta['runs']) > 1 else ''}utterances.
-
-## Claims
-
-{claims_table(report)}
-
-The rule, written before the run: {RULE} Runs: {', '.join(meta['runs'])}.
-{'' if not failures else chr(10).join(['', '**Failed:**', *(f'- {name}: {why}' for name, why in failures.items())])}
-
-## The quality bar
-
-{bar_table(report)}
-
-## Recipes
-
-{recipe_table(report)}
-
-![recipe × quadrant](quadrants.png)
-
-![ignored instruction](ignored.png)
-
-![recipe × task](tasks.png)
-
-![conversations](dialogues.png)
-
-## Data efficiency
-
-{'![unseen tasks by share of the speech](curve.png)' if report['curve'] else 'Not measured: no recipe was trained on a part of the speech.'}
-
-## Attention
-
-![attention by layer](attention.png)
-
-## Text retention
-
-![text retention](retention.png)
-
-## How this was made
-
-{training_table(report)}
-
-{chr(10).join(f'- {key}: {value}' for key, value in meta.items() if key != 'failures')}
-"""
-    with whole_file(out / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    write_json(out / "report.json", report)
-
-
-def draw(out, report):
-    """Every PNG, and beside it the JSON it was drawn from."""
-    def keep(name, numbers):
-        write_json(out / f"{name}.json", numbers)
-        return out / f"{name}.png"
-
-    def whole(table):
-        """Without the recipes on a part of the speech, which the curve shows."""
-        return {name: row for name, row in table.items() if "@" not in name}
-
-    plots.bars(keep("quadrants", report["quadrants"]), quadrant_names("\n"), {n: list(row.values()) for n, row in whole(report["quadrants"]).items()},
-               "Generalization", "score, % of the text LLM")
-    plots.bars(keep("dialogues", report["dialogues"]), [d.replace("_", " ") for d in DIALOGUES],
-               {n: list(row.values()) for n, row in whole(report["dialogues"]).items()}, "Conversations of two turns", "score, % of the text LLM")
-    for name, measure in (("ignored", "ignored instruction"), ("retention", "text retention")):
-        cells = {n: [row[measure]] for n, row in whole(report["measures"]).items()}
-        plots.bars(keep(name, cells), [measure], cells, measure.capitalize(), "%")
-    tasks = list(next(iter(report["tasks"].values())))
-    grid = np.array([[row[t] for row in report["tasks"].values()] for t in tasks], dtype=float)
-    plots.heat_map(keep("tasks", report["tasks"]), tasks, list(report["tasks"]), grid, "score by task, %")
-    curves = {n: (list(row), [100 * c["score"] for c in row.values()], tuple([100 * c["ci95"][end] for c in row.values()] for end in (0, 1)))
-              for n, row in report["curve"].items() if all(c["score"] is not None for c in row.values())}
-    if report["curve"]:
-        plots.lines(keep("curve", report["curve"]), curves, "share of the training speech, %", "score on unseen tasks, % of the text LLM", "Data efficiency")
-    plots.attention(keep("attention", report["attention"]), whole(report["attention"]))

@@ -112,12 +112,16 @@ def features_option(sub):
     option(sub, "--cache-features", "disk", "keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use", choices=KEEP)
 
 
-def imitate_options(sub):
-    sub.add_argument("--out", required=True, help="the run folder to write")
+def llm_options(sub):
     option(sub, "--llm", "tiny", "the LLM: `tiny`, a local folder, or a Hugging Face name")
     option(sub, "--bits", 4, "load the LLM in 4 (NF4), 8 or 16 (not quantized) bits", type=int, choices=[4, 8, 16])
-    precision_option(sub)
     option(sub, "--tasks", None, "task table; default: tiny/tasks.toml for the tiny LLM, tasks.toml for any other")
+
+
+def imitate_options(sub):
+    sub.add_argument("--out", required=True, help="the run folder to write")
+    llm_options(sub)
+    precision_option(sub)
     option(sub, "--per-utterance", 4, "tasks asked about each transcript, beside repeat and continue")
     option(sub, "--dialogues", 1, "conversations of two turns about each transcript, for recipes with mixed-modal turns", type=whole(0, 64))
     option(sub, "--batch-size", 128, "transcripts the LLM answers at once")
@@ -171,7 +175,8 @@ def compare_options(sub):
     sub.add_argument("--quick", action="store_true", help="one seed, 300 steps, fewer questions: 25 minutes at most on two cores")
     sub.add_argument("--no-curve", action="store_true", help="without the trainings on 10 and 30%% of the speech")
     option(sub, "--steps", 1000, "training steps of every recipe")
-    option(sub, "--batch-size", 32, "utterances in a step")
+    option(sub, "--batch-size", 32, "utterances in a micro-batch")
+    option(sub, "--accumulate", 1, "micro-batches in a step")
     question_options(sub)
     option(sub, "--speech", "tiny", "what `prepare` is given: `tiny`, a manifest, or a folder")
     option(sub, "--train", 1500, "tiny: training utterances to render")
@@ -179,10 +184,11 @@ def compare_options(sub):
     option(sub, "--join", "", "of a manifest of single-word recordings: make strings of them, fewest:most words")
     option(sub, "--count", None, "how many such strings; default: as many as `prepare` makes", type=positive)
     sub.add_argument("--leave-one-speaker-out", action="store_true", help="a run for each speaker, held out in it, instead of one for each seed")
-    option(sub, "--llm", "tiny", "the LLM: `tiny`, a local folder, or a Hugging Face name")
+    llm_options(sub)
     option(sub, "--encoder", "tiny", "the speech encoder, likewise")
     option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
-    option(sub, "--k", None, "encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech tokens a second", type=whole(1, 256))
+    option(sub, "--k", None, "encoder frames a speech token, of every recipe (blsp needs a power of two); default: by the encoder's frame rate and the "
+           "recipe's speech tokens a second", type=whole(1, 256))
     option(sub, "--jobs", None, "commands at once, each in a process of its own; default: with the tiny models on a CPU one a core, at most 4, elsewhere one",
            type=whole(1, 64))
 

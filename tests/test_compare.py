@@ -180,6 +180,11 @@ def test_compare_reports_a_failed_recipe_goes_on_with_the_others_and_does_nothin
     assert "no recipe was trained on a part" in text and not (out / "curve.png").exists()
     for name in ("quadrants", "tasks", "ignored", "retention", "dialogues", "attention"):
         assert (out / f"{name}.png").stat().st_size > 1000 and json.loads((out / f"{name}.json").read_text(encoding="utf-8")) is not None
+    pairs, metrics = report["differences"]["score, unseen tasks"], report["metrics"]
+    assert [(a, b) for a, row in pairs.items() for b in row] == [(a, b) for i, a in enumerate(report["quadrants"]) for b in list(report["quadrants"])[i + 1:]]
+    gap = report["measures"]["mtbi"]["score, unseen tasks"]["score"] - report["measures"]["vtb"]["score, unseen tasks"]["score"]
+    assert pairs["mtbi"]["vtb"]["score"] == pytest.approx(gap) and f"{-100 * gap:+.1f}" in text
+    assert metrics["text"]["repeat"]["exact"] == 1 and set(metrics["vtb"]["translate"]) == {"exact", "wer", "chrf", "bleu"}
     trained = report["training"]
     assert trained["mtbi"]["audio_seconds"] > 0 and trained["vtb"]["trained_parameters"] > trained["mtbi"]["trained_parameters"]
     vtb = read_json(out / "seed-0" / "bench" / "vtb.json")["values"]["text retention"]
@@ -188,6 +193,7 @@ def test_compare_reports_a_failed_recipe_goes_on_with_the_others_and_does_nothin
     kept = {f: f.stat().st_mtime_ns for f in (out / "seed-0").rglob("*.safetensors")} | {f: f.stat().st_mtime_ns for f in (out / "seed-0/bench").iterdir()}
     assert main(argv) == 0
     assert {f: f.stat().st_mtime_ns for f in kept} == kept, "what is there is not done again"
+    assert len(read_json(out / "report.json")["meta"]["wall_seconds_by_sitting"]) == 2 and report["meta"]["k"] == 6, "how it was made is all there"
 
     before = (out / "report.json").read_bytes()
     (out / "seed-0" / "bench" / "mtbi.json").write_text("{")       # damaged: measured again
