@@ -5,6 +5,7 @@ Shapes:  B conversations, L positions, T encoder frames, N speech tokens, D the 
 
 import hashlib
 import shutil
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -187,14 +188,13 @@ class SpeechLLM(nn.Module):
     def forward(self, batch, teacher=None):
         """The loss of conversations that end in a Response, summed over response tokens.
 
-        teacher: the same conversations with the transcript as text; then the loss is KL(LLM reading text || LLM hearing speech).
+        teacher: the same conversations with the transcript as text; then the loss is KL(frozen LLM reading text || LLM hearing speech).
         """
-        logits, labels = self.logits(batch)
         if teacher is None:
-            return F.cross_entropy(logits, labels, reduction="sum")
-        with torch.no_grad():
+            return F.cross_entropy(*self.logits(batch), reduction="sum")
+        with torch.no_grad(), self.llm.disable_adapter() if self.lora else nullcontext():
             target = self.logits(teacher)[0].log_softmax(-1)
-        return F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
+        return F.kl_div(self.logits(batch)[0].log_softmax(-1), target, reduction="sum", log_target=True)
 
     @torch.no_grad()
     def generate_rows(self, batch, max_new_tokens=64):

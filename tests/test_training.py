@@ -153,6 +153,23 @@ def test_kl_gradients_reach_the_connector_after_a_teacher_pass(model, utterances
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trainable().values())
 
 
+def test_with_an_adapter_kl_still_imitates_the_frozen_llm(spec, model, encoder, utterances):
+    """A teacher that had the adapter too would drift with what is trained, and never correct it where the LLM reads."""
+    tuned = SpeechLLM.build({**spec, "lora": 4}, load_llm("tiny", 4), encoder).train()
+    rows = [chat_parts(model.tokenizer, ask("Repeat this."), [[transcript_tokens(model.tokenizer, u.text)]], model.response(u.text).ids)
+            for u in utterances[:3]]
+    assert abs(tuned(rows, rows).item()) < 1e-3, "an adapter begins as nothing"
+    adapter = [p for name, p in tuned.trainable().items() if "lora_B" in name]
+    with torch.no_grad():
+        for p in adapter:
+            p.normal_(0, 0.5)
+        target, heard = model.logits(rows)[0].log_softmax(-1), tuned.logits(rows)[0].log_softmax(-1)
+    loss = tuned(rows, rows)
+    assert loss.item() == pytest.approx(torch.nn.functional.kl_div(heard, target, reduction="sum", log_target=True).item(), rel=1e-4) and loss.item() > 0.1
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter)
+
+
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_connectors_give_the_tokens_they_promise_at_the_norm_of_the_embeddings(kind):
     connector = Connector(kind, 24, 32, k=4, hidden=16, embedding_rms=0.02).eval()
