@@ -66,8 +66,9 @@ def tokenizer_of(family):
     return wrapped
 
 
-def save_llm(folder, family, tokenizer=None, std=0.05, sure=1.0, **shape):
-    """A small random-weight LLM of the family with its tokenizer; returns the folder. sure: makes its answers surer, so that there is more to imitate."""
+def save_llm(folder, family, tokenizer=None, std=0.05, sure=1.0, brief=1.0, **shape):
+    """A small random-weight LLM of the family with its tokenizer; returns the folder. sure: makes its answers surer, so that there is more to imitate;
+    brief: makes it surer still where they end, so that they are short."""
     tokenizer = tokenizer or tokenizer_of(family)
     size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "initializer_range": std, "tie_word_embeddings": False, **shape}
@@ -79,6 +80,7 @@ def save_llm(folder, family, tokenizer=None, std=0.05, sure=1.0, **shape):
     llm = transformers.AutoModelForCausalLM.from_config(config(vocab_size=-(-len(tokenizer) // 8) * 8, bos_token_id=tokenizer.bos_token_id,
                                                                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **size))
     llm.lm_head.weight.data *= sure
+    llm.lm_head.weight.data[tokenizer.eos_token_id] *= brief
     llm.generation_config.update(do_sample=True, temperature=0.7, top_k=5, repetition_penalty=1.3)      # as many checkpoints recommend
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

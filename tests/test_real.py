@@ -15,6 +15,7 @@ from conftest import ROOT, shared
 
 from data import read_manifest
 from files import read_json, read_jsonl
+from mtbi import RECIPES
 
 SHORTER = {"imitate": ["--max-new-tokens", "8", "--per-utterance", "3"], "bench": ["--max-new-tokens", "8"], "generate": ["--max-new-tokens", "8"]}
 
@@ -69,6 +70,22 @@ def test_the_documented_commands_run_on_real_input_resume_and_say_what_they_did(
         assert re.search(re.escape(words) + r"\d+\.\d s", said[name]), name
     assert "50.0 frames/s" in said["train"] and "speech tokens/s" in said["train"]
     assert all(word in said["info"] for word in ("whisper-tiny.en", "NF4", "with word times", "steps 200 of 200", "scores"))
+
+
+def test_every_recipe_trains_and_is_measured_with_a_real_encoder_and_a_real_tokenizer(tmp_path):
+    """The rows of the table, compared as in the tiny world: human speech, whisper-tiny.en, SmolLM2 in 4 bits (random weights), tasks.toml."""
+    from transformers import AutoTokenizer
+    llm = save_llm(tmp_path / "llm", "smollm", AutoTokenizer.from_pretrained(shared("tokenizers/smollm2-135m-instruct")), sure=10, brief=4)
+    done = mtbi(["compare", "--out", str(tmp_path), "--seeds", "1", "--no-curve", "--llm", str(llm), "--encoder", str(shared("models/whisper-tiny.en")),
+                 "--asr", "tiny", "--speech", str(shared("data/fsdd") / "manifest.jsonl"), "--join", "3:6", "--count", "64", "--steps", "2",
+                 "--batch-size", "8", "--per-prompt", "1", "--dialogues", "2", "--probes", "4"])
+    assert done.returncode == 0, done.stderr
+    report = read_json(tmp_path / "report.json")
+    assert not report["meta"]["failures"] and list(report["quadrants"]) == ["text", "cascade", *(n for n, r in RECIPES.items() if r.connector)]
+    for name, row in report["training"].items():
+        adapter = tmp_path / "seed-0" / name / "adapter" / "adapter_model.safetensors"
+        assert row["audio_seconds"] > 0 and row["trained_parameters"] > 0 and adapter.exists() == (RECIPES[name].lora > 0)
+        assert all(cell["n"] == 1 for cell in [*report["quadrants"][name].values(), *report["dialogues"][name].values()])
 
 
 def kill_when_a_state_is_saved(argv, state):
