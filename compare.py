@@ -63,7 +63,7 @@ CLAIMS = [
 RULE = ("holds: the 95% interval lies above zero (or the margin named); does not hold: it lies below; undecided: it includes it. The interval is a "
         f"bootstrap of the paired difference over runs and over utterances ({RESAMPLES} resamples, percentiles 2.5 and 97.5), in which the differences between "
         "runs are widened as Student's t does, because few runs show too little of them. One run shows nothing of them: its verdicts are about that "
-        "one training of each recipe. Each claim is decided by itself: of twenty that are wrong one may seem to hold.")
+        "one training of each recipe. Each claim is decided by itself: of forty without any truth in them one may seem to hold.")
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}      # 97.5% quantile of t, by the number of runs
 CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10, 30), "asr": (10, 30)}      # the data-efficiency curve: recipes, and percents of the speech beside 100
 BAR = {"score, seen tasks and prompts": 0.95, "score, unseen prompts": 0.93, "score, unseen tasks": 0.85}      # what mtbi should reach in the tiny world
@@ -89,7 +89,7 @@ def folds(args):
     source = ["prepare", args.speech, *say(args, "join", "count")]
     if args.leave_one_speaker_out:
         if not Path(args.speech).is_file():
-            raise UserError(f"{args.speech}: --leave-one-speaker-out needs a JSONL manifest that names speakers")
+            raise UserError(f"--speech {args.speech}: --leave-one-speaker-out needs the file of a JSONL manifest that names speakers, and this is none")
         speakers = sorted({u.speaker for u in read_manifest(Path(args.speech))} - {""})
         if len(speakers) < 2:
             raise UserError(f"{args.speech}: names {len(speakers)} speakers; --leave-one-speaker-out needs two or more")
@@ -140,7 +140,7 @@ def compare(args, run_command, chosen, where):
     start, out = time.perf_counter(), Path(args.out)
     names, runs = chosen if args.no_curve else with_curve(chosen), folds(args)
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "function", "out", "recipes", "seeds", "no_curve", "jobs")}
-    is_done(out, settings, "report.md", half_way="*/config.json", advice="name another --out")      # recipes and seeds may be added later, nothing else
+    is_done(out, settings, "report.md", half_way="*/config.json", advice="name another --out")      # refuses others; recipes and seeds may be added later
     claim(out, settings)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
     jobs = Jobs(args.jobs, run_command, tiny={args.llm, args.encoder, args.asr or "tiny"} == {"tiny"})

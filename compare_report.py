@@ -5,7 +5,7 @@ import numpy as np
 import plots
 from eval import DIALOGUES, QUADRANTS, quadrant_names
 from files import whole_file, write_json
-from report import percent
+from report import TERMS, percent
 
 
 # ---- tables ----
@@ -82,8 +82,9 @@ def write(out, report):
     meta, failures = report["meta"], report["meta"]["failures"]
     text = f"""# {', '.join(meta['recipes'])}: {len(meta['runs'])} run{'s' * (len(meta['runs']) > 1)}{', shortened' if meta['quick'] else ''}
 
-Scores are percentages of the text LLM's own answers to the true transcripts, on speakers, sentences, prompts and tasks that were held out. In brackets: 95%
-bootstrap intervals over {'runs and ' if len(meta['runs']) > 1 else ''}utterances.
+On held-out speakers and sentences; in percent; in brackets 95% bootstrap intervals over {'runs and ' if len(meta['runs']) > 1 else ''}utterances.
+
+{TERMS}
 
 ## Claims
 

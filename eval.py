@@ -246,7 +246,7 @@ def attention_shares(model, hear, cases, responses):
     with attention_weights(llm):
         for case, response in zip(cases, responses):
             instruction, heard = transcript_tokens(model.tokenizer, case.prompt), hear(case.utterance)
-            slots = [{"role": "user", "content": [{"type": "audio", "audio": None}] * 2}]
+            slots = [{"role": "user", "content": [{"type": "audio", "audio": None}] * 2}]      # the instruction in a slot too: so its part can be told
             parts = chat_parts(model.tokenizer, slots, [[instruction], heard], response)
             kinds = ["instruction" if p is instruction else "utterance" if any(p is h for h in heard) else "" for p in parts]
             lengths = [-(-len(p.frames) // model.connector.k) if isinstance(p, Speech) else len(p.ids) for p in parts]

@@ -34,7 +34,7 @@ class Jobs:
     def __init__(self, at_once, run_command, tiny):
         self.at_once, why = (at_once, "as asked by --jobs") if at_once else jobs_that_fit(tiny)
         print(f"jobs: {self.at_once} at once, {why}")
-        self.run_command, self.failures, self.threads = run_command, {}, 0
+        self.run_command, self.failures, self.threads = run_command, {}, 0      # threads of each process; 0: no processes, one command after the other, here
         self.running, self.stopped, self.lock = set(), False, threading.Lock()
 
     def each(self, what, function, items):
@@ -75,7 +75,7 @@ class Jobs:
             return True
         except Exception as error:                                 # whatever it is, the others are to go on
             failed = isinstance(error, Failed)
-            self.failures[key] = str(error) if failed else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.failures[key] = str(error) if failed else f"{type(error).__name__}: {' '.join(str(error).split())}".removeprefix("UserError: ")
             tqdm.write(f"FAILED: {key}: {self.failures[key]}")
             with whole_file(why) as temporary:
                 temporary.write_text(error.output if failed else traceback.format_exc(), encoding="utf-8")
@@ -107,8 +107,8 @@ def jobs_that_fit(tiny):
     """(how many jobs at once, the reason)."""
     if DEVICE != "cpu" or not tiny:
         return 1, "because one training fills a " + ("GPU" if DEVICE != "cpu" else "CPU, if the models are not tiny")
-    return min(MOST, torch.get_num_threads()), (f"because there are {torch.get_num_threads()} cores, of which a tiny model needs one, and each "
-                                                f"process takes 1.4 GB of memory; {MOST} at most")
+    return min(MOST, torch.get_num_threads()), (f"because PyTorch has {torch.get_num_threads()} threads, of which a tiny model needs one, and "
+                                                f"each process takes 1.4 GB of memory; {MOST} at most")
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def train_recipe(args):
               "audio": audio_id(utterances, data / "features"), "behaviors": digest(run / "behaviors.jsonl"),
               "manifest": digest(data / "manifest.jsonl"), "steps": args.steps, "batch_size": args.batch_size,
               "accumulate": args.accumulate, "lr": args.lr, "precision": compute_precision(args.precision), "seed": args.seed}
-    if is_done(folder, chosen, "connector.safetensors", args.force):
+    if is_done(folder, chosen, "connector.safetensors", args.force, advice="make another RUN with `imitate`, or --force to redo it"):
         return print(f"{folder}: is trained already")
     say_where()
     behaviors, encoder = read_behaviors(run / "behaviors.jsonl"), shared_encoder(spec["encoder"], spec["pad_whisper"])
@@ -203,7 +203,7 @@ def checkpoint_if_large(model, choice):
     if on:
         model.checkpoint_gradients()
     print(f"gradient checkpointing: {'on' if on else 'off'}, " + ("as asked" if choice != "auto" else f"because the LLM has {size / 1e9:.2g} billion "
-          f"parameters, and {'less memory' if on else 'speed'} matters more {'from' if on else 'below'} {CHECKPOINT_FROM / 1e9} billion on"))
+          f"parameters, and {'from' if on else 'below'} {CHECKPOINT_FROM / 1e9} billion {'less memory' if on else 'speed'} matters more"))
 
 
 def connector_size(args, recipe, llm_width, encoder):
@@ -345,6 +345,7 @@ def show_recipes(args):
     for name, recipe in RECIPES.items():
         changed = ", ".join(f"{column} {value}" for column, value in asdict(recipe).items() if column != "about" and value != default[column])
         print(f"{name:<20} {recipe.about}\n{'':<20} {changed if recipe.connector else 'no training'}")
+    print("\nThe class Recipe in examples.py says what each value means; what is not named here is as it stands there.")
 
 
 def compare_recipes(args):

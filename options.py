@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):        # "(default: None)" explains nothing; such options say in words what happens without them
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+        return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
 
 
 def whole(low, high):
@@ -130,8 +130,8 @@ def imitate_options(sub):
 
 def train_options(sub, recipes):
     option(sub, "--recipe", "mtbi", "; ".join(f"{name}: {recipe.about}" for name, recipe in recipes.items()))
-    sub.add_argument("--resume", action="store_true", help="go on with a training that was interrupted, with the options it was begun with that "
-                     "change its weights (the same command as before goes on, too)")
+    sub.add_argument("--resume", action="store_true", help="go on with a training that was interrupted: with the steps, rate and so on it was begun with, "
+                     "whatever else is said here (the same command as before goes on, too)")
     option(sub, "--encoder", "tiny", "the speech encoder: `tiny`, a local folder, or a Hugging Face name")
     sub.add_argument("--pad-whisper", action="store_true", help="run a Whisper encoder on 30 s of padding instead of the audio's own length")
     features_option(sub)

@@ -96,3 +96,12 @@ def test_an_llm_whose_layers_changed_since_it_answered_is_refused(data, tmp_path
     save_file(tensors, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
     capsys.readouterr()
     assert main(["train", str(tmp_path / "run"), *SMALL]) == 2 and "is not the LLM any more" in capsys.readouterr().err
+
+
+def test_no_command_overwrites_the_folder_of_another_not_even_by_force(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    before = (tmp_path / "data" / "config.json").read_bytes()
+    for more in ([], ["--force"]):
+        assert main(["imitate", str(tmp_path / "data"), "--out", str(tmp_path / "data"), *more]) == 2
+        assert "made by another command" in capsys.readouterr().err
+    assert (tmp_path / "data" / "config.json").read_bytes() == before
