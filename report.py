@@ -13,13 +13,14 @@ from files import UserError, read_config, read_json, read_json_if_whole, whole_f
 from parallel import DEVICE
 from train import read_log
 
-TERMS = """*Score*: the mean over questions of what the task asks for, exact match, 1 - word error rate (WER), or chrF, against the text LLM's own answer to the true
-transcript. So it is a share of the top line, `text`, which has 100%. *Seen* are the tasks and prompts that stage 2 may train on; a recipe that trains on a part
-of these tasks has not seen the others. *Repeat WER*: the word error rate of the task *repeat* against the true transcripts. *Ignored instruction*: answers that
-are the transcript, though another task was asked. *Conversations*: two turns, of speech and text mixed, against the text LLM's own answer to the same in text.
-*Text retention*: the score of the same questions about the true transcript in text, after training; an LLM that is frozen answers as before. *Behavior gap*: KL
-between the LLM's next-token distributions reading the transcript and hearing the speech, over its own answer. *Attention*: share that the positions which predict
-the answer pay to the instruction and to what stands for the utterance, mean over layers and heads; the rest falls on the chat template and the answer itself."""
+TERMS = """*Score*: the mean over questions of what the task asks for, exact match, 1 - word error rate (WER), or chrF, against the text LLM's own answer to
+the true transcript. So it is a share of the top line, `text`, which has 100%. *Seen* are the tasks and prompts that stage 2 may train on; a recipe that
+trains on a part of these tasks has not seen the others. *Repeat WER*: the word error rate of the task *repeat* against the true transcripts. *Ignored
+instruction*: answers that are the transcript, though another task was asked. *Conversations*: two turns, of speech and text mixed, against the text LLM's own
+answer to the same in text. *Text retention*: the score of the same questions about the true transcript in text, after training; an LLM that is frozen answers
+as before. *Behavior gap*: KL between the LLM's next-token distributions reading the transcript and hearing the speech, over its own answer. *Attention*:
+share that the positions which predict the answer pay to the instruction and to what stands for the utterance, mean over layers and heads; the rest falls on
+the chat template and the answer."""
 
 
 def percent(value, digits=1):
