@@ -200,7 +200,8 @@ def decide(about, kept):
     found = over_runs(groups)
     low, high = found["ci95"]
     verdict = "not measured" if not found["n"] else "holds" if low > about.margin else "does not hold" if high < about.margin else "undecided"
-    return {"claim": about.says, "paper": about.paper, "measure": about.measure, "difference": about.formula(), **found, "verdict": verdict}
+    return {"claim": about.says, "paper": about.paper, "measure": about.measure, "difference": about.formula(),
+            "recipes": [name for _, name in about.terms], **found, "verdict": verdict}
 
 
 def summarize(out, kept, names):

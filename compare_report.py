@@ -17,11 +17,16 @@ def interval(found, digits=1, factor=100):
 
 
 def claims_table(report):
+    """The claims about recipes that were asked for; how many others there are is said below."""
+    asked = {"text", "cascade", *report["meta"]["recipes"]}
+    claims = [c for c in report["claims"] if asked >= set(c["recipes"])]
     lines = ["| claim | paper | difference | in | measured [95%] | runs | verdict |", "|---|---|---|---|---|---|---|"]
-    for c in report["claims"]:
+    for c in claims:
         small = c["measure"] == "behavior gap"
         lines.append(f"| {c['claim']} | {c['paper']} | {c['difference']} | {c['measure']}{', nats/token' if small else ', points'} | "
                      f"{interval(c, 3, 1) if small else interval(c)} | {c['n']} | **{c['verdict']}** |")
+    if others := len(report["claims"]) - len(claims):
+        lines += ["", f"{others} other claims are about recipes that were not asked for here."]
     return "\n".join(lines)
 
 
@@ -37,8 +42,24 @@ def recipe_table(report):
     return "\n".join(lines)
 
 
+def spread_table(report):
+    """The same, with the lowest and the highest run instead of intervals."""
+    def spread(found):
+        low, high = (percent(end(found["by_run"], default=None), 0).removesuffix("%") for end in (min, max))
+        return f"{percent(found['score'])} ({low}–{high})"
+
+    names = ["ignored instruction", "text retention", "conversations of two turns"]
+    lines = ["| system | " + " | ".join([*quadrant_names(" × "), "repeat WER", *names]) + " |", "|---|" + "---|" * 8]
+    for name, row in report["quadrants"].items():
+        cells = [*map(spread, row.values()), percent(report["repeat_wer"][name]), *(spread(report["measures"][name][m]) for m in names)]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def bar_table(report):
     """The quality bar: shares of the text top line that mtbi should reach, and 97% of the cascade."""
+    if {report["meta"][key] for key in ("speech", "llm", "encoder")} != {"tiny"}:
+        return "It is of the tiny world, and this is another."
     if not {"mtbi", "cascade"} <= set(report["measures"]):
         return "Not measured: it needs `mtbi` and `cascade`."
     lines = ["| cells | mtbi | bar | reached | share of the cascade | 97% reached |", "|---|---|---|---|---|---|"]
@@ -100,6 +121,10 @@ The rule, written before the run: {report['rule']} Runs: {', '.join(meta['runs']
 ## Recipes
 
 {recipe_table(report)}
+
+The same, in brackets the lowest and the highest run instead of an interval:
+
+{spread_table(report)}
 
 ![recipe × quadrant](quadrants.png)
 
