@@ -81,7 +81,7 @@ class Fold:
 
 def say(args, *keys):
     """These options as command-line words, where they have a value."""
-    return [word for key in keys if getattr(args, key) for word in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+    return [word for key in keys if getattr(args, key) is not None for word in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
 
 
 def folds(args):
@@ -167,7 +167,8 @@ def compare(args, run_command, chosen, where):
 
 def read_records(folder, names):
     """{recipe: its record} of a run, of those that are there."""
-    return {name: read_json(folder / "bench" / f"{name}.json", "values", "answers") for name in names if (folder / "bench" / f"{name}.json").exists()}
+    there = {name: folder / "bench" / f"{name}.json" for name in names if (folder / "bench" / f"{name}.json").exists()}
+    return {name: read_json(path, "values", "metrics", "attention", "repeat_wer", "seconds") for name, path in there.items()}
 
 
 def over_runs(groups, seed=0):

@@ -45,7 +45,9 @@ def recipe_table(report):
 def spread_table(report):
     """The same, with the lowest and the highest run instead of intervals."""
     def spread(found):
-        low, high = (percent(end(found["by_run"], default=None), 0).removesuffix("%") for end in (min, max))
+        if found["score"] is None:
+            return "–"
+        low, high = (percent(end(found["by_run"]), 0).removesuffix("%") for end in (min, max))
         return f"{percent(found['score'])} ({low}–{high})"
 
     names = ["ignored instruction", "text retention", "conversations of two turns"]
@@ -58,7 +60,7 @@ def spread_table(report):
 
 def bar_table(report):
     """The quality bar: shares of the text top line that mtbi should reach, and 97% of the cascade."""
-    if {report["meta"][key] for key in ("speech", "llm", "encoder")} != {"tiny"}:
+    if {report["meta"][key] for key in ("speech", "llm", "encoder")} != {"tiny"} or report["meta"]["tasks"]:
         return "It is of the tiny world, and this is another."
     if not {"mtbi", "cascade"} <= set(report["measures"]):
         return "Not measured: it needs `mtbi` and `cascade`."
@@ -83,13 +85,15 @@ def training_table(report):
 def difference_table(report, measure="score, unseen tasks"):
     """Row minus column, points; bold where the interval excludes zero."""
     pairs = report["differences"][measure]
-    names = list(dict.fromkeys([*pairs, *(b for row in pairs.values() for b in row)]))
+    names = list(dict.fromkeys(name for a, row in pairs.items() for name in (a, *row) if row))
+    if not names:
+        return "Not measured: there are no two recipes with all the speech."
     lines = ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---|" + "---|" * len(names)]
     for a in names:
         cells = []
         for b in names:
             found, sign = (pairs[a][b], 1) if b in pairs.get(a, {}) else (pairs.get(b, {}).get(a), -1)
-            text = "" if found is None else f"{100 * sign * found['score']:+.1f}"
+            text = "" if found is None else f"{round(100 * sign * found['score'], 1) + 0.0:+.1f}"
             cells.append(f"**{text}**" if found and found["verdict"] != "undecided" else text)
         lines.append(f"| `{a}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -103,7 +107,8 @@ def write(out, report):
     meta, failures = report["meta"], report["meta"]["failures"]
     text = f"""# {', '.join(meta['recipes'])}: {len(meta['runs'])} run{'s' * (len(meta['runs']) > 1)}{', shortened' if meta['quick'] else ''}
 
-On held-out speakers and sentences; in percent; in brackets 95% bootstrap intervals over {'runs and ' if len(meta['runs']) > 1 else ''}utterances.
+On held-out speakers and sentences; in percent, the behavior gap in nats a token; in brackets 95% bootstrap intervals over \
+{'runs and ' if len(meta['runs']) > 1 else ''}utterances.
 
 {TERMS}
 
@@ -122,9 +127,7 @@ The rule, written before the run: {report['rule']} Runs: {', '.join(meta['runs']
 
 {recipe_table(report)}
 
-The same, in brackets the lowest and the highest run instead of an interval:
-
-{spread_table(report)}
+{f'The same, in brackets the lowest and the highest run instead of an interval:{chr(10) * 2}{spread_table(report)}' if len(meta['runs']) > 1 else ''}
 
 ![recipe × quadrant](quadrants.png)
 

@@ -97,19 +97,22 @@ def mend_jsonl(path):
             file.truncate(content.rfind(b"\n") + 1)
 
 
+MADE_BY = {"source": "prepare", "task_table": "imitate", "recipe": "train", "per_prompt": "compare"}      # a setting that no other command has
+
+
 def is_done(folder, settings, output, force=False, half_way="state/[0-9]*", advice="choose another folder, or --force to redo it"):
     """True if the step with these settings is finished in `folder` and its output is there.
 
     A folder with work of other settings, finished or kept half-way (files that match `half_way`), is refused, unless `force`; one that another command
-    made, which the name of the first setting tells, is refused in any case.
+    made is refused in any case.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
         return False
     old, settings = (read_json_if_whole if force else read_json)(path, "settings", "done"), json.loads(json.dumps(settings))
     before = old["settings"] if old and isinstance(old["settings"], dict) else {}
-    if before and next(iter(before)) != next(iter(settings)):
-        raise UserError(f"{folder}: was made by another command; choose another folder")
+    if other := next((MADE_BY[key] for key in MADE_BY if key in before and key not in settings), None):
+        raise UserError(f"{folder}: was made by `{other}`; choose another folder")
     if force or not old["done"] and not any(Path(folder).glob(half_way)):
         return False                                               # nothing was kept of it
     changed = [f"{k} was {before.get(k)}, now {settings.get(k)}" for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]

@@ -181,11 +181,11 @@ def compare_options(sub):
     option(sub, "--speech", "tiny", "what `prepare` is given: `tiny`, a manifest, or a folder")
     option(sub, "--train", 1500, "tiny: training utterances to render")
     option(sub, "--test", 300, "tiny: held-out utterances to render")
-    option(sub, "--join", "", "of a manifest of single-word recordings: make strings of them, fewest:most words")
+    option(sub, "--join", None, "of a manifest of single-word recordings: make strings of them, fewest:most words")
     option(sub, "--count", None, "how many such strings; default: as many as `prepare` makes", type=positive)
     sub.add_argument("--leave-one-speaker-out", action="store_true", help="a run for each speaker, held out in it, instead of one for each seed")
     llm_options(sub)
-    option(sub, "--encoder", "tiny", "the speech encoder, likewise")
+    option(sub, "--encoder", "tiny", "the speech encoder: `tiny`, a local folder, or a Hugging Face name")
     option(sub, "--asr", None, "CTC model for the cascade; default: the speech encoder's own head, if it has one")
     option(sub, "--k", None, "encoder frames a speech token, of every recipe (blsp needs a power of two); default: by the encoder's frame rate and the "
            "recipe's speech tokens a second", type=whole(1, 256))

@@ -103,5 +103,5 @@ def test_no_command_overwrites_the_folder_of_another_not_even_by_force(data, tmp
     before = (tmp_path / "data" / "config.json").read_bytes()
     for more in ([], ["--force"]):
         assert main(["imitate", str(tmp_path / "data"), "--out", str(tmp_path / "data"), *more]) == 2
-        assert "made by another command" in capsys.readouterr().err
+        assert "was made by `prepare`" in capsys.readouterr().err
     assert (tmp_path / "data" / "config.json").read_bytes() == before

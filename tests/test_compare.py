@@ -166,8 +166,11 @@ def test_compare_reports_a_failed_recipe_goes_on_with_the_others_and_does_nothin
     """k = 6 is no power of two, which the convolutions of blsp need."""
     out = tmp_path / "compare"
     argv = ["compare", "--out", str(out), "--recipes", "mtbi,blsp,vtb", "--seeds", "1", "--steps", "3", "--k", "6", "--train", "40", "--test", "16",
-            "--per-prompt", "1", "--dialogues", "2", "--probes", "4", "--no-curve", "--jobs", "1"]
+            "--per-prompt", "1", "--dialogues", "2", "--probes", "4", "--no-curve", "--jobs", "1", "--batch-size", "16", "--accumulate", "2", "--bits", "16",
+            "--tasks", str(ROOT / "tiny" / "tasks.toml")]
     assert main(argv) == 0
+    asked, trained = (read_json(out / "seed-0" / where / "config.json")["settings"] for where in (".", "mtbi"))
+    assert (asked["bits"], asked["tasks"], trained["batch_size"], trained["accumulate"]) == (16, "tiny/tasks.toml", 16, 2), "every command is told"
     said = capsys.readouterr().out
     report = read_json(out / "report.json")
     assert "FAILED" in said and list(report["meta"]["failures"]) == ["seed-0/blsp"] and "power of two" in report["meta"]["failures"]["seed-0/blsp"]
@@ -183,7 +186,10 @@ def test_compare_reports_a_failed_recipe_goes_on_with_the_others_and_does_nothin
     pairs, metrics = report["differences"]["score, unseen tasks"], report["metrics"]
     assert [(a, b) for a, row in pairs.items() for b in row] == [(a, b) for i, a in enumerate(report["quadrants"]) for b in list(report["quadrants"])[i + 1:]]
     gap = report["measures"]["mtbi"]["score, unseen tasks"]["score"] - report["measures"]["vtb"]["score, unseen tasks"]["score"]
-    assert pairs["mtbi"]["vtb"]["score"] == pytest.approx(gap) and f"{-100 * gap:+.1f}" in text
+    assert pairs["mtbi"]["vtb"]["score"] == pytest.approx(gap)
+    row = next(line for line in text.split("## Paired differences")[1].splitlines() if line.startswith("| `vtb` |"))
+    assert float(row.split("|")[4].strip(" *")) == pytest.approx(-100 * gap, abs=0.051)
+    assert "15 other claims are about recipes that were not asked for" in text and "this is another" in text.split("## The quality bar")[1]
     assert metrics["text"]["repeat"]["exact"] == 1 and set(metrics["vtb"]["translate"]) == {"exact", "wer", "chrf", "bleu"}
     trained = report["training"]
     assert trained["mtbi"]["audio_seconds"] > 0 and trained["vtb"]["trained_parameters"] > trained["mtbi"]["trained_parameters"]
