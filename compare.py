@@ -15,6 +15,7 @@ from data import read_manifest
 from eval import DIALOGUES, QUADRANTS, RESAMPLES, bootstrap
 from files import UserError, claim, is_done, read_json, read_json_if_whole, write_json
 from jobs import Jobs
+from options import command_words
 from train import read_log
 
 MEASURES = {                 # what a claim can be about: names of the values in RUN/bench/RECIPE.json
@@ -79,14 +80,9 @@ class Fold:
     seed: int
 
 
-def say(args, *keys):
-    """These options as command-line words, where they have a value."""
-    return [word for key in keys if getattr(args, key) is not None for word in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
-
-
 def folds(args):
     """A run for each seed, or for each speaker left out."""
-    source = ["prepare", args.speech, *say(args, "join", "count")]
+    source = ["prepare", args.speech, *command_words(vars(args), "join", "count")]
     if args.leave_one_speaker_out:
         if not Path(args.speech).is_file():
             raise UserError(f"--speech {args.speech}: --leave-one-speaker-out needs the file of a JSONL manifest that names speakers, and this is none")
@@ -104,8 +100,8 @@ def with_curve(names):
 
 def run_all(runs, args, names, jobs):
     """Prepare, imitate, train and bench all runs, where that is not done already; returns {run: the systems measured in it now}."""
-    out = Path(args.out)
-    size = say(args, "train", "test") if args.speech == "tiny" else []
+    out, options = Path(args.out), vars(args)
+    size = command_words(options, "train", "test") if args.speech == "tiny" else []
 
     def attempt(fold, name, *argv):
         return jobs.attempt([*argv, "--seed", str(fold.seed)], out / fold.name, name)
@@ -113,11 +109,12 @@ def run_all(runs, args, names, jobs):
     def behaviors(fold):
         run = out / fold.name
         return (attempt(fold, "data", *fold.prepare, *size, "--out", str(run / "data")) and
-                attempt(fold, "behaviors", "imitate", str(run / "data"), "--out", str(run), *say(args, "llm", "bits", "tasks")))
+                attempt(fold, "behaviors", "imitate", str(run / "data"), "--out", str(run), *command_words(options, "llm", "bits", "tasks")))
 
     def train(pair):
         fold, recipe = pair
-        return attempt(fold, recipe, "train", str(out / fold.name), "--recipe", recipe, *say(args, "encoder", "k", "steps", "batch_size", "accumulate"))
+        words = command_words(options, "encoder", "k", "steps", "batch_size", "accumulate")
+        return attempt(fold, recipe, "train", str(out / fold.name), "--recipe", recipe, *words)
 
     ready = [fold for fold, good in zip(runs, jobs.each("prepare and imitate", behaviors, runs)) if good]
     pairs = [(fold, recipe) for recipe in names for fold in ready]             # recipe by recipe: what is half done compares some in all runs
@@ -127,7 +124,7 @@ def run_all(runs, args, names, jobs):
 
     def bench(fold):
         trained = [recipe for f, recipe in done if f is fold]
-        words = ["bench", str(out / fold.name), *say(args, "per_prompt", "dialogues", "probes", "asr"), "--recipes"]
+        words = ["bench", str(out / fold.name), *command_words(options, "per_prompt", "dialogues", "probes", "asr"), "--recipes"]
         if trained and not attempt(fold, "bench", *words, ",".join(trained)):
             trained = [recipe for recipe in trained if attempt(fold, recipe, *words, recipe)]
         return ["text", "cascade", *trained] if trained else []

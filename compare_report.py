@@ -166,6 +166,8 @@ intervals: differences.json.
 """
     with whole_file(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
+    for name in ("differences", "metrics"):                        # tables too long for report.md
+        write_json(out / f"{name}.json", report[name])
     write_json(out / "report.json", report)
 
 
@@ -179,8 +181,6 @@ def draw(out, report):
         """Without the recipes on a part of the speech, which the curve shows."""
         return {name: row for name, row in table.items() if "@" not in name}
 
-    for name in ("differences", "metrics"):                        # tables too long for report.md
-        keep(name, report[name])
     plots.bars(keep("quadrants", report["quadrants"]), quadrant_names("\n"), {n: list(row.values()) for n, row in whole(report["quadrants"]).items()},
                "Generalization", "score, % of the text LLM")
     plots.bars(keep("dialogues", report["dialogues"]), [d.replace("_", " ") for d in DIALOGUES],

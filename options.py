@@ -8,6 +8,11 @@ from files import UserError
 from model import PRECISIONS
 
 
+def command_words(chosen, *names):
+    """Options as the words of a command: those of these names that have a value in the dictionary `chosen`."""
+    return [word for name in names if chosen.get(name) is not None for word in (f"--{name.replace('_', '-')}", str(chosen[name]))]
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data import Speech
 from files import UserError, claim, read_config, read_jsonl, whole_file, write_jsonl
+from options import command_words
 from parallel import MAIN, RANK, WORLD, add_up, add_up_gradients, wait
 
 AS_BEFORE = ("encoder", "connector", "k", "hidden", "lora", "steps", "batch_size", "accumulate", "lr", "precision", "seed", "loss")      # what --resume keeps
@@ -228,8 +229,7 @@ def as_before(folder):
     if not saved_states(folder):
         raise UserError(f"{folder}: there is no saved state to resume from; train without --resume")
     chosen = {**chosen, "loss": chosen["recipe"].get("loss")}
-    words = [word for key in AS_BEFORE if chosen.get(key) is not None for word in (f"--{key.replace('_', '-')}", str(chosen[key]))]
-    return words + ["--pad-whisper"] * bool(chosen.get("pad_whisper"))
+    return command_words(chosen, *AS_BEFORE) + ["--pad-whisper"] * bool(chosen.get("pad_whisper"))
 
 
 def begin(folder, chosen, anew):

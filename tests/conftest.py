@@ -1,4 +1,9 @@
-"""Shared pieces: the shipped tiny models, a little rendered speech, and the real data of MTBI_SHARED where it is there."""
+"""Shared pieces: the shipped tiny models, a little rendered speech, and the real data of MTBI_SHARED where it is there.
+
+The environment variable MTBI_SHARED names a folder with data/fsdd (Free Spoken Digit Dataset), data/speechocean (sentences of speechocean762) and
+data/ljspeech, each with a manifest.jsonl, models/whisper-tiny.en, and tokenizers/qwen2.5-instruct and tokenizers/smollm2-135m-instruct, all from Hugging Face
+or GitHub.
+"""
 
 import os
 import random
