@@ -1,164 +1,156 @@
-"""From files to parts: audio, manifests, and the pieces a conversation is made of.
+"""From sound files and transcripts to batches.
 
-How a sample travels:  manifest row -> Utterance -> (stage 1) Behavior -> parts [Text, Speech, Text, Response] -> SpeechLLM
+How a sample travels:
+
+    manifest row -> Utterance -> (stage 1) Behavior -> parts [Text, Speech, Text, Response] -> batch
+
+The chapters below follow it: audio, utterances, tasks, behaviors, parts, interleaving, examples.
 """
 
 import hashlib
-import math
 import os
+import random
 import re
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
-from tqdm import tqdm
-from transformers import AddedToken
 
-from files import UserError, name_of, read_jsonl, relative, whole_file
+from support.chat_template import AUDIO_MARK, audio_mark_id, end_of_turn, flatten, render_chat
+from support.chat_template import tokenize_in_context
+from support.checks import audio_name, check_task, check_words, checked_row, is_turn
+from support.console import progress_bar
+from support.files import UserError, ceil_div, fingerprint, read_jsonl, relative, whole_file
+from support.runs import read_config
+from support.sound import read_sound
 
-SAMPLE_RATE = 16000          # Hz; everything is resampled to it
-MIN_SECONDS = 0.1            # less gives some encoders not one frame
+SAMPLE_RATE = 16000  # Hz; everything is resampled to it
+MIN_SECONDS = 0.1  # less gives some encoders not one frame
 
 
-# ---- audio and manifests ----
+# ---- audio ----
+
 
 def load_audio(path, duration=None):
     """float32 mono samples at SAMPLE_RATE of a WAV, FLAC, OGG or MP3 file of any rate.
 
-    `duration` (seconds) is what the manifest says; a file that holds less is truncated. UserError names the file and what is wrong.
+    `duration` (seconds) is what the manifest says; a file that holds less is truncated. UserError
+    names the file and what is wrong.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such audio file")
-    size = path.stat().st_size
-    if size == 0:
-        raise UserError(f"{path}: the audio file is empty")
-    with open(path, "rb") as file:
-        head = file.read(8)
-    promised = int.from_bytes(head[4:8], "little") + 8 if head[:4] == b"RIFF" else 0
-    try:
-        expected = soundfile.info(path).frames
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)      # (n, channels)
-    except (soundfile.LibsndfileError, RuntimeError, OSError, UnicodeError) as error:
-        raise UserError(f"{path}: cannot be read as audio ({error})") from None
-    if len(samples) == 0:
-        raise UserError(f"{path}: the audio file holds no samples")
-    seconds = len(samples) / rate
-    if len(samples) < expected or size < promised < 2**32 - 1024 or (duration and seconds < 0.95 * duration - 0.05):
-        raise UserError(f"{path}: the audio file is truncated, it holds {seconds:.2f} s" + (f" of {duration:.2f} s" if duration else ""))
+    samples, rate = read_sound(path, duration)  # (n, channels)
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: the audio holds NaN or infinite samples")
-    samples = torch.from_numpy(samples.mean(axis=1))
+    samples = torch.from_numpy(samples.mean(axis=1))  # (n,)
     if samples.abs().max() < 1e-4:
         raise UserError(f"{path}: the audio is silent")
+    seconds = len(samples) / rate
     if seconds < MIN_SECONDS:
-        raise UserError(f"{path}: the audio is too short ({seconds:.3f} s; at least {MIN_SECONDS} s are needed)")
+        raise UserError(
+            f"{path}: the audio is too short ({seconds:.3f} s; at least {MIN_SECONDS} s are needed)"
+        )
     if rate != SAMPLE_RATE:
         from torchaudio.functional import resample
+
         samples = resample(samples, rate, SAMPLE_RATE)
     return samples.numpy()
 
 
+def write_audio(path, samples):
+    with whole_file(path) as temporary:
+        soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE)
+
+
+# ---- utterances ----
+
+
 @dataclass
 class Utterance:
-    """One manifest row. `words` is [[word, start_s, end_s], ...], one per word of `text`, or None."""
+    """One manifest row: a recording and what is said in it."""
+
     audio: Path
-    text: str
-    duration: float
+    text: str  # the transcript
+    duration: float  # seconds
     speaker: str = ""
-    split: str = ""
-    words: list = None
-    id: str = ""             # the audio path as the manifest writes it
+    split: str = ""  # "train" or "test"
+    words: list = None  # word times [[word, start_s, end_s], ...], one per word of `text`, or None
+    id: str = ""  # the audio path as the manifest writes it
 
     def row(self, folder):
         """The manifest row of this utterance, for a manifest in `folder`."""
-        row = {"audio_filepath": relative(self.audio, folder), "duration": round(self.duration, 4), "text": self.text,
-               "speaker": self.speaker, "split": self.split}
-        return {**row, "words": [[w, round(s, 4), round(e, 4)] for w, s, e in self.words]} if self.words else row
-
-
-KEYS = {                     # our names of a row's keys, and what NeMo, BLSP, Self-Powered LSM and Common Voice call them
-    "audio_filepath": ("audio_filepath", "audio", "path"), "text": ("text", "sentence", "transcript"),
-    "speaker": ("speaker", "speaker_id", "client_id"), "duration": ("duration",), "split": ("split",), "words": ("words",), "offset": ("offset",)}
+        row = {
+            "audio_filepath": relative(self.audio, folder),
+            "duration": round(self.duration, 4),
+            "text": self.text,
+            "speaker": self.speaker,
+            "split": self.split,
+        }
+        if self.words:
+            row["words"] = [[word, round(s, 4), round(e, 4)] for word, s, e in self.words]
+        return row
 
 
 def parse_row(row, folder):
-    """The Utterance of a manifest row; UserError says what is wrong with it. Its duration is 0 if the row does not say."""
-    if isinstance(row, str):
-        raise UserError(row)
-    row = {key: next((row[name] for name in names if row.get(name) is not None), None) for key, names in KEYS.items()}
-    for key in ("audio_filepath", "text"):
-        if not isinstance(row[key], str):
-            raise UserError(f"lacks the key {key!r}" if row[key] is None else f"{key!r} is {row[key]!r}, which is not a text")
-    text, duration = " ".join(row["text"].split()), row["duration"]
-    if not text:
-        raise UserError("the transcript is empty")
-    if duration is not None and (isinstance(duration, bool) or not isinstance(duration, (int, float))):
-        raise UserError(f"'duration' is {duration!r}, which is not a number")
-    if duration is not None and not 0 < duration < 1e6:
-        raise UserError(f"the duration is {duration} s")
-    if row["offset"]:
-        raise UserError(f"has the offset {row['offset']}: parts of longer recordings are not read; cut them into files of their own")
-    if row["split"] not in (None, "", "train", "test"):
-        raise UserError(f"'split' is {row['split']!r}; it must be train or test")
-    words = None if row["words"] is None else check_words(row["words"], text, duration or math.inf)
-    speaker = "" if row["speaker"] is None else str(row["speaker"])
-    return Utterance(Path(folder) / row["audio_filepath"], text, float(duration or 0), speaker, row["split"] or "", words, row["audio_filepath"])
+    """The Utterance of a manifest row; UserError says what is wrong with it.
 
-
-def check_words(words, text, duration):
-    """[[word, start_s, end_s], ...] as numbers; UserError if they cannot be the times of the transcript's words."""
-    try:
-        times = [[str(word), float(start), float(end)] for word, start, end in words]
-    except (TypeError, ValueError, OverflowError):
-        raise UserError("'words' must be [[word, start_s, end_s], …]") from None
-    if len(times) != len(text.split()):
-        raise UserError(f"has times for {len(times)} words, but its transcript has {len(text.split())}")
-    last = 0.0
-    for word, start, end in times:
-        if not last - 1e-3 <= start <= end:          # NaN fails this too
-            raise UserError(f"the word times run backwards at {word!r} ({start} to {end} s)")
-        if end > duration + 0.05:
-            raise UserError(f"the word {word!r} ends at {end} s, past the end of the audio ({duration} s)")
-        last = end
-    return times
+    Its duration is 0 if the row does not say.
+    """
+    row = checked_row(row)
+    audio = Path(folder) / row.pop("audio_filepath")
+    return Utterance(audio, **row)
 
 
 def read_manifest(path, rows=None, check_audio=False, skipped=None):
-    """The utterances of a JSONL manifest, or of the rows [(line number or name, row)] of another corpus at `path`.
+    """The utterances of a JSONL manifest, or of the rows of another corpus at `path`.
 
-    A bad row is a UserError naming file and line; or, if `skipped` is a list, it goes there. check_audio: read every file, and measure its duration.
+    rows: [(line number or name, row)]. A bad row is a UserError naming file and line; or, if
+    `skipped` is a list, it goes there. check_audio: read every file, and measure its duration.
     """
     path, utterances, lines = Path(path), [], {}
-    folder, rows = path if path.is_dir() else path.parent, list(read_jsonl(path)) if rows is None else rows
-    for number, row in tqdm(rows, desc="check audio", unit="utt", disable=not check_audio):
+    folder = path if path.is_dir() else path.parent
+    rows = list(read_jsonl(path)) if rows is None else rows
+    bar = progress_bar(rows, desc="check audio", unit="utt") if check_audio else rows
+    for number, row in bar:
         try:
             utterance = parse_row(row, folder)
-            if (first := lines.setdefault(os.path.abspath(utterance.audio), number)) != number:
+            first = lines.setdefault(os.path.abspath(utterance.audio), number)
+            if first != number:
                 raise UserError(f"has the same audio file as line {first}")
-            if check_audio:
-                utterance.duration = len(load_audio(utterance.audio, utterance.duration)) / SAMPLE_RATE
-                if utterance.words:
-                    check_words(utterance.words, utterance.text, utterance.duration)
-            elif not utterance.duration:
-                raise UserError("lacks the key 'duration'; `prepare` measures it")
+            settle_duration(utterance, check_audio)
             utterances.append(utterance)
         except (UserError, OSError) as error:
             if skipped is None:
                 raise UserError(f"{path}:{number}: {error}") from None
-            audio = "" if isinstance(row, str) else next((str(row[name]) for name in KEYS["audio_filepath"] if name in row), "")
-            skipped.append({"line": number, "audio_filepath": audio, "reason": str(error).removeprefix(f"{folder / audio}: ")})
+            audio = audio_name(row)
+            reason = str(error).removeprefix(f"{folder / audio}: ")
+            skipped.append({"line": number, "audio_filepath": audio, "reason": reason})
     if not utterances:
-        raise UserError(f"{path}: holds no usable utterance" + (f"; the first bad row is line {skipped[0]['line']}: {skipped[0]['reason']}" if skipped else ""))
+        first = ""
+        if skipped:
+            first = f"; the first bad row is line {skipped[0]['line']}: {skipped[0]['reason']}"
+        raise UserError(f"{path}: holds no usable utterance{first}")
     return utterances
 
 
-def utterances_id(utterances):
-    """Names what stage 1 depends on: audio, transcripts and split; word times may be added later."""
-    return name_of([(u.id, u.text, u.split) for u in utterances])
+def settle_duration(utterance, check_audio):
+    """Measure an utterance's duration, or see that its row gave one."""
+    if check_audio:
+        samples = load_audio(utterance.audio, utterance.duration)
+        utterance.duration = len(samples) / SAMPLE_RATE
+        if utterance.words:
+            check_words(utterance.words, utterance.text, utterance.duration)
+    elif not utterance.duration:
+        raise UserError("lacks the key 'duration'; `prepare` measures it")
+
+
+def fingerprint_of_utterances(utterances):
+    """Names what stage 1 depends on: audio, transcripts and split; word times may come later."""
+    return fingerprint([(u.id, u.text, u.split) for u in utterances])
 
 
 def normalize(text):
@@ -167,112 +159,531 @@ def normalize(text):
 
 
 def held_out(text):
-    """One transcript in eight, by a hash of its words: the same texts are held out whoever asks (the tiny LLM's pre-training too)."""
+    """One transcript in eight, by a hash of its words.
+
+    The same texts are held out whoever asks: the tiny LLM's pre-training, too.
+    """
     return hashlib.sha256((normalize(text) or text).encode()).digest()[0] < 32
 
 
-def write_audio(path, samples):
-    with whole_file(path) as temporary:
-        soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE)
+# ---- tasks and recipes ----
+
+
+@dataclass
+class Task:
+    """One table of tasks.toml: what can be asked of an utterance."""
+
+    name: str
+    split: str  # "train": stage 2 may train on it; "unseen": kept for the benchmark
+    metric: str  # one of METRICS
+    prompts: list
+    unseen_prompts: list
+    transcripts: str = ".*"  # the task applies to transcripts that match this pattern
+
+    def applies(self, text):
+        return re.fullmatch(self.transcripts, text) is not None
+
+
+def load_tasks(path):
+    """{name: Task} of a tasks.toml; UserError names the table that is wrong."""
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a task table ({error})") from None
+    tasks = {}
+    for name, entry in table.items():
+        try:
+            tasks[name] = Task(name, **entry)
+            re.compile(tasks[name].transcripts)
+            check_task(tasks[name])
+        except (TypeError, re.error, UserError) as error:
+            why = str(error).replace("Task.__init__() ", "")
+            raise UserError(f"{path}: task [{name}]: {why}") from None
+    if "repeat" not in tasks or tasks["repeat"].split != "train":
+        raise UserError(
+            f"{path}: there is no training task [repeat], which recipes and the "
+            "ignored-instruction rate need"
+        )
+    return tasks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the recipe table: what makes one paper's system differ from another's."""
+
+    about: str
+    # which of the training tasks, as names or patterns
+    tasks: tuple = ("*",)
+    # a key of model.CONNECTORS; "": nothing is trained
+    connector: str = "stack-mlp"
+    # speech tokens a second of speech; the encoder's frame rate tells how many frames that makes
+    tokens_per_second: float = 5.6
+    # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
+    lora: int = 0
+    # share of examples in which spans of words enter as text,
+    interleave: float = 0.0
+    # the share of words that are text in such an example,
+    text_words: float = 0.4
+    # and the mean length of a text span, words
+    span: float = 2.0
+    # share of the task "repeat": at the start, and from half-way on
+    repeat: tuple = (0.0, 0.0)
+    # peak learning rate, as a share of the usual one: a Q-Former wants a smaller one
+    lr: float = 1.0
+    # a key of model.LOSSES
+    loss: str = "ce"
+    # share of examples without speech: the LLM reads the transcript, and any training task is asked
+    text_only: float = 0.0
+    # share of mixed-modal turns: of a conversation in text some utterances, or spans, are spoken
+    mixed: float = 0.0
+    # share of the training utterances that is used
+    speech: float = 1.0
+
+    def trains_on(self, task):
+        return any(fnmatch(task, pattern) for pattern in self.tasks)
+
+    def repeat_share(self, done):
+        """Share of the task "repeat" when so much of the training is done (0 to 1)."""
+        start, end = self.repeat
+        return start + (end - start) * min(1.0, 2 * done)
+
+
+# ---- behaviors: what stage 1 asks, and what it was answered ----
+
+
+@dataclass
+class Behavior:
+    """The LLM's own answer to a prompt about a transcript: what stage 2 imitates."""
+
+    utterance: str  # Utterance.id
+    task: str
+    prompt: str
+    response: str
+    ended: bool = True  # False: cut off at the longest length allowed, so its end is not imitated
+    llm: str = ""  # fingerprint of the LLM that gave it
+    earlier: list = field(default_factory=list)  # turns before: [[prompt, Utterance.id, answer]]
+    again: bool = False  # the question is about the earlier utterance, and comes without its own
+
+    def messages(self):
+        turns = [(prompt, answer) for prompt, _, answer in self.earlier]
+        return dialogue(turns, self.prompt, self.again)
+
+    def utterances(self):
+        """The ids of the utterances it is about, in the order in which they are said."""
+        said = [utterance for _, utterance, _ in self.earlier]
+        if not self.again:
+            said.append(self.utterance)
+        return said
+
+
+def read_behaviors(path):
+    """The behaviors that stage 1 wrote; UserError names the line that is none."""
+    texts, behaviors = ("utterance", "task", "prompt", "response"), []
+    for number, row in read_jsonl(path):
+        if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in texts):
+            raise UserError(f"{path}:{number}: is no behavior; run `behaviors` again with --force")
+        earlier = row.get("earlier") or []
+        if not isinstance(earlier, list) or not all(is_turn(turn) for turn in earlier):
+            raise UserError(
+                f"{path}:{number}: its earlier turns are no turns; run `behaviors` again with "
+                "--force"
+            )
+        behaviors.append(
+            Behavior(
+                *(row[key] for key in texts),
+                ended=bool(row.get("ended", True)),
+                llm=str(row.get("llm", "")),
+                earlier=earlier,
+                again=bool(row.get("again")),
+            )
+        )
+    return behaviors
 
 
 # ---- parts: what a conversation is made of before it becomes embeddings ----
 
+
 @dataclass
 class Text:
-    ids: list                # token ids of text that is read
+    ids: list  # token ids of text that is read
+    is_instruction: bool = False  # marked only where somebody asks chat_parts to
+
 
 @dataclass
 class Speech:
-    frames: torch.Tensor     # (T, D_encoder) encoder frames
+    frames: torch.Tensor  # (T, D_encoder) encoder frames
+
 
 @dataclass
 class Response:
-    ids: list                # token ids to be answered, with the end-of-turn token: the only part that carries loss
-
-
-AUDIO_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"     # stands where audio goes while a conversation is rendered and tokenized
-
-
-@lru_cache(maxsize=8)
-def audio_mark_id(tokenizer):
-    """AUDIO_MARK as one token of its own: text beside it is tokenized as in the middle of a conversation, and the cut is exact."""
-    tokenizer.add_tokens(AddedToken(AUDIO_MARK, normalized=False, special=True))
-    return tokenizer.convert_tokens_to_ids(AUDIO_MARK)
-
-
-def tokenize_in_context(tokenizer, text):
-    """(token ids, the character each begins at) of a text in the middle of a conversation; at the start of a string some tokenizers add a space."""
-    audio_mark_id(tokenizer)
-    encoded = tokenizer(AUDIO_MARK + text.replace(AUDIO_MARK, " "), add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["input_ids"][1:], [start - 1 for start, _ in encoded["offset_mapping"][1:]]
+    # token ids to be answered, with the end-of-turn token: the only part that carries loss
+    ids: list
 
 
 def transcript_tokens(tokenizer, text):
     return Text(tokenize_in_context(tokenizer, text)[0])
 
 
-A_DAY = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"      # before a chat template that asks for today's date (Llama 3)
+def response_tokens(tokenizer, text, ended=True):
+    """The token ids to imitate: the answer and, unless it was cut off, the end of its turn."""
+    ids = tokenize_in_context(tokenizer, text)[0]
+    return Response(ids + [end_of_turn(tokenizer)] if ended else ids)
 
 
-def render(tokenizer, messages, add_generation_prompt=True):
-    """The conversation as the chat template writes it: thinking off, the same date every day, and a system turn that it refuses before the question."""
-    try:
-        template = tokenizer.get_chat_template()
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False,
-                                                 chat_template=A_DAY + template if "strftime_now" in template else template)
-        why = "it leaves out what is said" if any(m["content"].strip() not in rendered for m in messages if m["role"] != "assistant") else None
-    except Exception as error:                                     # a template is a program, and may raise anything
-        why = f"{type(error).__name__}: {error}"
-    if why and len(messages) > 1 and messages[0]["role"] == "system":
-        asked = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-        return render(tokenizer, [asked, *messages[2:]], add_generation_prompt)
-    if why:
-        raise UserError(f"the chat template refuses this conversation ({why})")
-    return rendered
+def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
+    """Parts of a conversation in the Hugging Face message format.
 
+    The one way into the LLM: training, generation and the benchmark all come through here.
 
-def chat_parts(tokenizer, messages, audio, response=None):
-    """Parts of a conversation in the Hugging Face message format; training, generation and the benchmark all come through here.
-
-    audio: one list of parts per audio entry, in order (speech, its transcript as text, or the two interleaved).
-    response: token ids of the answer, or None to leave the conversation open for generation.
+    audio: one list of parts per audio entry, in order (speech, its transcript as text, or the two
+    interleaved). response: token ids of the answer, or None to leave the conversation open for
+    generation. instruction: a text in it whose tokens are to be a Text of their own, marked.
     """
-    def flat(content):
-        if isinstance(content, str):
-            return content.encode(errors="replace").decode().replace(AUDIO_MARK, " ")
-        return "\n".join(flat(c["text"]) if c["type"] == "text" else AUDIO_MARK for c in content)
-
-    mark, parts, audio = audio_mark_id(tokenizer), [Text([])], list(audio)
-    rendered = render(tokenizer, [{"role": m["role"], "content": flat(m["content"])} for m in messages])
+    turns = [{"role": m["role"], "content": flatten(m["content"])} for m in messages]
+    rendered = render_chat(tokenizer, turns)
     if rendered.count(AUDIO_MARK) != len(audio):
-        raise UserError(f"the conversation names {rendered.count(AUDIO_MARK)} audio entries, but {len(audio)} were given")
-    for token in tokenizer(rendered, add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"the conversation names {rendered.count(AUDIO_MARK)} audio entries, but {len(audio)} "
+            "were given"
+        )
+    mark = audio_mark_id(tokenizer)
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    begin = rendered.find(instruction) if instruction else -1
+    end = begin + len(instruction) if begin >= 0 else begin
+
+    parts, audio = [Text([])], list(audio)
+    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        inside = begin <= start < end
         if token == mark:
             parts += [*audio.pop(0), Text([])]
-        else:
-            parts[-1].ids.append(token)
-    return [p for p in parts if not isinstance(p, Text) or p.ids] + ([Response(response)] if response is not None else [])
-
-
-def check_messages(messages):
-    """UserError unless it is a conversation in the Hugging Face message format."""
-    def is_part(c):
-        return isinstance(c, dict) and c.get("type") in ("text", "audio") and isinstance(c.get(c["type"]), (str, Path))
-    for m in messages if isinstance(messages, list) and messages else [None]:
-        content = m.get("content") if isinstance(m, dict) and isinstance(m.get("role"), str) else None
-        if not isinstance(content, str) and not (isinstance(content, list) and all(map(is_part, content))):
-            raise UserError(f'{m!r} is no message like {{"role": "user", "content": TEXT}}, where instead of a text may stand a list of '
-                            '{"type": "text", "text": TEXT} and {"type": "audio", "audio": PATH}')
+            continue
+        if inside != parts[-1].is_instruction:
+            parts.append(Text([], is_instruction=inside))
+        parts[-1].ids.append(token)
+    parts = [p for p in parts if not isinstance(p, Text) or p.ids]
+    if response is not None:
+        parts.append(Response(response))
+    return parts
 
 
 def ask(prompt, audio=None):
-    """The one-turn conversation of the benchmark and of stages 1 and 2: a prompt, then an utterance."""
-    return [{"role": "user", "content": [{"type": "text", "text": prompt}, {"type": "audio", "audio": audio}]}]
+    """The one-turn conversation of the benchmark and of both stages: a prompt, then speech."""
+    content = [{"type": "text", "text": prompt}, {"type": "audio", "audio": audio}]
+    return [{"role": "user", "content": content}]
 
 
 def dialogue(earlier, prompt, again=False):
-    """A conversation of several turns: earlier ones, [(prompt about an utterance, answer)], and a question; `again`: about the earlier utterance, so that
-    it comes without one of its own."""
-    turns = [message for said, answer in earlier for message in (*ask(said), {"role": "assistant", "content": answer})]
+    """A conversation of several turns: [(prompt about an utterance, answer)], then a question.
+
+    again: it is about the earlier utterance, so that it comes without one of its own.
+    """
+    turns = []
+    for said, answer in earlier:
+        turns += [*ask(said), {"role": "assistant", "content": answer}]
     return turns + ([{"role": "user", "content": prompt}] if again else ask(prompt))
+
+
+# ---- interleaving ----
+
+
+def random_spans(rng, n, share, mean):
+    """n flags, a share of them True in runs of `mean` words on average.
+
+    A two-state Markov chain: a run of True ends with probability 1 / mean.
+    """
+    if share >= 1:
+        return [True for _ in range(n)]
+    enter = share / (mean * (1 - share))
+    flag, flags = rng.random() < share, []
+    for _ in range(n):
+        flags.append(flag)
+        flag = rng.random() >= 1 / mean if flag else rng.random() < enter
+    return flags
+
+
+def interleave(tokenizer, utterance, frames, as_text):
+    """The words flagged in `as_text` as text tokens, the others as speech: alternating parts.
+
+    Text tokens are the whole transcript's tokens, assigned to words by character offsets; frames
+    (T, D_encoder) are cut midway between two words. All True gives exactly the transcript's
+    tokens, all False exactly the utterance's frames.
+    """
+    ids, words = tokens_and_words(tokenizer, utterance.text)
+    cuts = frame_cuts(utterance, len(frames))
+    parts, first = [], 0
+    for last in range(1, len(as_text) + 1):
+        if last < len(as_text) and as_text[last] == as_text[first]:
+            continue
+        # the words from `first` up to `last` are of one kind
+        if as_text[first]:
+            parts.append(Text([i for i, word in zip(ids, words) if first <= word < last]))
+        else:
+            parts.append(Speech(frames[cuts[first] : cuts[last]]))  # (T_span, D_encoder)
+        first = last
+    return parts
+
+
+def tokens_and_words(tokenizer, text):
+    """(token ids of the whole text, for each the number of the word it belongs to)."""
+    ids, starts = tokenize_in_context(tokenizer, text)
+    ends = [match.end() for match in re.finditer(r"\S+", text)][:-1]
+    words = []
+    for start in starts:
+        words.append(sum(end <= start for end in ends))  # a space belongs to the word it precedes
+    return ids, words
+
+
+def frame_cuts(utterance, n_frames):
+    """The frames at which words begin, midway between two of them, and the end."""
+    rate = n_frames / utterance.duration  # frames a second
+    cuts = [0]
+    for (_, _, end), (_, start, _) in zip(utterance.words, utterance.words[1:]):
+        cuts.append(round((end + start) / 2 * rate))
+    return [*cuts, n_frames]
+
+
+# ---- examples: from behaviors to batches ----
+
+BUCKET = 24  # batches drawn together and sorted by length: 95% or more of their positions are used
+
+
+@dataclass
+class Example:
+    """One conversation that ends in a Response."""
+
+    speech: list  # its parts, with what is spoken as speech
+    text: list | None  # the same with every transcript as text, for a loss that has a teacher
+
+    def positions(self, k):
+        """How many positions it takes in the LLM, with k frames a speech token."""
+        total = 0
+        for part in self.speech:
+            n = ceil_div(len(part.frames), k) if isinstance(part, Speech) else len(part.ids)
+            total += n
+        return total
+
+
+def fewer(utterances, share):
+    """A share of the utterances, whatever the seed; a smaller one is a part of a larger."""
+    by_hash = sorted(utterances, key=lambda u: hashlib.sha256(u.id.encode()).digest())
+    kept = {u.id for u in by_hash[: max(1, round(share * len(utterances)))]}
+    return [u for u in utterances if u.id in kept]
+
+
+class Examples:
+    """The training set of a run.
+
+    A step is `accumulate` micro-batches of `batch_size` conversations; which ones is a pure
+    function of (seed, step, micro-batch), so that there is no data position to save, and the step
+    is the same on any number of processes.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        utterances,
+        behaviors,
+        frames,  # {utterance id: frames (T, D_encoder)}
+        recipe,
+        *,
+        k,  # frames a speech token
+        steps,
+        batch_size,
+        accumulate=1,
+        seed=0,
+        with_text=False,  # does the loss have a teacher that reads the transcripts?
+    ):
+        self.tokenizer, self.frames, self.recipe = tokenizer, frames, recipe
+        self.steps, self.batch_size, self.accumulate = steps, batch_size, accumulate
+        self.k, self.seed, self.with_text = k, seed, with_text
+        self.by_id = {u.id: u for u in fewer(utterances, recipe.speech)}
+        self.sort_behaviors(behaviors)
+        self.utterances = [self.by_id[i] for i in self.behaviors]
+        self.check()
+        self.bucket = lru_cache(maxsize=2)(self.draw_bucket)
+
+    def sort_behaviors(self, behaviors):
+        """Which behaviors an example may imitate: about speech, in text alone, in two turns."""
+        self.behaviors = {}  # utterance id -> {"repeat": [..], "other": [..]}
+        self.in_text, self.dialogues = [], []
+        for b in behaviors:
+            about = [b.utterance, *b.utterances()]
+            if any(i not in self.by_id for i in about):
+                continue
+            if b.earlier:
+                if self.recipe.trains_on(b.task):
+                    self.dialogues.append(b)
+                continue
+            self.in_text.append(b)
+            if self.recipe.trains_on(b.task):
+                kinds = self.behaviors.setdefault(b.utterance, {"repeat": [], "other": []})
+                kinds["repeat" if b.task == "repeat" else "other"].append(b)
+
+    def check(self):
+        """UserError if this recipe cannot be trained on these behaviors; says what is left out."""
+        recipe = self.recipe
+        if recipe.text_only and not recipe.lora:
+            raise UserError(
+                "a recipe with text-only examples trains an adapter; with --lora 0 there is "
+                "nothing in them to train"
+            )
+        if len(self.utterances) < self.batch_size:
+            raise UserError(
+                f"{len(self.utterances)} utterances have behaviors for this recipe, fewer than one "
+                f"batch of {self.batch_size}: prepare more speech, lower --batch-size, or see that "
+                "the task table has the recipe's tasks"
+            )
+        if recipe.interleave and not any(u.words for u in self.utterances):
+            print("interleaving is off: no utterance of this data has word times")
+        if recipe.mixed and not self.dialogues:
+            print("mixed-modal turns are off: `behaviors` asked no questions of two turns")
+
+    def batch(self, step, micro=0):
+        """The examples of micro-batch `micro` of step `step`."""
+        per_epoch = len(self.utterances) // self.batch_size
+        epoch, at = divmod(step * self.accumulate + micro, per_epoch)
+        number, at = divmod(at, BUCKET)
+        return self.bucket(epoch, number)[at]
+
+    def draw_bucket(self, epoch, number):
+        """BUCKET batches of an epoch: examples of similar length share one, in random order.
+
+        The very first batch of a training is the longest of its bucket, with the longest utterance
+        of all: if the memory does not suffice, the first step shows it.
+        """
+        first = number * BUCKET * self.batch_size
+        chosen = self.epoch_order(epoch)[first : first + BUCKET * self.batch_size]
+        before = epoch * (len(self.utterances) // self.batch_size) + number * BUCKET  # batches
+        done = before / (self.steps * self.accumulate)
+        rng, examples = random.Random(f"bucket-{self.seed}-{epoch}-{number}"), []
+        for utterance in chosen:
+            examples.append(self.conversation(*self.draw(rng, utterance, done)))
+
+        examples.sort(key=lambda example: example.positions(self.k))
+        batches = []
+        for at in range(0, len(examples), self.batch_size):
+            batches.append(examples[at : at + self.batch_size])
+        longest = batches.pop()
+        rng.shuffle(batches)
+        place = 0 if epoch == number == 0 else rng.randint(0, len(batches))
+        return [*batches[:place], longest, *batches[place:]]
+
+    def epoch_order(self, epoch):
+        """The utterances in the random order of an epoch; the first begins with the longest of all.
+
+        What is left over when the batches are full differs from epoch to epoch.
+        """
+        rng, n = random.Random(f"epoch-{self.seed}-{epoch}"), len(self.utterances)
+        order = rng.sample(self.utterances, n // self.batch_size * self.batch_size)
+        if epoch == 0:
+            longest = max(self.utterances, key=lambda u: u.duration)
+            others = [u for u in order if u is not longest]
+            order = [longest, *others][: len(order)]
+        return order
+
+    def conversation(self, behavior, audio):
+        """The Example of a behavior; audio: the parts that stand for each of its utterances."""
+        response = response_tokens(self.tokenizer, behavior.response, behavior.ended).ids
+        messages, text = behavior.messages(), None
+        if self.with_text:
+            transcripts = [self.read(self.by_id[i]) for i in behavior.utterances()]
+            text = chat_parts(self.tokenizer, messages, transcripts, response)
+        return Example(chat_parts(self.tokenizer, messages, audio, response), text)
+
+    # -- which behavior, and how its utterances are put before the LLM --
+
+    def draw(self, rng, utterance, done):
+        """(behavior, parts that stand for each of its utterances) of one example.
+
+        done: how much of the training is done, from 0 to 1.
+        """
+        recipe = self.recipe
+        kind = rng.random() if recipe.text_only or recipe.mixed else 1.0
+        if kind < recipe.text_only:
+            return self.draw_text_only(rng)
+        if self.dialogues and kind < recipe.text_only + recipe.mixed:
+            return self.draw_mixed_turns(rng)
+        return self.draw_about(rng, utterance, done), [self.listen(rng, utterance)]
+
+    def draw_about(self, rng, utterance, done):
+        """A behavior about the utterance; how often it is "repeat", the recipe says."""
+        kinds = self.behaviors[utterance.id]
+        want = "repeat" if rng.random() < self.recipe.repeat_share(done) else "other"
+        return rng.choice(kinds[want] or kinds["repeat"] or kinds["other"])
+
+    def draw_text_only(self, rng):
+        """Any training task about a transcript that is read."""
+        behavior = rng.choice(self.in_text)
+        return behavior, [self.read(self.by_id[behavior.utterance])]
+
+    def draw_mixed_turns(self, rng):
+        """Of a conversation of two turns at least one utterance is spoken."""
+        behavior = rng.choice(self.dialogues)
+        said = [self.by_id[i] for i in behavior.utterances()]
+        spoken = {rng.randrange(len(said))}
+        for i in range(len(said)):
+            if rng.random() < 0.5:
+                spoken.add(i)
+        audio = []
+        for i, utterance in enumerate(said):
+            parts = self.listen_to_a_span(rng, utterance) if i in spoken else self.read(utterance)
+            audio.append(parts)
+        return behavior, audio
+
+    def read(self, utterance):
+        """Its transcript."""
+        return [transcript_tokens(self.tokenizer, utterance.text)]
+
+    def listen(self, rng, utterance):
+        """Its speech, or speech and text interleaved."""
+        frames, recipe = self.frames[utterance.id], self.recipe
+        if not utterance.words or rng.random() >= recipe.interleave:
+            return [Speech(frames)]
+        as_text = random_spans(rng, len(utterance.words), recipe.text_words, recipe.span)
+        if all(as_text):  # without speech there is nothing to learn
+            as_text[rng.randrange(len(as_text))] = False
+        return interleave(self.tokenizer, utterance, frames, as_text)
+
+    def listen_to_a_span(self, rng, utterance):
+        """All of it as speech; or, half the time, one span of its words, and the rest as text."""
+        frames = self.frames[utterance.id]
+        if not utterance.words or rng.random() < 0.5:
+            return [Speech(frames)]
+        n = len(utterance.words)
+        start = rng.randrange(n)
+        end = start + rng.randint(1, n - start)
+        as_text = [not start <= i < end for i in range(n)]
+        return interleave(self.tokenizer, utterance, frames, as_text)
+
+
+# ---- run folders: what stage 1 leaves for the training and the benchmark ----
+
+
+@dataclass
+class Run:
+    """A run folder made by `behaviors`."""
+
+    folder: Path
+    options: dict  # of the command that made it
+    content: dict  # fingerprints of what it was made from
+    data: Path  # the data folder
+    utterances: list
+
+
+def open_run(folder):
+    """The Run in a folder; UserError if its behaviors are not complete or its data has changed."""
+    folder = Path(folder)
+    kinds = {"data": str, "llm": str, "bits": int, "tasks": str, "seed": int}
+    options, content, done = read_config(folder, "behaviors", **kinds)
+    if not done:
+        raise UserError(
+            f"{folder}: its behaviors are not complete; run `behaviors … --out {folder}` first"
+        )
+    data = folder / options["data"]
+    utterances = read_manifest(data / "manifest.jsonl")
+    if fingerprint_of_utterances(utterances) != content["utterances"]:
+        raise UserError(
+            f"{data / 'manifest.jsonl'}: has changed since `behaviors` wrote {folder}; run "
+            "`behaviors` again with --force"
+        )
+    return Run(folder, options, content, data, utterances)

@@ -1,229 +1,576 @@
-"""The generalization benchmark: seen and unseen tasks x seen and unseen prompts, on speech that training never heard.
+"""The benchmark: seen and unseen tasks x seen and unseen prompts, on speech never trained on.
 
-The reference is the text LLM's own answer to the true transcript, so any LLM and any transcribed speech can be benchmarked. A system is a model and a way to
-put an utterance before it: as text, as speech, or as what a CTC model made of it. What is measured of it is a record, kept in RUN/bench/ and measured once.
+The reference is the text LLM's own answer to the true transcript, so that any LLM and any
+transcribed speech can be benchmarked. A system is a model and a way to put an utterance before it:
+as text, as speech, or as what a CTC model made of it. Every answer becomes a row of one table.
+
+    python eval.py RUN
 """
 
 import random
+import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from answers import forget_parts, generate_all
-from data import Speech, chat_parts, dialogue, normalize, transcript_tokens
-from features import encode_all
-from files import UserError, read_json, read_json_if_whole, timed, write_json
-from model import SpeechLLM
-from parallel import MAIN, wait
+from data import Run, Speech, Utterance, ask, chat_parts, dialogue, load_tasks, normalize
+from data import open_run, read_manifest, response_tokens, transcript_tokens
+from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
+from model import load_encoder, shared_llm
+from support.answers import answer_all, forget_records, keep_record
+from support.console import say_device, timed
+from support.files import PROJECT, UserError, ceil_div, fingerprint, fingerprint_of_file
+from support.files import read_json, read_json_if_whole, write_json
+from support.frames import fingerprint_of_audio
+from support.hub import named
+from support.options import Count, RunFolder, Seed
+from support.runs import alone, fingerprint_of_training, recipes_to_bench
 
-QUADRANTS = ["seen_task_seen_prompt", "seen_task_unseen_prompt", "unseen_task_seen_prompt", "unseen_task_unseen_prompt"]
-DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]      # the multi-turn mixed-modal set
-PARTS = ["", "-dialogues", "-retention"]      # what a system is asked: the cases, the dialogues, and, if it has an adapter, the cases in text
-RESAMPLES = 1000             # bootstrap resamples of the utterances
+QUADRANTS = [
+    "seen_task_seen_prompt",
+    "seen_task_unseen_prompt",
+    "unseen_task_seen_prompt",
+    "unseen_task_unseen_prompt",
+]
+# conversations of two turns
+DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]
+# what a system is asked: the questions, the dialogues, and the questions in text
+SETS = ("questions", "dialogues", "text")
 
 
-def quadrant_names(between):
-    """The quadrants for people: "seen task × seen prompt", …, with `between` between task and prompt."""
-    return [q.replace("_task_", f" task{between}").replace("_prompt", " prompt") for q in QUADRANTS]
+# ---- options ----
+
+
+@dataclass
+class BenchOptions:
+    run: RunFolder
+    """a run folder with a trained recipe"""
+    data: str | None = None
+    """the data folder whose held-out speech is used; default: the one the run was made from"""
+    recipes: str = ""
+    """which of the trained recipes, separated by commas: the report then holds only these;
+    default: all"""
+    force: bool = False
+    """ask again, whatever is there"""
+    seed: Seed = 0
+    """seed of every random choice"""
+
+    # how much is asked
+    per_prompt: Count = 8
+    """questions for each prompt of each task"""
+    dialogues: Count = 60
+    """conversations of two turns of each kind: speech then a text question, text then speech, two
+    speeches"""
+    probes: Count = 96
+    """questions on which the behavior gap and the attention shares are measured"""
+    max_new_tokens: Count = 64
+    """longest answer, in tokens"""
+
+    # of whom
+    asr: str | None = None
+    """CTC model for the cascade; default: the speech encoder's own head, if it has one"""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
+    CPU"""
+
+    # what changes no answer
+    batch_size: Count = 96
+    """questions answered at once"""
+    cache_features: Literal["disk", "ram", "off"] = "disk"
+    """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use"""
+
+    ASKED: ClassVar = ("per_prompt", "dialogues", "probes", "seed", "max_new_tokens", "precision")
+
+
+# ---- the command: load, ask, score ----
+
+
+@dataclass
+class Bench:
+    """A benchmark of the recipes of a run on the held-out speech of a data folder."""
+
+    options: BenchOptions
+    run: Run
+    data: Path
+    folder: Path  # where its report goes; its answers are kept in folder/bench
+    utterances: list  # the held-out ones
+    trained: dict  # {recipe: the options it was trained with}
+    asked: dict  # what is asked of whom: all that the answers depend on
+
+
+@dataclass
+class Measured:
+    """What a benchmark found."""
+
+    bench: Bench
+    tasks: dict
+    rows: list  # of the table of answers
+    attention: dict  # {system: {"instruction": [by layer], "utterance": [by layer]}}
+    seconds: dict  # {system: what measuring it took}
+    llm_is_4_bit: bool
+
+
+def plan_bench(options, table):
+    """The Bench that is asked for; table: the names of all recipes, in order. Loads nothing."""
+    run = open_run(options.run)
+    options = replace(options, precision=compute_precision(options.precision))
+    trained_on = {normalize(u.text) for u in run.utterances if u.split == "train"}
+    data, utterances = run.data, run.utterances
+    if options.data and Path(options.data).resolve() != run.data.resolve():
+        data = Path(options.data)
+        utterances = read_manifest(data / "manifest.jsonl")
+    tested = [u for u in utterances if u.split == "test" and normalize(u.text) not in trained_on]
+    trained = recipes_to_bench(run.folder, options.recipes, table)
+    if fingerprint_of_file(PROJECT / run.options["tasks"]) != run.content["task_table"]:
+        raise UserError(
+            f"{PROJECT / run.options['tasks']}: has changed since `behaviors`; run `behaviors` "
+            "again with --force"
+        )
+    asked = {name: getattr(options, name) for name in options.ASKED}
+    asked |= {
+        "manifest": fingerprint_of_file(data / "manifest.jsonl"),
+        "audio": fingerprint_of_audio(tested, data / "features"),
+        "tasks": run.content["task_table"],
+        "llm": run.content["llm"],
+        "bits": run.options["bits"],
+        "asr": None,
+        "trained": {name: fingerprint_of_training(run.folder / name) for name in trained},
+    }
+    if options.asr:
+        asked["asr"] = [options.asr, fingerprint_of_encoder(named(options.asr))]
+    folder = report_folder(run, data)
+    return Bench(options, run, data, folder, tested, trained, asked)
+
+
+def measure_all(bench):
+    """Ask every system everything that it was not asked before, and score the answers."""
+    options, run = bench.options, bench.run
+    say_device()
+    llm = shared_llm(run.options["llm"], run.options["bits"], options.precision)
+    reader = SpeechLLM(*llm)
+    systems = systems_of(bench, llm, reader)
+    tasks = load_tasks(PROJECT / run.options["tasks"])
+    kept = bench.folder / "bench"
+    with alone(kept):
+        if options.force:
+            forget_records(kept)
+        questions = Questions(bench, tasks, systems["text"])
+        records = {name: questions.record(system) for name, system in systems.items()}
+    rows = []
+    for record in records.values():
+        rows += record["rows"]
+    return Measured(
+        bench,
+        tasks,
+        rows,
+        attention={name: record["attention"] for name, record in records.items()},
+        seconds={name: record["seconds"] for name, record in records.items()},
+        llm_is_4_bit=bool(getattr(llm[0], "is_loaded_in_4bit", False)),
+    )
+
+
+def report_folder(run, data):
+    """Where the report goes: the run folder for its own data, a place of its own for any other."""
+    if data.resolve() == run.data.resolve():
+        return run.folder
+    whole = str(data.resolve())
+    folder = run.folder / "on" / data.resolve().name
+    known = read_json_if_whole(folder / "data.json", "data")
+    if known and known["data"] != whole:  # another folder of the same name
+        folder = folder.with_name(f"{folder.name}-{fingerprint(whole)}")
+    write_json(folder / "data.json", {"data": whole})
+    return folder
+
+
+# ---- systems ----
+
+
+class System:
+    """A model, and a way to put an utterance before it: here, as its true transcript."""
+
+    def __init__(self, name, fingerprint, model):
+        self.name, self.fingerprint, self.model = name, fingerprint, model
+
+    def load(self):
+        """Get ready to answer."""
+
+    def unload(self):
+        """Let the memory go."""
+
+    def parts(self, utterance):
+        """What stands for an utterance in a conversation."""
+        return [transcript_tokens(self.model.tokenizer, utterance.text)]
+
+
+class Cascade(System):
+    """A CTC model transcribes, and the LLM reads that."""
+
+    def __init__(self, name, fingerprint, model, transcriber, encode):
+        super().__init__(name, fingerprint, model)
+        self.transcriber, self.encode, self.hypotheses = transcriber, encode, {}
+
+    def load(self):
+        self.frames = self.encode(self.transcriber)
+
+    def parts(self, utterance):
+        if utterance.id not in self.hypotheses:
+            text = self.transcriber.transcribe(self.frames[utterance.id]) or "…"
+            self.hypotheses[utterance.id] = [transcript_tokens(self.model.tokenizer, text)]
+        return self.hypotheses[utterance.id]
+
+
+class Trained(System):
+    """A trained recipe: the LLM hears speech tokens."""
+
+    def __init__(self, name, fingerprint, load_model, encode):
+        super().__init__(name, fingerprint, None)
+        self.load_model, self.encode = load_model, encode
+
+    def load(self):
+        self.model = self.load_model()
+        self.frames = self.encode(self.model.encoder)
+
+    def unload(self):
+        self.model = self.frames = None
+
+    def parts(self, utterance):
+        return [Speech(self.frames[utterance.id])]
+
+
+def systems_of(bench, llm, reader):
+    """{name: System}: the top line, the cascade if there is a transcriber, each trained recipe.
+
+    llm: the (LLM, tokenizer) that the frozen recipes share; reader: the SpeechLLM of these alone.
+    """
+    options, trained = bench.options, bench.asked["trained"]
+    same = {name: bench.asked[name] for name in bench.asked if name not in ("trained", "asr")}
+
+    def encode(encoder):
+        features = bench.data / "features"
+        return encode_all(encoder, bench.utterances, features, options.cache_features)
+
+    def encoder_of(recipe):
+        return load_encoder(bench.trained[recipe]["encoder"], bench.trained[recipe]["pad_whisper"])
+
+    def load_model(recipe):
+        folder = bench.run.folder / recipe
+        own_llm = read_json(folder / "model.json", "lora")["lora"] > 0
+        shared = None if own_llm else llm
+        return SpeechLLM.from_pretrained(folder, shared, encoder_of(recipe), options.precision)
+
+    systems = {"text": System("text", fingerprint([same, None, ""]), reader)}
+    first = next(iter(trained))
+    transcriber = load_encoder(named(options.asr)) if options.asr else encoder_of(first)
+    if transcriber.can_transcribe:
+        name = fingerprint([same, None, transcriber.fingerprint])
+        systems["cascade"] = Cascade("cascade", name, reader, transcriber, encode)
+    else:
+        print(
+            f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to "
+            "transcribe with"
+        )
+    for recipe in trained:
+        name = fingerprint([same, trained[recipe], ""])
+        load = lambda recipe=recipe: load_model(recipe)
+        systems[recipe] = Trained(recipe, name, load, encode)
+    return systems
+
+
+# ---- questions ----
 
 
 @dataclass(frozen=True)
 class Case:
     """One question of the benchmark."""
-    utterance: object
+
+    utterance: Utterance
     task: object
     prompt: str
-    quadrant: str            # one of QUADRANTS, or of DIALOGUES
-    earlier: tuple = ()      # the turn before, if there is one: (prompt, utterance, is it spoken, answer)
-    again: bool = False      # the question comes without an utterance: it is about the one of the turn before
+    cell: str  # one of QUADRANTS, or of DIALOGUES
+    earlier: tuple = ()  # the turn before: (prompt, utterance, is it spoken, answer)
+    again: bool = False  # it comes without an utterance: it is about the one of the turn before
 
-    def parts(self, tokenizer, hear, response=None):
-        """The conversation; hear(utterance) gives the parts that stand for what is spoken."""
-        audio = [hear(self.utterance)] if not self.again else []
+    def parts(self, system, response=None):
+        """The conversation, as the system hears or reads it."""
+        tokenizer = system.model.tokenizer
+        audio, turns = [], []
         if self.earlier:
-            _, utterance, spoken, _ = self.earlier
-            audio.insert(0, hear(utterance) if spoken else [transcript_tokens(tokenizer, utterance.text)])
-        turns = [(self.earlier[0], self.earlier[3])] if self.earlier else []
+            prompt, utterance, spoken, answer = self.earlier
+            read = [transcript_tokens(tokenizer, utterance.text)]
+            audio.append(system.parts(utterance) if spoken else read)
+            turns.append((prompt, answer))
+        if not self.again:
+            audio.append(system.parts(self.utterance))
         return chat_parts(tokenizer, dialogue(turns, self.prompt, self.again), audio, response)
 
 
 def draw_cases(tasks, utterances, per_prompt, seed):
-    """For every prompt of every task `per_prompt` held-out utterances the task applies to; the same ones for every system."""
+    """For every prompt of every task `per_prompt` utterances; the same ones for every system."""
     rng, cases = random.Random(f"bench-{seed}"), []
     for task in tasks.values():
         fitting = [u for u in utterances if task.applies(u.text)]
+        known = "seen" if task.split == "train" else "unseen"
         for prompts, seen in ((task.prompts, "seen"), (task.unseen_prompts, "unseen")):
-            quadrant = f"{'seen' if task.split == 'train' else 'unseen'}_task_{seen}_prompt"
             for prompt in prompts:
-                cases += [Case(u, task, prompt, quadrant) for u in rng.sample(fitting, min(per_prompt, len(fitting)))]
+                for u in rng.sample(fitting, min(per_prompt, len(fitting))):
+                    cases.append(Case(u, task, prompt, f"{known}_task_{seen}_prompt"))
     if not cases:
         raise UserError("no task of the task table applies to any held-out transcript")
     return cases
 
 
 def draw_dialogues(cases, answers, n, seed):
-    """n conversations of two turns of each kind in DIALOGUES, made of pairs of cases; the first turn is answered as the text LLM answered it."""
+    """n conversations of two turns of each kind in DIALOGUES, made of pairs of cases.
+
+    The first turn is answered as the text LLM answered it.
+    """
     rng, drawn, about = random.Random(f"dialogues-{seed}"), [], {}
     for i, case in enumerate(cases):
         about.setdefault(case.utterance.id, []).append(i)
+    everything = range(len(cases))
     for kind in DIALOGUES:
         again = kind == "speech_then_text_question"
-        fitting = [i for i, case in enumerate(cases) if (len(about[case.utterance.id]) if again else len(cases)) > 1]
+        # a first turn may be any other case, or, if it is asked about again, one of its speech
+        firsts = [about[case.utterance.id] if again else everything for case in cases]
+        fitting = [i for i in everything if len(firsts[i]) > 1]
         for i in rng.sample(fitting, min(n, len(fitting))):
-            first = rng.choice([j for j in (about[cases[i].utterance.id] if again else range(len(cases))) if j != i])
-            drawn.append(Case(cases[i].utterance, cases[i].task, cases[i].prompt, kind, (cases[first].prompt, cases[first].utterance,
-                                                                                       kind != "text_then_speech", answers[first]), again))
+            first = rng.choice([j for j in firsts[i] if j != i])
+            before, case, spoken = cases[first], cases[i], kind != "text_then_speech"
+            earlier = (before.prompt, before.utterance, spoken, answers[first])
+            drawn.append(Case(case.utterance, case.task, case.prompt, kind, earlier, again))
     return drawn
 
 
-def systems(run, encoders, transcriber, llm, reader, utterances, cache, keep, precision):
-    """{name: function that loads it, giving (model, hear)}: the top line, the cascade if there is a transcriber for it, and each trained recipe.
-
-    encoders: {recipe: function that gives its speech encoder}; llm: the (LLM, tokenizer) that the frozen recipes share; reader: the SpeechLLM of these alone.
-    """
-    def text():
-        return reader, lambda u: [transcript_tokens(reader.tokenizer, u.text)]
-
-    def cascade():
-        frames = encode_all(transcriber, utterances, cache, keep)
-        heard = {}
-
-        def hear(u):
-            if u.id not in heard:
-                heard[u.id] = [transcript_tokens(reader.tokenizer, transcriber.transcribe(frames[u.id]) or "…")]
-            return heard[u.id]
-        return reader, hear
-
-    def trained(name):
-        own_llm = read_json(run / name / "model.json", "lora")["lora"] > 0
-        model = SpeechLLM.from_pretrained(run / name, None if own_llm else llm, encoders[name](), precision)
-        frames = encode_all(model.encoder, utterances, cache, keep)
-        return model, lambda u: [Speech(frames[u.id])]
-
-    if transcriber.head is None:
-        print(f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to transcribe with")
-    return {"text": text, **({"cascade": cascade} if transcriber.head is not None else {}), **{name: partial(trained, name) for name in encoders}}
-
-
-# ---- what is measured of a system ----
-
-class Bench:
+class Questions:
     """The questions, the top line's answers to them, and the record of each system."""
 
-    def __init__(self, run, tasks, utterances, reader, keys, *, per_prompt, dialogues, probes, seed, batch_size, max_new_tokens):
-        self.run, self.reader, self.keys, self.batch_size, self.max_new_tokens = run, reader, keys, batch_size, max_new_tokens
-        self.cases = draw_cases(tasks, utterances, per_prompt, seed)
-        self.references, self.ended = self.answers_of_text("", self.cases)
-        self.dialogues = draw_dialogues(self.cases, self.references, dialogues, seed)
-        self.dialogue_references, _ = self.answers_of_text("-dialogues", self.dialogues)
-        self.probes = sorted(random.Random(f"probes-{seed}").sample(range(len(self.cases)), min(probes, len(self.cases))))
+    def __init__(self, bench, tasks, top_line):
+        options, self.kept = bench.options, bench.folder / "bench"
+        self.batch_size, self.max_new_tokens = options.batch_size, options.max_new_tokens
+        self.top_line = top_line
+        cases = draw_cases(tasks, bench.utterances, options.per_prompt, options.seed)
+        self.cases = {"questions": cases, "dialogues": [], "text": cases}
+        answers, self.ended = self.answers_of_text("questions")
+        dialogues = draw_dialogues(cases, answers, options.dialogues, options.seed)
+        self.cases["dialogues"] = dialogues
+        spoken, _ = self.answers_of_text("dialogues")
+        self.references = {"questions": answers, "dialogues": spoken, "text": answers}
 
-    def read(self, utterance):
-        return [transcript_tokens(self.reader.tokenizer, utterance.text)]
+        # the questions on which we look inside
+        rng, n = random.Random(f"probes-{options.seed}"), min(options.probes, len(cases))
+        self.probes = sorted(rng.sample(range(len(cases)), n))
 
-    def answers_of_text(self, part, cases):
-        """(the text LLM's answers to the transcripts, which of them ended by themselves): asked once, and kept."""
-        path, key = self.run / "bench" / f"text{part}.answers.json", self.keys["text"]
-        kept = read_record(path, key, "ended")
+    def answers_of_text(self, part):
+        """(the text LLM's answers to the transcripts, which of them ended by themselves).
+
+        They are asked for once, and kept.
+        """
+        path, cases = self.kept / f"text-{part}.answers.json", self.cases[part]
+        kept = read_record(path, self.top_line.fingerprint, "answers", "ended")
         if not kept:
-            answers, ended = zip(*self.ask(self.reader, self.read, cases, "text", part)) if cases else ((), ())
-            kept = {"key": key, "answers": list(answers), "ended": list(ended)}
-            wait()
-            if MAIN:
-                write_json(path, kept)
-            self.forget("text")
+            found = self.ask(self.top_line, part) if cases else []
+            kept = {
+                "fingerprint": self.top_line.fingerprint,
+                "answers": [answer for answer, _ in found],
+                "ended": [ended for _, ended in found],
+            }
+            keep_record(path, kept, [self.kept / f"text-{part}"])
         return kept["answers"], kept["ended"]
 
-    def ask(self, model, hear, cases, name, part=""):
-        """The answers of the system `name` to the cases: [(text, did it end by itself)]; `part`: one of PARTS."""
-        parts = [c.parts(model.tokenizer, hear) for c in cases]
-        order = [(c.task.name, c.utterance.duration) for c in cases]
-        return generate_all(model, parts, order, f"bench {name}{part}", self.batch_size, self.max_new_tokens, self.run / "bench" / f"{name}{part}",
-                            self.keys[name])
+    def ask(self, system, part, of=None):
+        """[(answer, did it end by itself)] of a system; of: who puts the utterances before it."""
+        cases = self.cases[part]
+        return answer_all(
+            system.model,
+            [case.parts(of or system) for case in cases],
+            [(case.task.name, case.utterance.duration) for case in cases],
+            f"bench {system.name}" + ("" if part == "questions" else f", {part}"),
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            kept=self.kept / f"{system.name}-{part}",
+            asked=system.fingerprint,
+        )
 
-    def forget(self, name):
-        """Delete the answers that were kept one by one."""
-        for part in PARTS:
-            forget_parts(self.run / "bench" / f"{name}{part}")
+    def record(self, system):
+        """What there is to measure of a system: rows of the table, and attention by layer.
 
-    def record(self, name, load):
-        """What there is to measure of a system: taken from RUN/bench/NAME.json if it was measured before."""
-        path, start = self.run / "bench" / f"{name}.json", time.perf_counter()
-        if record := read_record(path, self.keys[name], "values", "attention", "metrics", "seconds"):
+        Taken from bench/NAME.json if it was measured before.
+        """
+        path, start = self.kept / f"{system.name}.json", time.perf_counter()
+        record = read_record(path, system.fingerprint, "rows", "attention", "seconds")
+        if record:
             return record
-        with timed(f"bench {name}"):
-            model, hear = load()
-            answers = self.references if name == "text" else texts(self.ask(model, hear, self.cases, name))
-            spoken = self.dialogue_references if name == "text" else texts(self.ask(model, hear, self.dialogues, name, "-dialogues"))
-            retained = texts(self.ask(model, self.read, self.cases, name, "-retention")) if model.lora else self.references   # a frozen LLM answers as ever
-            probes, responses = [self.cases[i] for i in self.probes], [model.response(self.references[i], self.ended[i]).ids for i in self.probes]
-            gap = behavior_gap(model, self.reader, hear, self.read, probes, responses)
-            attention = attention_shares(model, hear, probes, responses)
-        record = {"key": self.keys[name], "answers": answers, "dialogue_answers": spoken,
-                  "values": self.values(answers, spoken, retained, gap, attention), "attention": by_layer(attention),
-                  "metrics": self.metrics(answers), "repeat_wer": corpus_wer(self.cases, answers), "seconds": round(time.perf_counter() - start, 1)}
-        wait()
-        if MAIN:
-            write_json(path, record)
-        self.forget(name)
+        with timed(f"bench {system.name}"):
+            system.load()
+            answers = {part: self.answers_of(system, part) for part in SETS}
+            cases = [self.cases["questions"][i] for i in self.probes]
+            responses = self.probe_responses(system.model.tokenizer)
+            gaps = behavior_gap(system, self.top_line, cases, responses)
+            attention = attention_shares(system, cases, responses)
+            system.unload()
+        record = {
+            "fingerprint": system.fingerprint,
+            "rows": self.rows(system.name, answers, gaps, attention),
+            "attention": mean_by_layer(attention),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        keep_record(path, record, [self.kept / f"{system.name}-{part}" for part in SETS])
         return record
 
-    def values(self, answers, spoken, retained, gap, attention):
-        """{measure: [[utterance id, value], ...]}, one value per question: what intervals and paired differences are made of."""
-        def scored(cases, references, answers):
-            return [(c, score(c.task.metric, r, a)) for c, r, a in zip(cases, references, answers)]
-        values, rows = {name: [] for name in [*QUADRANTS, *DIALOGUES]}, scored(self.cases, self.references, answers)
-        for case, value in rows + scored(self.dialogues, self.dialogue_references, spoken):
-            values[case.quadrant].append((case, value))
-        for case, value in rows:
-            values.setdefault(f"task {case.task.name}", []).append((case, value))
-        values["ignored instruction"] = [(c, float(repeats_instead(c, r, a))) for c, r, a in zip(self.cases, self.references, answers)
-                                         if c.task.name != "repeat"]
-        values["text retention"] = scored(self.cases, self.references, retained)
-        probes = [self.cases[i] for i in self.probes]
-        values["behavior gap"] = list(zip(probes, gap))
-        values["attention on instruction"] = list(zip(probes, [float(np.mean(rows["instruction"])) for rows in attention]))
-        return {name: [[c.utterance.id, round(value, 6)] for c, value in rows] for name, rows in values.items()}
+    def answers_of(self, system, part):
+        """The texts of a system's answers; what cannot differ from the references is not asked."""
+        if system is self.top_line:
+            return self.references[part]
+        if part != "text":
+            return [answer for answer, _ in self.ask(system, part)]
+        if not system.model.lora:  # a frozen LLM answers to text as ever
+            return self.references[part]
+        reads = System(system.name, system.fingerprint, system.model)
+        return [answer for answer, _ in self.ask(system, part, of=reads)]
 
-    def metrics(self, answers):
-        """{task: {"exact", "wer", "chrf", "bleu"}}: every metric of every task, whichever its score is made of; over all its answers (sacrebleu, jiwer)."""
-        import jiwer
-        from sacrebleu import corpus_bleu, corpus_chrf
-        table = {}
-        for task in dict.fromkeys(c.task.name for c in self.cases):
-            rows = [(normalize(r) or r, normalize(a) or a) for c, r, a in zip(self.cases, self.references, answers) if c.task.name == task]
-            said, heard = [r for r, _ in rows], [a for _, a in rows]
-            table[task] = {"exact": sum(r == a for r, a in rows) / len(rows), "wer": jiwer.wer(said, heard) if all(said) else None,
-                           "chrf": corpus_chrf(heard, [said]).score / 100, "bleu": corpus_bleu(heard, [said]).score / 100}
-        return table
+    def probe_responses(self, tokenizer):
+        """The token ids of the text LLM's own answers to the probes."""
+        responses = []
+        for i in self.probes:
+            answer = self.references["questions"][i]
+            responses.append(response_tokens(tokenizer, answer, self.ended[i]).ids)
+        return responses
+
+    def rows(self, name, answers, gaps, attention):
+        """One row of the table for each answer."""
+        rows = []
+        for part in SETS:
+            for case, reference, answer in zip(
+                self.cases[part], self.references[part], answers[part]
+            ):
+                rows.append(row_of(name, part, case, reference, answer))
+        for i, gap, shares in zip(self.probes, gaps, attention):
+            rows[i]["behavior_gap"] = round(gap, 6)
+            for kind, by_layer in shares.items():
+                rows[i][f"attention_on_{kind}"] = round(float(np.mean(by_layer)), 6)
+        return rows
 
 
-def texts(answers):
-    return [text for text, _ in answers]
+def read_record(path, fingerprint, *keys):
+    """What is kept at `path` if it is whole and was measured under this fingerprint, or None."""
+    record = read_json_if_whole(path, "fingerprint", *keys)
+    return record if record and record["fingerprint"] == fingerprint else None
 
 
-def read_record(path, key, *more):
-    """The record at `path` if it is whole and was measured under this key, or None."""
-    record = read_json_if_whole(path, "key", "answers", *more)
-    return record if record and record["key"] == key else None
+# ---- scores ----
+
+
+def row_of(name, part, case, reference, answer):
+    """A row of the table of answers: who was asked what, and how the answer scores."""
+    metrics = all_metrics(reference, answer)
+    ignored = None
+    if part == "questions" and case.task.name != "repeat":
+        ignored = float(repeats_instead(case, reference, answer))
+    return {
+        "system": name,
+        "set": part,
+        "cell": case.cell,
+        "task": case.task.name,
+        "task_seen": case.task.split == "train",
+        "prompt_seen": case.prompt in case.task.prompts,
+        "prompt": case.prompt,
+        "utterance": case.utterance.id,
+        "speaker": case.utterance.speaker,
+        "audio": str(case.utterance.audio),
+        "transcript": case.utterance.text,
+        "reference": reference,
+        "answer": answer,
+        "score": round(score(case.task.metric, reference, answer), 6),
+        **{metric: round(value, 6) for metric, value in metrics.items()},
+        "ignored_instruction": ignored,
+        "behavior_gap": None,
+        "attention_on_instruction": None,
+        "attention_on_utterance": None,
+    }
+
+
+def exact_match(reference, answer):
+    return float((normalize(reference) or reference) == (normalize(answer) or answer))
+
+
+def word_error_rate(reference, answer):
+    """jiwer, over normalized words."""
+    import jiwer
+
+    reference, answer = normalize(reference), normalize(answer)
+    return jiwer.wer(reference, answer) if reference else float(bool(answer))
+
+
+def word_accuracy(reference, answer):
+    return max(0.0, 1.0 - word_error_rate(reference, answer))
+
+
+def chrf(reference, answer):
+    """sacrebleu; chrF of Popović 2015."""
+    from sacrebleu import sentence_chrf
+
+    return sentence_chrf(answer, [reference]).score / 100 if reference else float(not answer)
+
+
+def bleu(reference, answer):
+    """sacrebleu, of one sentence."""
+    from sacrebleu import sentence_bleu
+
+    return sentence_bleu(answer, [reference]).score / 100 if reference else float(not answer)
+
+
+# what a task's score is made of, by its metric: all from 0 to 1
+SCORES = {"exact": exact_match, "wer": word_accuracy, "chrf": chrf}
+
+
+def score(metric, reference, answer):
+    return SCORES[metric](reference, answer)
+
+
+@lru_cache(maxsize=2**16)  # many answers are the same
+def all_metrics(reference, answer):
+    """Every metric of one answer, whichever its score is made of."""
+    return {
+        "exact": exact_match(reference, answer),
+        "wer": word_error_rate(reference, answer),
+        "chrf": chrf(reference, answer),
+        "bleu": bleu(reference, answer),
+    }
+
+
+def repeats_instead(case, reference, answer):
+    """The model ignored the instruction.
+
+    Asked for another task, it answered with the transcript, give or take a quarter of its words.
+    """
+    said = case.utterance.text
+    return word_error_rate(said, answer) <= 0.25 < word_error_rate(said, reference)
 
 
 # ---- probes: what the LLM does inside ----
 
+
 @torch.no_grad()
-def behavior_gap(model, reader, hear, read, cases, responses, batch_size=32):
-    """KL(LLM reading text || model hearing speech) over the LLM's own answer (`responses`: token ids), nats per token: one number per case."""
+def behavior_gap(system, top_line, cases, responses, batch_size=32):
+    """KL(LLM reading text || model hearing speech) over the LLM's own answer, nats per token.
+
+    responses: the token ids of these answers. One number per case.
+    """
     gaps = []
     for at in range(0, len(cases), batch_size):
-        rows = list(zip(cases[at:at + batch_size], responses[at:at + batch_size]))
-        heard = model.logits([c.parts(model.tokenizer, hear, ids) for c, ids in rows])[0].log_softmax(-1)           # (R, V)
-        text = reader.logits([c.parts(model.tokenizer, read, ids) for c, ids in rows])[0].log_softmax(-1)           # (R, V)
-        kl = (text.exp() * (text - heard)).sum(-1)                                                                  # (R)
-        gaps += [part.mean().item() for part in kl.split([len(ids) for _, ids in rows])]
+        rows = list(zip(cases[at : at + batch_size], responses[at : at + batch_size]))
+        hears = system.model.logits([case.parts(system, ids) for case, ids in rows])[0]  # (R, V)
+        reads = top_line.model.logits([case.parts(top_line, ids) for case, ids in rows])[0]
+        hears, reads = hears.log_softmax(-1), reads.log_softmax(-1)  # (R, V)
+        kl = (reads.exp() * (reads - hears)).sum(-1)  # (R,)
+        for of_case in kl.split([len(ids) for _, ids in rows]):
+            gaps.append(of_case.mean().item())
     return gaps
 
 
@@ -239,89 +586,62 @@ def attention_weights(llm):
 
 
 @torch.no_grad()
-def attention_shares(model, hear, cases, responses):
-    """[{"instruction": [by layer], "utterance": [by layer]}] per case: the share of attention, averaged over heads and over the positions that predict the
-    answer, that falls on the instruction and on what stands for the utterance; the rest falls on the chat template and on the answer itself."""
-    shares, llm = [], model.llm.get_base_model() if model.lora else model.llm
-    with attention_weights(llm):
+def attention_shares(system, cases, responses):
+    """[{"instruction": [by layer], "utterance": [by layer]}], one per case.
+
+    The share of attention, averaged over heads and over the positions that predict the answer, that
+    falls on the instruction and on what stands for the utterance; the rest falls on the chat
+    template and on the answer itself.
+    """
+    model, shares = system.model, []
+    with attention_weights(model.llm.get_base_model() if model.lora else model.llm):
         for case, response in zip(cases, responses):
-            instruction, heard = transcript_tokens(model.tokenizer, case.prompt), hear(case.utterance)
-            slots = [{"role": "user", "content": [{"type": "audio", "audio": None}] * 2}]      # the instruction in a slot too: so its part can be told
-            parts = chat_parts(model.tokenizer, slots, [[instruction], heard], response)
-            kinds = ["instruction" if p is instruction else "utterance" if any(p is h for h in heard) else "" for p in parts]
-            lengths = [-(-len(p.frames) // model.connector.k) if isinstance(p, Speech) else len(p.ids) for p in parts]
+            spoken = system.parts(case.utterance)
+            parts = chat_parts(
+                model.tokenizer, ask(case.prompt), [spoken], response, instruction=case.prompt
+            )
             embeds, mask, _ = model.embed([parts])
-            layers = model.llm(inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False).attentions       # each (1, heads, L, L)
-            means = torch.stack([a[0, :, -len(response) - 1:-1].float().mean((0, 1)) for a in layers if a is not None])             # (layers, L)
-            pieces = means.split(lengths, dim=1)
-            shares.append({kind: sum(p.sum(1) for p, k in zip(pieces, kinds) if k == kind).tolist() for kind in ("instruction", "utterance")})
+            out = model.llm(
+                inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
+            )
+            # from the positions that predict the answer: (heads, R, L) -> mean (L,), each layer
+            layers = []
+            for attention in out.attentions:
+                if attention is not None:
+                    predicting = attention[0, :, -len(response) - 1 : -1].float()
+                    layers.append(predicting.mean((0, 1)))
+            shares.append(shares_of_parts(torch.stack(layers), parts, spoken, model))
     return shares
 
 
-def by_layer(shares):
+def shares_of_parts(attention, parts, spoken, model):
+    """attention (layers, L) summed over the positions of the instruction and of the utterance."""
+    instruction, utterance, at = 0, 0, 0
+    for part in parts:
+        if isinstance(part, Speech):
+            n = ceil_div(len(part.frames), model.connector.k)
+        else:
+            n = len(part.ids)
+        falls_on_part = attention[:, at : at + n].sum(1)  # (layers,)
+        if any(part is p for p in spoken):
+            utterance = utterance + falls_on_part
+        elif getattr(part, "is_instruction", False):
+            instruction = instruction + falls_on_part
+        at += n
+    return {"instruction": instruction.tolist(), "utterance": utterance.tolist()}
+
+
+def mean_by_layer(shares):
     """{"instruction": [mean by layer], "utterance": [mean by layer]} over the cases."""
-    return {kind: np.mean([rows[kind] for rows in shares], axis=0).tolist() for kind in ("instruction", "utterance")} if shares else None
+    if not shares:
+        return None
+    means = {}
+    for kind in ("instruction", "utterance"):
+        means[kind] = np.mean([by_layer[kind] for by_layer in shares], axis=0).tolist()
+    return means
 
 
-# ---- metrics ----
+if __name__ == "__main__":  # the same as `python mtbi.py bench`
+    from mtbi import main
 
-def word_error_rate(reference, answer):
-    import jiwer
-    reference, answer = normalize(reference), normalize(answer)
-    return jiwer.wer(reference, answer) if reference else float(bool(answer))
-
-
-def score(metric, reference, answer):
-    """0..1: "exact" match, "wer" as 1 - word error rate (jiwer), or "chrf" (sacrebleu, Popović 2015)."""
-    if metric == "exact":
-        return float((normalize(reference) or reference) == (normalize(answer) or answer))
-    if metric == "wer":
-        return max(0.0, 1.0 - word_error_rate(reference, answer))
-    from sacrebleu import sentence_chrf
-    return sentence_chrf(answer, [reference]).score / 100 if reference else float(not answer)
-
-
-def repeats_instead(case, reference, answer):
-    """The model ignored the instruction: asked for another task, it answered with the transcript, give or take a quarter of its words."""
-    return case.task.name != "repeat" and word_error_rate(case.utterance.text, answer) <= 0.25 < word_error_rate(case.utterance.text, reference)
-
-
-def corpus_wer(cases, answers):
-    """Word error rate of the task "repeat" against the true transcripts, over all its words; None if it was not asked."""
-    import jiwer
-    rows = [(normalize(c.utterance.text), normalize(a)) for c, a in zip(cases, answers) if c.task.name == "repeat" and normalize(c.utterance.text)]
-    return jiwer.wer([r for r, _ in rows], [a for _, a in rows]) if rows else None
-
-
-def cell(scores, utterances, seed=0):
-    """{"score", "share_of_text", "n", "ci95"}: mean score, its share of the top line's, and a 95% bootstrap interval over utterances.
-
-    The text LLM is its own reference, so the top line's score is 1 and the share is the score.
-    """
-    if not scores:
-        return {"score": None, "share_of_text": None, "n": 0, "ci95": [None, None]}
-    means = bootstrap(scores, utterances, np.random.default_rng(seed))
-    return {"score": float(np.mean(scores)), "share_of_text": float(np.mean(scores)), "n": len(scores),
-            "ci95": [float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))]}
-
-
-def bootstrap(values, utterances, rng):
-    """RESAMPLES means, each over as many utterances drawn with replacement: answers about one utterance are no independent observations."""
-    values, ids = np.asarray(values), np.unique(utterances, return_inverse=True)[1]
-    sums, counts = np.bincount(ids, values), np.bincount(ids)
-    picks = rng.integers(0, len(sums), (RESAMPLES, len(sums)))
-    return sums[picks].sum(1) / counts[picks].sum(1)
-
-
-def summary(record, seconds=0.0):
-    """A system's entry of report.json; `seconds`: of its training, added to those of the benchmark."""
-    def over(name):
-        rows = record["values"][name]
-        return cell([value for _, value in rows], [i for i, _ in rows])
-
-    ignored = over("ignored instruction")
-    return {"quadrants": {q: over(q) for q in QUADRANTS}, "dialogues": {d: over(d) for d in DIALOGUES},
-            "tasks": {name.removeprefix("task "): over(name) for name in record["values"] if name.startswith("task ")},
-            "metrics": record["metrics"], "repeat_wer": record["repeat_wer"], "ignored_instruction_rate": ignored["score"],
-            "ignored_instruction_ci95": ignored["ci95"], "behavior_gap": over("behavior gap"), "text_retention": over("text retention"),
-            "attention": record["attention"], "seconds": round(record["seconds"] + seconds, 1)}
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,140 +1,541 @@
 """Frozen speech encoder + trainable connector + frozen 4-bit LLM = SpeechLLM.
 
-Shapes:  B conversations, L positions, T encoder frames, N speech tokens, D the LLM's width, V its vocabulary.
+Shapes, in the whole file:
+
+    B conversations     L positions      T encoder frames     N = T / k speech tokens
+    V vocabulary        R response tokens of a batch
+    D_encoder and D, the widths of the encoder and of the LLM
 """
 
-import hashlib
-import shutil
+import math
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from connectors import Connector
-from data import AUDIO_MARK, Response, Speech, ask, chat_parts, check_messages, load_audio, render, tokenize_in_context
-from encoder import SpeechEncoder
-from files import UserError, read_json, timed, whole_file, write_json
-from hub import TINY, load_or_explain, load_tensors
-from parallel import DEVICE
+from data import SAMPLE_RATE, Response, Speech, ask, chat_parts, load_audio
+from support.chat_template import end_of_turn
+from support.checks import check_messages
+from support.console import timed
+from support.files import UserError, ceil_div, explained, first_line
+from support.files import read_json, whole_file, write_json
+from support.frames import keep_frames
+from support.hub import check_frames, check_tokenizer, check_vocabulary
+from support.hub import fingerprint_of_tensors, fingerprint_of_weights
+from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
+from support.hub import located, quantization, save_adapter
+from support.processes import DEVICE, first_process
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CHECKPOINT_FROM = 2.5e9      # parameters: from this size on gradient checkpointing is on unless told otherwise ("3B" models count 3.1e9)
-IGNORE = -100                # label of a position without loss
+IGNORE = -100  # label of a position without loss
+DROPOUT = 0.1  # of connectors: little speech is soon learned by heart
+
+
+# ---- the frozen speech encoder: audio in, frames out ----
+
+
+class SpeechEncoder(Protocol):
+    """What a speech encoder must be; ENCODERS names those that are no Hugging Face checkpoint."""
+
+    name: str
+    width: int  # D_encoder
+    frame_rate: float  # frames a second
+    fingerprint: str  # names what determines the frames
+    can_transcribe: bool  # has it a CTC head? then also ctc(frames) and transcribe(frames)
+
+    def __call__(self, samples, name="the audio"):
+        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder), half precision, on the CPU.
+
+        `name` is for error messages.
+        """
+
+    def to(self, device):
+        """Move the weights to a device."""
+
+
+ENCODERS = {}  # name -> a class whose objects are SpeechEncoders; docs/extend.md adds one
+
+
+def load_encoder(name, pad_whisper=False):
+    """The encoder of this name; it is frozen, so the commands of one process share it."""
+    return shared_encoder(name, pad_whisper)
+
+
+@lru_cache(maxsize=2)
+def shared_encoder(name, pad_whisper):
+    if name in ENCODERS:
+        return ENCODERS[name]()
+    return HuggingFaceEncoder(name, pad_whisper)
+
+
+def fingerprint_of_encoder(name):
+    """Names the weights of an encoder, without loading them where they are a checkpoint."""
+    if name in ENCODERS:
+        return load_encoder(name).fingerprint
+    return fingerprint_of_weights(name, "encoder")
+
+
+def encode_all(encoder, utterances, folder, keep="disk"):
+    """{utterance id: frames (T, D_encoder)} of all utterances, made once; see support/frames.py."""
+
+    def listen(utterance):
+        return encoder(load_audio(utterance.audio, utterance.duration), utterance.audio)
+
+    return keep_frames(encoder, listen, utterances, folder, keep)
+
+
+class HuggingFaceEncoder(nn.Module):
+    """Whisper, WavLM, HuBERT, wav2vec 2.0, Parakeet, … with its own feature extractor, frozen.
+
+    One utterance at a time: nothing is padded, and what its extractor pads by itself is masked and
+    cut off. `width` and `frame_rate` are read from the model by letting it hear noise. A CTC model
+    keeps its head: `transcribe` is what the cascade hears. A Whisper encoder runs on the audio's
+    own length (`pad_whisper`: on 30 s of padding, as it was trained; only the audio's frames are
+    kept).
+    """
+
+    def __init__(self, name, pad_whisper=False):
+        super().__init__()
+        self.name, self.pad_whisper = str(name), pad_whisper
+        where = located(name, "encoder")
+        self.config = load_or_explain(AutoConfig, where, "speech encoder")
+        self.extractor = load_or_explain(AutoFeatureExtractor, where, "speech encoder")
+        if self.extractor.sampling_rate != SAMPLE_RATE:
+            raise UserError(
+                f"speech encoder {where}: hears {self.extractor.sampling_rate} Hz; encoders of "
+                f"{SAMPLE_RATE} Hz are supported"
+            )
+        self.is_whisper = self.config.model_type == "whisper"
+        self.model, self.head, self.ctc_tokenizer = load_speech_model(self.config, where)
+        self.to(DEVICE).eval().requires_grad_(False)
+        self.measure()
+
+    def measure(self):
+        """Read width and frame rate off what the model makes of noise."""
+        noise = np.random.default_rng(0).normal(0, 0.1, 13 * SAMPLE_RATE).astype(np.float32)
+        with explained(f"speech encoder {self.name}: its parts do not fit together", Exception):
+            short, long = self(noise[:SAMPLE_RATE]), self(noise)  # of 1 s and of 13 s
+            symbols = self.ctc(short).shape[1] if self.can_transcribe else 0
+        check_frames(self.name, long, self.ctc_tokenizer, symbols)
+        self.width = long.shape[1]
+        self.frame_rate = (len(long) - len(short)) / 12
+
+    @torch.no_grad()
+    def forward(self, samples, name="the audio"):
+        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder), half precision, on the CPU."""
+        if self.is_whisper:
+            # it hears 30 s at a time: longer audio goes in as equal pieces
+            seconds = len(samples) / SAMPLE_RATE
+            n_pieces = math.ceil(seconds / self.extractor.chunk_length)
+            pieces = [self.whisper(piece) for piece in np.array_split(samples, n_pieces)]
+            return torch.cat(pieces).half().cpu()  # (T, D_encoder)
+        inputs = self.extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        inputs = inputs.to(self.device)
+        try:
+            out = self.model(**inputs)
+        except (RuntimeError, ValueError) as error:
+            # how convolutions say that the input is shorter than they are
+            raise UserError(
+                f"{name}: {len(samples) / SAMPLE_RATE:.2f} s of audio, which {self.name} cannot "
+                f"hear ({first_line(error)})"
+            ) from None
+        frames = out.last_hidden_state[0]  # (T, D_encoder)
+        mask = out.get("attention_mask", inputs.get("attention_mask"))
+        if mask is not None and mask.shape[1] == len(frames):  # a mask of frames, not of samples
+            frames = frames[mask[0].bool()]
+        return frames.half().cpu()
+
+    def whisper(self, samples):
+        """samples -> frames (T, D_encoder).
+
+        WhisperEncoder.forward of transformers without its check that the input is 30 s long.
+        """
+        mel = self.extractor(
+            samples,
+            sampling_rate=SAMPLE_RATE,
+            return_tensors="pt",
+            padding="max_length" if self.pad_whisper else "longest",
+        )["input_features"].to(self.model.conv1.weight)  # (1, mel bins, 2T)
+        x = F.gelu(self.model.conv1(mel))
+        x = F.gelu(self.model.conv2(x)).transpose(1, 2)  # (1, T, D_encoder)
+        x = x + self.model.embed_positions.weight[: x.shape[1]]
+        for layer in self.model.layers:
+            x = layer(x, None)
+        spoken = math.ceil(len(samples) / self.extractor.hop_length / 2)  # frames of the audio
+        return self.model.layer_norm(x)[0, :spoken]
+
+    # -- what the cascade and word times need --
+
+    @property
+    def can_transcribe(self):
+        return self.head is not None
+
+    @torch.no_grad()
+    def ctc(self, frames):
+        """frames (T, D_encoder) -> log-probabilities (T, V_ctc) of the CTC vocabulary."""
+        scores = self.head(frames.float().to(self.device)[None])[0]  # (T, V_ctc)
+        return scores.log_softmax(-1).cpu()
+
+    def transcribe(self, frames):
+        """Greedy CTC: frames (T, D_encoder) -> text."""
+        return self.ctc_tokenizer.decode(self.ctc(frames).argmax(-1).tolist())
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def fingerprint(self):
+        """Of the weights, the feature extractor, and the padding option."""
+        return fingerprint_of_tensors(
+            self.model.state_dict().values(), (self.extractor.to_dict(), self.pad_whisper)
+        )
+
+
+# ---- connectors: encoder frames in, speech tokens out; what stage 2 trains ----
+#
+# A connector is one class here and one entry of CONNECTORS.
+
+
+class ConnectorBody(nn.Module):
+    """What connectors have in common: their defaults for k and for the hidden width."""
+
+    k_is_a_power_of_two = False
+    # the hidden width: so many times the LLM's width, a multiple of this, at most that
+    widening, multiple_of, widest = 4, 1, 2048
+
+    @classmethod
+    def frames_a_token(cls, frame_rate, tokens_per_second):
+        """k, for about so many speech tokens a second of speech."""
+        k = max(1.0, frame_rate / tokens_per_second)
+        return 2 ** round(math.log2(k)) if cls.k_is_a_power_of_two else round(k)
+
+    @classmethod
+    def hidden_width(cls, llm_width):
+        """(hidden width, the reason)."""
+        width = ceil_div(cls.widening * llm_width, cls.multiple_of) * cls.multiple_of
+        why = f"{cls.widening} x the LLM's width of {llm_width}"
+        if cls.multiple_of > 1:
+            why += f", as a multiple of {cls.multiple_of}"
+        return min(cls.widest, width), f"{why}, at most {cls.widest}"
+
+
+class StackMLP(ConnectorBody):
+    """Stack k neighbouring frames, then a two-layer MLP (as in SLAM-ASR, arXiv 2402.08846).
+
+    frames (B, N * k, D_encoder) -> (B, N, k * D_encoder) -> LayerNorm, MLP -> (B, N, D)
+    """
+
+    def __init__(self, width_in, width_out, k, hidden):
+        super().__init__()
+        self.k = k
+        self.norm = nn.LayerNorm(k * width_in)
+        self.mlp = nn.Sequential(
+            nn.Dropout(DROPOUT),
+            nn.Linear(k * width_in, hidden),
+            nn.GELU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(hidden, width_out),
+        )
+
+    def forward(self, x):
+        stacked = x.reshape(len(x), -1, self.k * x.shape[-1])  # (B, N, k * D_encoder)
+        return self.mlp(self.norm(stacked))  # (B, N, D)
+
+
+class Conv(ConnectorBody):
+    """Strided 1-d convolutions, each halving the rate, then a two-layer MLP with a residual.
+
+    BLSP, arXiv 2309.00916, section 3.1.
+
+    frames (B, N * k, D_encoder) -> log2(k) convolutions of stride 2 -> (B, N, D_encoder)
+    -> (B, N, D)
+    """
+
+    k_is_a_power_of_two = True
+
+    def __init__(self, width_in, width_out, k, hidden):
+        super().__init__()
+        if k & (k - 1):
+            raise UserError(
+                f"the conv connector halves the frame rate, so --k must be a power of two, not {k}"
+            )
+        halvings = int(math.log2(k))
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width_in, width_in, 5, stride=2, padding=2) for _ in range(halvings)
+        )
+        self.project = nn.Linear(width_in, width_out)
+        self.norm = nn.LayerNorm(width_out)
+        self.adapter = nn.Sequential(
+            nn.Linear(width_out, hidden),
+            nn.GELU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(hidden, width_out),
+        )
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)  # (B, T, D_enc) -> (B, T/2, D_enc)
+        x = self.norm(self.project(x))  # (B, N, D)
+        return x + self.adapter(x)
+
+
+class QFormer(ConnectorBody):
+    """A learned query reads each window of k frames through two Transformer layers.
+
+    SALMONN, arXiv 2310.13289, section 3.1; as in Self-Powered LSM.
+
+    frames (B, N * k, D_encoder) -> windows (B * N, k, hidden)
+    -> one query each, cross-attention -> (B * N, 1, hidden) -> (B, N, D)
+    """
+
+    HEADS, LAYERS = 8, 2
+    widening, multiple_of, widest = 1, 64, 1024
+
+    def __init__(self, width_in, width_out, k, hidden):
+        super().__init__()
+        if hidden % self.HEADS:
+            raise UserError(
+                f"the qformer connector has {self.HEADS} attention heads, so --hidden must be a "
+                f"multiple of {self.HEADS}, not {hidden}"
+            )
+        self.k = k
+        self.norm, self.enter = nn.LayerNorm(width_in), nn.Linear(width_in, hidden)
+        # of a frame in its window: attention alone knows no order
+        self.position = nn.Parameter(0.02 * torch.randn(k, hidden))
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, hidden))
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                hidden, self.HEADS, 2 * hidden, DROPOUT, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(self.LAYERS)
+        )
+        self.leave = nn.Linear(hidden, width_out)
+
+    def forward(self, x):
+        frames = self.enter(self.norm(x))  # (B, N * k, hidden)
+        windows = frames.reshape(-1, self.k, frames.shape[-1]) + self.position  # (B*N, k, hidden)
+        queries = self.query.expand(len(windows), -1, -1)  # (B * N, 1, hidden)
+        for layer in self.layers:
+            queries = layer(queries, windows)
+        return self.leave(queries).reshape(len(x), -1, self.leave.out_features)  # (B, N, D)
+
+
+CONNECTORS = {"stack-mlp": StackMLP, "conv": Conv, "qformer": QFormer}
+
+
+def connector_class(kind):
+    if kind not in CONNECTORS:
+        raise UserError(f"there is no connector {kind!r}; there are {', '.join(CONNECTORS)}")
+    return CONNECTORS[kind]
+
+
+class Connector(nn.Module):
+    """Encoder frames to speech tokens, at the scale of the LLM's own embeddings from the start."""
+
+    def __init__(self, kind, width_in, width_out, k, hidden, embedding_rms=1.0):
+        super().__init__()
+        self.k, self.body = k, connector_class(kind)(width_in, width_out, k, hidden)
+        self.scale = nn.Parameter(torch.full((width_out,), float(embedding_rms)))
+
+    def forward(self, spans):
+        """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)], N_i = T_i / k rounded up.
+
+        The last token's missing frames are zeros. Spans of as many tokens go through together:
+        nothing is padded beyond that, so a span's tokens do not depend on its batch.
+        """
+        by_length = {}  # N -> which spans have so many tokens
+        for i, frames in enumerate(spans):
+            by_length.setdefault(ceil_div(len(frames), self.k), []).append(i)
+        tokens = [None for _ in spans]
+        for n, rows in by_length.items():
+            x = self.stack([spans[i] for i in rows], n * self.k)  # (B, N * k, D_encoder)
+            y = self.body(x) if n else x.new_zeros(len(rows), 0, len(self.scale))  # (B, N, D)
+            y = F.rms_norm(y, y.shape[-1:]) * self.scale
+            for i, row in zip(rows, y):
+                tokens[i] = row  # (N_i, D)
+        return tokens
+
+    def stack(self, spans, length):
+        """[frames (T_i, D_encoder)] -> (B, length, D_encoder), filled up with zeros."""
+        filled = [F.pad(frames, (0, 0, 0, length - len(frames))) for frames in spans]
+        return torch.stack(filled).to(self.scale)
 
 
 # ---- the frozen LLM ----
 
+
 def compute_precision(precision="auto"):
-    """What the LLM computes in, a key of PRECISIONS; "auto": bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    """What the LLM computes in, a key of PRECISIONS.
+
+    "auto": bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU.
+    """
     if precision != "auto":
         return precision
-    return "fp32" if DEVICE == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if DEVICE == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def load_llm(name, bits=4, precision="auto"):
-    """(LLM frozen and in eval mode, tokenizer). bits: 4 = NF4 with double quantization, 8 = LLM.int8, 16 = not quantized."""
-    name = TINY / "llm" if name == "tiny" else name
+    """(LLM frozen and in eval mode, tokenizer).
+
+    bits: 4 = NF4 with double quantization, 8 = LLM.int8, 16 = not quantized.
+    """
+    where = located(name, "llm")
     compute = PRECISIONS[compute_precision(precision)]
-    quantization = None
-    if bits != 16:
-        try:
-            import bitsandbytes  # noqa: F401
-            quantization = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
-        except (ImportError, OSError, RuntimeError) as error:
-            print(f"bitsandbytes does not work on this machine ({type(error).__name__}): the LLM runs unquantized, in {compute}")
-    tokenizer = load_or_explain(AutoTokenizer, name, "LLM")
-    vocabulary = len(tokenizer)
-    if not tokenizer.chat_template:
-        raise UserError(f"LLM {name}: its tokenizer has no chat template; choose an instruction-tuned model")
-    if not tokenizer("a b")["input_ids"]:
-        raise UserError(f"LLM {name}: its tokenizer is empty; is tokenizer.json missing?")
-    if not tokenizer.is_fast:
-        raise UserError(f"LLM {name}: its tokenizer gives no character offsets, which interleaving needs; it must have a tokenizer.json")
-    try:
+    tokenizer = load_or_explain(AutoTokenizer, where, "LLM")
+    vocabulary = len(tokenizer)  # before the audio mark is added
+    check_tokenizer(tokenizer, where)
+    with explained(f"LLM {where}: its chat template cannot be used", IndexError):
         end_of_turn(tokenizer)
         chat_parts(tokenizer, ask("Who did it, and when?"), [[]])
-    except (UserError, IndexError) as error:
-        raise UserError(f"LLM {name}: its chat template cannot be used ({error})") from None
-    llm = load_or_explain(AutoModelForCausalLM, name, "LLM", dtype=compute, quantization_config=quantization, device_map={"": DEVICE})
+    llm = load_or_explain(
+        AutoModelForCausalLM,
+        where,
+        "LLM",
+        dtype=compute,
+        quantization_config=quantization(bits, compute),
+        device_map={"": DEVICE},
+    )
+    check_vocabulary(llm, vocabulary, where)
     for module in llm.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call without gradients, into a kernel that has no backward
-        # and other rounding. One set of weights for training and generation:
+        # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call without gradients,
+        # into a kernel that has no backward and other rounding. One set of weights for training
+        # and generation:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if vocabulary > len(llm.get_input_embeddings().weight):
-        raise UserError(f"LLM {name}: its tokenizer has {vocabulary} tokens, but its weights only {len(llm.get_input_embeddings().weight)} embeddings")
-    # Greedy decoding and nothing else, whatever sampling or penalties the checkpoint recommends; its end tokens are kept.
+    # Greedy decoding and nothing else, whatever the checkpoint recommends; its end tokens are kept.
     llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)
     return llm.eval().requires_grad_(False), tokenizer
 
 
 @lru_cache(maxsize=1)
 def shared_llm(name, bits, precision="auto"):
+    """load_llm once: a frozen LLM is shared by the commands of one process."""
     with timed("load the LLM"):
         return load_llm(name, bits, precision)
 
 
-def fingerprint(llm, tokenizer):
-    """Tells one LLM from another by what is never quantized: its shape, its vocabulary, a slice of its embeddings, its norms."""
-    text = llm.config.get_text_config()                            # of a model that also sees, the part that reads
-    weights = [llm.get_input_embeddings().weight[:64], *(p for name, p in llm.named_parameters() if "norm" in name)]
-    samples = b"".join(w.to(torch.bfloat16).float().cpu().numpy().tobytes() for w in weights)      # the same whatever precision it was loaded in
-    return hashlib.sha256(samples + repr((text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)).encode()).hexdigest()[:12]
+def fingerprint_of_llm(llm, tokenizer):
+    """Tells one LLM from another by what is never quantized.
+
+    Its shape, its vocabulary, a slice of its embeddings, its norms.
+    """
+    text = llm.config.get_text_config()  # of a model that also sees, the part that reads
+    weights = [llm.get_input_embeddings().weight[:64]]
+    weights += [p for name, p in llm.named_parameters() if "norm" in name]
+    weights = [w.to(torch.bfloat16) for w in weights]  # whatever precision it was loaded in
+    shape = (text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)
+    return fingerprint_of_tensors(weights, shape, samples=None)
 
 
-def end_of_turn(tokenizer):
-    """The token the chat template puts after an answer: the first of its special tokens there."""
-    after = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}], add_generation_prompt=False)
-    ids = tokenize_in_context(tokenizer, after.rsplit(AUDIO_MARK, 1)[1])[0]
-    return next((i for i in ids if i in tokenizer.added_tokens_decoder), ids[0] if ids else tokenizer.eos_token_id)
-
-
+@torch.no_grad()
 def embedding_rms(llm):
-    """Root mean square of the LLM's input embeddings as its layers see them (Gemma scales them on the way), over up to 4096 tokens."""
+    """Root mean square of the LLM's input embeddings as its layers see them.
+
+    Gemma scales them on the way. Over up to 4096 tokens.
+    """
     table = llm.get_input_embeddings()
-    with torch.no_grad():
-        return table(torch.arange(0, len(table.weight), -(-len(table.weight) // 4096), device=DEVICE)).float().pow(2).mean().sqrt()
+    size = len(table.weight)
+    some = torch.arange(0, size, ceil_div(size, 4096), device=DEVICE)
+    return table(some).float().pow(2).mean().sqrt()
 
 
 def with_lora(llm, rank):
-    """The LLM with a LoRA adapter of this rank on all its linear layers, the only part of it that is trained; the LLM itself for rank 0."""
+    """The LLM with a LoRA adapter of this rank on all its linear layers; itself for rank 0.
+
+    The adapter is the only part of it that is trained (peft; LoRA, arXiv 2106.09685).
+    """
     if not rank:
         return llm
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(llm, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(llm, config)
 
 
 def checkpoint_gradients(llm):
-    """Let the LLM keep only what goes into each of its layers, and compute the rest again in the backward pass; returns the layers that do so.
+    """Let each layer keep only its input, and compute the rest again in the backward pass.
 
-    They do it while their own flag `training` is set; what is inside them stays in eval mode.
+    Returns the layers that do so while their own flag `training` is set; what is inside them stays
+    in eval mode.
     """
     try:
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
-        raise UserError(f"this LLM has no gradient checkpointing; say --gradient-checkpointing off ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            "this LLM has no gradient checkpointing; say --gradient-checkpointing off "
+            f"({first_line(error)})"
+        ) from None
     return [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+# ---- losses: how an answer to speech is held against the LLM's own ----
+#
+# A loss is one class here and one entry of LOSSES. It is summed over response tokens; train.py
+# divides by how many there are in the whole step.
+
+
+class CrossEntropy:
+    """-log p of the LLM's own answer, token by token (MTBI, arXiv 2505.18644)."""
+
+    has_teacher = False  # does it need the same conversations with the transcripts as text?
+
+    def __call__(self, model, batch, teacher):
+        logits, answers = model.logits(batch)  # (R, V), (R)
+        return F.cross_entropy(logits, answers, reduction="sum")
+
+
+class DistributionKL:
+    """KL(frozen LLM reading text || LLM hearing speech): the whole next-token distribution."""
+
+    has_teacher = True
+
+    def __call__(self, model, batch, teacher):
+        with torch.no_grad(), model.without_adapter():
+            target = model.logits(teacher)[0].log_softmax(-1)  # (R, V)
+        found = model.logits(batch)[0].log_softmax(-1)  # (R, V)
+        return F.kl_div(found, target, reduction="sum", log_target=True)
+
+
+LOSSES = {"ce": CrossEntropy(), "kl": DistributionKL()}
 
 
 # ---- the speech LLM ----
 
+
 class SpeechLLM(nn.Module):
-    """forward() in five sentences: text parts are embedded by the LLM's own table; speech parts by the connector; both are spliced in order;
-    the LLM reads them; only the response is scored."""
+    """forward() in five sentences: text parts are embedded by the LLM's own table; speech parts by
+    the connector; both are spliced in order; the LLM reads them; only the response is scored."""
 
     def __init__(self, llm, tokenizer, encoder=None, connector=None, lora=0):
         super().__init__()
-        self.llm, self.tokenizer, self.encoder, self.connector, self.checkpointed = llm, tokenizer, encoder, connector, []
-        self.eot, self.fingerprint, self.lora = end_of_turn(tokenizer), fingerprint(llm, tokenizer), lora
+        self.llm, self.tokenizer = llm, tokenizer
+        self.encoder, self.connector = encoder, connector
+        self.lora, self.checkpointed = lora, []
+        self.fingerprint = fingerprint_of_llm(llm, tokenizer)
+        self.eot = end_of_turn(tokenizer)
+
+        # an answer is over where the chat template, the tokenizer or the checkpoint ends it
         ends = llm.generation_config.eos_token_id
-        self.ends = sorted({self.eot, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({self.eot, tokenizer.eos_token_id, *ends} - {None})
         self.llm = with_lora(llm, lora)
 
     def train(self, mode=True):
@@ -152,126 +553,216 @@ class SpeechLLM(nn.Module):
         return self
 
     def trainable(self):
-        """{name: parameter} of what training changes: the connector, and the LoRA adapter if there is one."""
+        """{name: parameter} of what training changes: the connector, and a LoRA adapter."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def without_adapter(self):
+        """Within it, the LLM is the frozen one."""
+        return self.llm.disable_adapter() if self.lora else nullcontext()
+
     def embed(self, batch):
-        """Parts -> (embeddings (B, L, D), attention mask (B, L), labels (B, L)). The one place where text and speech are spliced.
+        """Parts -> (embeddings (B, L, D), attention mask (B, L), labels (B, L)).
 
-        [Text of 9 ids, Speech of 60 frames, Text of 4 ids, Response of 3 ids], k = 6  ->  9 + 10 + 4 + 3 = 26 rows of D; the last 3 are labelled.
+        The one place where text and speech are spliced. With k = 6
 
-        Padded on the left, so that the answers of all rows end at the right edge, where generation goes on and the loss is read.
+            [Text of 9 ids, Speech of 60 frames, Text of 4 ids, Response of 3 ids]
+
+        becomes 9 + 10 + 4 + 3 = 26 rows of D, and the last 3 are labelled.
+
+        Padded on the left, so that the answers of all rows end at the right edge, where generation
+        goes on and the loss is read.
         """
         table = self.llm.get_input_embeddings()
-        ids = [i for parts in batch for part in parts if not isinstance(part, Speech) for i in part.ids]
-        text = iter(table(torch.tensor(ids, device=DEVICE)).split([len(p.ids) for parts in batch for p in parts if not isinstance(p, Speech)]))
-        speech = iter(self.connector([p.frames.to(DEVICE) for parts in batch for p in parts if isinstance(p, Speech)]) if self.connector else [])
-        rows = [torch.cat([(next(speech) if isinstance(p, Speech) else next(text)).to(table.weight.dtype) for p in parts]) for parts in batch]
-        length = max(map(len, rows))
-        embeds = torch.stack([F.pad(row, (0, 0, length - len(row), 0)) for row in rows])                                    # (B, L, D)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=DEVICE)                    # (B, L)
-        answers = [parts[-1].ids if isinstance(parts[-1], Response) else [] for parts in batch]
-        labels = torch.tensor([[IGNORE] * (length - len(a)) + a for a in answers], device=DEVICE)                           # (B, L)
-        return embeds, mask, labels
+
+        # Everything that is read goes through the LLM's own table at once, everything that is
+        # spoken through the connector.
+        ids, spans = [], []
+        for parts in batch:
+            for part in parts:
+                if isinstance(part, Speech):
+                    spans.append(part.frames.to(DEVICE))  # (T, D_encoder)
+                else:
+                    ids += part.ids
+        text = table(torch.tensor(ids, device=DEVICE))  # (all ids, D)
+        speech = self.connector(spans) if spans else []  # one (N, D) for each span
+
+        # Part by part they take their places again.
+        rows, text_at, speech_at = [], 0, 0
+        for parts in batch:
+            row = []
+            for part in parts:
+                if isinstance(part, Speech):
+                    row.append(speech[speech_at].to(text.dtype))  # (N, D)
+                    speech_at += 1
+                else:
+                    row.append(text[text_at : text_at + len(part.ids)])  # (ids of the part, D)
+                    text_at += len(part.ids)
+            rows.append(torch.cat(row))  # (L_row, D)
+
+        # Padding on the left; masks and labels go by position, never by token id.
+        length = max(len(row) for row in rows)
+        embeds, mask, labels = [], [], []
+        for row, parts in zip(rows, batch):
+            missing = length - len(row)
+            answer = parts[-1].ids if isinstance(parts[-1], Response) else []
+            embeds.append(F.pad(row, (0, 0, missing, 0)))  # (L, D)
+            mask.append([0] * missing + [1] * len(row))
+            labels.append([IGNORE] * (length - len(answer)) + answer)
+        mask, labels = torch.tensor(mask, device=DEVICE), torch.tensor(labels, device=DEVICE)
+        return torch.stack(embeds), mask, labels  # (B, L, D), (B, L), (B, L)
 
     def logits(self, batch):
-        """(logits (R, V) that predict the R response tokens of the batch, those tokens (R)): the vocabulary projection runs at no other position."""
+        """(logits (R, V) that predict the R response tokens of the batch, those tokens (R)).
+
+        The vocabulary projection runs at no other position.
+        """
         embeds, mask, labels = self.embed(batch)
-        positions, answered = (mask.cumsum(1) - 1).clamp(min=0), labels[:, 1:] != IGNORE      # one position predicts the next
-        hook = self.llm.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0][:, :-1][answered],))      # (B, L, D) -> (R, D)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+        answered = labels[:, 1:] != IGNORE  # one position predicts the next
+
+        def answers_alone(head, args):
+            return (args[0][:, :-1][answered],)  # (B, L, D) -> (R, D)
+
+        hook = self.llm.get_output_embeddings().register_forward_pre_hook(answers_alone)
         try:
-            out = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+            out = self.llm(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+            )
         finally:
             hook.remove()
-        return out.logits.float(), labels[:, 1:][answered]
+        return out.logits.float(), labels[:, 1:][answered]  # (R, V), (R)
 
-    def forward(self, batch, teacher=None):
+    def forward(self, batch, teacher=None, loss="ce"):
         """The loss of conversations that end in a Response, summed over response tokens.
 
-        teacher: the same conversations with the transcript as text; then the loss is KL(frozen LLM reading text || LLM hearing speech).
+        teacher: the same conversations with the transcripts as text, for a loss that has one.
         """
-        if teacher is None:
-            return F.cross_entropy(*self.logits(batch), reduction="sum")
-        with torch.no_grad(), self.llm.disable_adapter() if self.lora else nullcontext():
-            target = self.logits(teacher)[0].log_softmax(-1)
-        return F.kl_div(self.logits(batch)[0].log_softmax(-1), target, reduction="sum", log_target=True)
+        return LOSSES[loss](self, batch, teacher)
 
     @torch.no_grad()
     def generate_rows(self, batch, max_new_tokens=64):
         """Greedy answers to open conversations: parts -> [(text, did it end by itself)]."""
         embeds, mask, _ = self.embed(batch)
-        rows = self.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                 eos_token_id=self.ends, pad_token_id=self.eot).tolist()
-        lengths = [next((i for i, token in enumerate(row) if token in self.ends), None) for row in rows]
-        texts = self.tokenizer.batch_decode([row[:n] for row, n in zip(rows, lengths)], skip_special_tokens=True)
-        # an answer that was cut off may end in half a character
-        return [(text.strip() if n is not None else text.rstrip("\ufffd").strip(), n is not None) for text, n in zip(texts, lengths)]
+        rows = self.llm.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.ends,
+            pad_token_id=self.eot,
+        ).tolist()  # (B, up to max_new_tokens)
+        answers = []
+        for row in rows:
+            end = next((i for i, token in enumerate(row) if token in self.ends), None)
+            text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
+            if end is None:  # one that was cut off may end in half a character
+                text = text.rstrip("\ufffd")
+            answers.append((text.strip(), end is not None))
+        return answers
 
     def generate(self, batch, max_new_tokens=64):
         """The texts of generate_rows."""
         return [text for text, _ in self.generate_rows(batch, max_new_tokens)]
 
     def answer(self, question, audio=None, max_new_tokens=64):
-        """The answer to a question about a sound file; or to a whole conversation in the Hugging Face message format (audio entries hold a path)."""
+        """The answer to a question about a sound file.
+
+        Or to a whole conversation in the Hugging Face message format, whose audio entries hold a
+        path.
+        """
         messages = ask(question, audio) if isinstance(question, str) else question
         check_messages(messages)
-        paths = [c["audio"] for m in messages if not isinstance(m["content"], str) for c in m["content"] if c["type"] == "audio"]
-        heard = [[Speech(self.encoder(load_audio(path), path))] for path in paths]
-        return self.generate([chat_parts(self.tokenizer, messages, heard)], max_new_tokens)[0]
-
-    def response(self, text, ended=True):
-        """The token ids to imitate: the answer and, unless it was cut off, the end of its turn."""
-        return Response(tokenize_in_context(self.tokenizer, text)[0] + [self.eot] * ended)
+        speech = []
+        for message in messages:
+            entries = message["content"] if isinstance(message["content"], list) else []
+            for entry in entries:
+                if entry["type"] == "audio":
+                    samples = load_audio(entry["audio"])
+                    speech.append([Speech(self.encoder(samples, entry["audio"]))])
+        parts = chat_parts(self.tokenizer, messages, speech)
+        return self.generate([parts], max_new_tokens)[0]
 
     # -- RUN/RECIPE holds the connector (and the adapter), and names the LLM and the encoder --
 
+    @first_process
     def save(self, folder, spec):
         """Write connector.safetensors (and adapter/) and what is needed to load them again."""
-        with whole_file(Path(folder) / "connector.safetensors") as temporary:
-            save_file({k: v.contiguous() for k, v in self.connector.state_dict().items()}, temporary)
-        if self.lora:                                              # a folder that PEFT loads by itself
-            written, adapter = Path(folder) / ".adapter", Path(folder) / "adapter"
-            self.llm.save_pretrained(written, save_embedding_layers=False)
-            shutil.rmtree(adapter, ignore_errors=True)
-            written.rename(adapter)
-        write_json(Path(folder) / "model.json", {**spec, "llm_fingerprint": self.fingerprint, "encoder_key": self.encoder.key,
-                                                 "trained_parameters": sum(p.numel() for p in self.trainable().values())})
+        folder = Path(folder)
+        weights = {name: w.contiguous() for name, w in self.connector.state_dict().items()}
+        with whole_file(folder / "connector.safetensors") as temporary:
+            save_file(weights, temporary)
+        if self.lora:
+            save_adapter(self.llm, folder / "adapter")
+        trained = sum(p.numel() for p in self.trainable().values())
+        made_for = {
+            "llm_fingerprint": self.fingerprint,
+            "encoder_fingerprint": self.encoder.fingerprint,
+            "trained_parameters": trained,
+        }
+        write_json(folder / "model.json", {**spec, **made_for})
 
     @classmethod
     def build(cls, spec, llm=None, encoder=None, seed=0, precision="auto"):
-        """A SpeechLLM from its spec: llm, bits, encoder, pad_whisper, connector, k, hidden, lora. Pass loaded models to share them."""
+        """A SpeechLLM from its spec; pass loaded models to share them.
+
+        spec: {"llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora"}.
+        """
         llm, tokenizer = llm or load_llm(spec["llm"], spec["bits"], precision)
-        encoder = encoder or SpeechEncoder(spec["encoder"], spec["pad_whisper"])
-        torch.manual_seed(seed)                                    # after loading, which may draw random numbers itself
-        connector = Connector(spec["connector"], encoder.width, llm.get_input_embeddings().weight.shape[1], spec["k"], spec["hidden"], embedding_rms(llm))
+        encoder = encoder or load_encoder(spec["encoder"], spec["pad_whisper"])
+        width = llm.get_input_embeddings().weight.shape[1]
+        torch.manual_seed(seed)  # after loading, which may draw random numbers itself
+        connector = Connector(
+            spec["connector"],
+            encoder.width,
+            width,
+            spec["k"],
+            spec["hidden"],
+            embedding_rms(llm),
+        )
         return cls(llm, tokenizer, encoder, connector.to(DEVICE), spec["lora"])
 
     @classmethod
     def from_pretrained(cls, folder, llm=None, encoder=None, precision="auto"):
-        """Load what save() wrote (RUN/<recipe>). UserError if it was trained for another LLM or another encoder."""
+        """Load what save() wrote (RUN/RECIPE).
+
+        UserError if it was trained for another LLM or another encoder.
+        """
         folder = Path(folder)
-        spec = read_json(folder / "model.json", "llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora", "llm_fingerprint",
-                         "encoder_key")
+        made_of = ("llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora")
+        made_for = ("llm_fingerprint", "encoder_fingerprint")
+        spec = read_json(folder / "model.json", *made_of, *made_for)
+        again = "train again with --force"
         try:
             model = cls.build(spec, llm, encoder, precision=precision)
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"{folder / 'model.json'}: is not what training writes there ({error}); train again with --force") from None
-        for what, name, now, then in (("LLM", spec["llm"], model.fingerprint, spec["llm_fingerprint"]),
-                                      ("speech encoder", spec["encoder"], model.encoder.key, spec["encoder_key"])):
-            if now != then:
-                raise UserError(f"{folder}: its connector was trained for another {what} than the one that is now at {name}; train again with --force")
+            raise UserError(
+                f"{folder / 'model.json'}: is not what training writes there "
+                f"({first_line(error)}); {again}"
+            ) from None
+        found = (model.fingerprint, model.encoder.fingerprint)
+        for what, name, now in zip(("LLM", "speech encoder"), ("llm", "encoder"), found):
+            if now != spec[f"{name}_fingerprint"]:
+                raise UserError(
+                    f"{folder}: its connector was trained for another {what} than the one that is "
+                    f"now at {spec[name]}; {again}"
+                )
         try:
-            tensors = load_tensors(folder / "connector.safetensors", "train again with --force")
-            model.connector.load_state_dict(tensors)
-            if spec["lora"]:
-                from peft import get_peft_model_state_dict, set_peft_model_state_dict
-                adapter = load_tensors(folder / "adapter" / "adapter_model.safetensors", "train again with --force")
-                if set(adapter) != set(get_peft_model_state_dict(model.llm)):
-                    raise ValueError("its adapter is not whole")
-                set_peft_model_state_dict(model.llm, adapter)
-                tensors |= adapter
-            if not all(torch.isfinite(t).all() for t in tensors.values()):
-                raise ValueError("it holds NaN or infinite weights")
+            model.load_trained(folder)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{folder}: the connector cannot be loaded ({str(error).splitlines()[0]}); train again with --force") from None
+            raise UserError(
+                f"{folder}: the connector cannot be loaded ({first_line(error)}); {again}"
+            ) from None
         return model.train(False)
+
+    def load_trained(self, folder):
+        """Put the weights of the connector, and of the adapter, in place; ValueError if damaged."""
+        again = "train again with --force"
+        tensors = load_tensors(folder / "connector.safetensors", again)
+        self.connector.load_state_dict(tensors)
+        if self.lora:
+            tensors |= load_adapter(self.llm, folder / "adapter", again)
+        if not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise ValueError("it holds NaN or infinite weights")

@@ -1,256 +1,569 @@
-"""Stage 2, the training loop: the connector learns to get from the frozen LLM the answers to speech that it gave to the transcript.
+"""Stage 2, Imitate: the connector learns to get from the frozen LLM its own answers, from speech.
 
-One loop for every recipe, on one GPU, several, or a CPU; interrupted or killed at any point, it goes on and ends with the very same weights.
+One loop for every recipe, on one GPU, several, or a CPU; interrupted or killed at any point, it
+goes on and ends with the very same weights.
+
+    python train.py RUN --recipe mtbi
 """
 
 import json
 import math
 import random
 import shutil
-import signal
 import sys
-import threading
-import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import Speech
-from files import UserError, claim, read_config, read_jsonl, whole_file, write_jsonl
-from options import command_words
-from parallel import MAIN, RANK, WORLD, add_up, add_up_gradients, wait
+from data import Examples, Speech, open_run, read_behaviors
+from model import LOSSES, SpeechLLM, compute_precision, connector_class, encode_all
+from model import fingerprint_of_encoder, load_encoder, load_llm, shared_llm
+from support.console import progress_bar, say_device, stop_signals, timed
+from support.files import UserError, explained, fingerprint, fingerprint_of_file
+from support.files import first_line, whole_file
+from support.frames import fingerprint_of_audio
+from support.hub import fingerprint_of_weights, named
+from support.logs import Log
+from support.options import Count, FramesAToken, Rank, Rate, RunFolder, Seed, check
+from support.processes import add_up, add_up_gradients, first_process, my_micro_batches
+from support.runs import alone, begin, finish, is_done, read_config, settings_of
 
-AS_BEFORE = ("encoder", "connector", "k", "hidden", "lora", "steps", "batch_size", "accumulate", "lr", "precision", "seed", "loss")      # what --resume keeps
-SKIPS_ALLOWED = 20           # steps in a row without a finite gradient; after them the training stops
+PEAK_AT_192 = 4e-3  # the best peak learning rate for the tiny LLM; see docs/notes.md
+CHECKPOINT_FROM = 2.5e9  # parameters; "3B" models count 3.1e9
+SKIPS_ALLOWED = 20  # steps in a row without a finite gradient; after them the training stops
+
+
+# ---- options ----
+
+
+@dataclass
+class TrainOptions:
+    run: RunFolder
+    """a run folder made by `behaviors`"""
+    recipe: str = "mtbi"
+    """a row of the table that `recipes` prints; NAME@10 is NAME on 10% of the speech"""
+    resume: bool = False
+    """go on with a training that was interrupted, with the options it was begun with, whatever
+    else is said here (the same command as before goes on, too)"""
+    force: bool = False
+    """train again, whatever is there"""
+    seed: Seed = 0
+    """seed of every random choice"""
+
+    # the two ends of the connector
+    encoder: str = "tiny"
+    """the speech encoder: `tiny`, a local folder, or a Hugging Face name"""
+    pad_whisper: bool = False
+    """run a Whisper encoder on 30 s of padding instead of the audio's own length"""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
+    CPU; what is trained is always fp32"""
+
+    # what is trained; None: as the recipe has it, or derived, which is printed with its reason
+    connector: str | None = None
+    """stack-mlp, conv or qformer; default: the recipe's"""
+    loss: str | None = None
+    """ce (the LLM's answer) or kl (its whole distribution); default: the recipe's"""
+    lora: Rank | None = None
+    """rank of a LoRA adapter on the LLM, 0 for none; default: the recipe's"""
+    k: FramesAToken | None = None
+    """encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech
+    tokens a second"""
+    hidden: Count | None = None
+    """width of the connector's hidden layer; default: by the connector and the LLM's width"""
+
+    # how it is trained
+    steps: Count = 1000
+    """training steps"""
+    batch_size: Count = 32
+    """utterances in a micro-batch"""
+    accumulate: Count = 1
+    """micro-batches in a step; several processes divide the step among them"""
+    lr: Rate | None = None
+    """peak learning rate; default: by the LLM's width and the recipe's share"""
+
+    # what changes no weight
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """compute activations again in the backward pass instead of keeping them; auto: from 3B
+    parameters on"""
+    cache_features: Literal["disk", "ram", "off"] = "disk"
+    """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use"""
+    save_every: Count = 100
+    """steps between two saved states; the last two are kept"""
+
+    CHANGES_NOTHING: ClassVar = (
+        "run",
+        "resume",
+        "gradient_checkpointing",
+        "cache_features",
+        "save_every",
+    )
+
+
+# ---- the command: load, build, train, save ----
+
+
+def train_recipe(options, row):
+    """Stage 2: train the connector (and the adapter, if the recipe has one) on RUN's behaviors.
+
+    row: the recipe's row of the table.
+    """
+    folder = Path(options.run) / options.recipe
+    if options.resume:
+        options = options_as_before(options, folder)
+    options = replace(
+        options,
+        encoder=named(options.encoder),
+        precision=compute_precision(options.precision),
+    )
+    recipe = with_options(row, options)
+    run = open_run(options.run)
+    utterances = [u for u in run.utterances if u.split == "train"]
+    content = made_from(run, utterances, recipe, options)
+    advice = "make another RUN with `behaviors`, or --force to redo it"
+    trained = "connector.safetensors"
+    if is_done(folder, "train", options, content, trained, half_way="state/[0-9]*", advice=advice):
+        print(f"{folder}: is trained already")
+        return
+    say_device()
+
+    model, spec, examples = build(run, utterances, recipe, options)
+    checkpoint_if_large(model, options.gradient_checkpointing)
+    lr = peak_rate(options.lr, model, recipe.lr)
+    with alone(folder):
+        clear(folder, options.force)
+        begin(folder, "train", options, content)
+        with timed(f"train {options.recipe}"):
+            train(
+                model,
+                examples,
+                folder,
+                lr=lr,
+                save_every=options.save_every,
+                made_with=fingerprint(settings_of(options, content)),
+            )
+        model.save(folder, spec)
+        finish(folder, "train", options, content)
+
+
+def options_as_before(options, folder):
+    """The options that the training in `folder` was begun with."""
+    before, _, _ = read_config(folder, "train", recipe=str, encoder=str)
+    if not saved_states(folder):
+        raise UserError(f"{folder}: there is no saved state to resume from; train without --resume")
+    with explained(f"{folder}: its config.json holds options that are none", TypeError):
+        options = replace(options, **before, force=False)
+        check(options)
+    return options
+
+
+def with_options(row, options):
+    """The recipe, with what the command line says otherwise."""
+    changed = {}
+    for name in ("connector", "loss", "lora"):
+        if getattr(options, name) is not None:
+            changed[name] = getattr(options, name)
+    recipe = replace(row, **changed)
+    connector_class(recipe.connector)
+    if recipe.loss not in LOSSES:
+        raise UserError(f"there is no loss {recipe.loss!r}; there are {', '.join(LOSSES)}")
+    return recipe
+
+
+def made_from(run, utterances, recipe, options):
+    """Fingerprints of all that a training depends on beside its options."""
+    llm = fingerprint_of_weights(run.options["llm"], "llm")
+    if llm != run.content["llm"]:
+        raise UserError(
+            f"{run.options['llm']}: is not the LLM any more that gave the behaviors of "
+            f"{run.folder}; run `behaviors` again with --force"
+        )
+    row = asdict(recipe)
+    row.pop("about")
+    return {
+        "recipe": row,
+        "llm": llm,
+        "encoder": fingerprint_of_encoder(options.encoder),
+        "audio": fingerprint_of_audio(utterances, run.data / "features"),
+        "behaviors": fingerprint_of_file(run.folder / "behaviors.jsonl"),
+        "manifest": fingerprint_of_file(run.data / "manifest.jsonl"),
+    }
+
+
+def build(run, utterances, recipe, options):
+    """(model, its spec, examples): everything that is loaded or derived before the first step."""
+    behaviors = read_behaviors(run.folder / "behaviors.jsonl")
+    encoder = load_encoder(options.encoder, options.pad_whisper)
+    # the frames come before the LLM, which needs the memory
+    frames = encode_all(encoder, utterances, run.data / "features", options.cache_features)
+    load = load_llm if recipe.lora else shared_llm  # an LLM with an adapter is nobody else's
+    llm = load(run.options["llm"], run.options["bits"], options.precision)
+    spec = {
+        "llm": run.options["llm"],
+        "bits": run.options["bits"],
+        "encoder": options.encoder,
+        "pad_whisper": options.pad_whisper,
+        "connector": recipe.connector,
+        "lora": recipe.lora,
+        **connector_size(options, recipe, llm[0].get_input_embeddings().weight.shape[1], encoder),
+    }
+    model = SpeechLLM.build(spec, llm, encoder, options.seed)
+    for b in behaviors:
+        if b.llm not in ("", model.fingerprint):
+            raise UserError(
+                f"{run.folder / 'behaviors.jsonl'}: was answered by another LLM ({b.llm}) than the "
+                f"one that is now at {spec['llm']} ({model.fingerprint}); run `behaviors` again "
+                "with --force"
+            )
+    examples = Examples(
+        model.tokenizer,
+        utterances,
+        behaviors,
+        frames,
+        recipe,
+        k=spec["k"],
+        steps=options.steps,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        seed=options.seed,
+        with_text=LOSSES[recipe.loss].has_teacher,
+    )
+    explain(model, examples)
+    return model, spec, examples
+
+
+# ---- derived numbers, each printed once with its reason ----
+
+
+def connector_size(options, recipe, llm_width, encoder):
+    """{"k", "hidden"}: as asked for, or derived."""
+    kind = connector_class(recipe.connector)
+    k = options.k or kind.frames_a_token(encoder.frame_rate, recipe.tokens_per_second)
+    why = "as asked by --k"
+    if not options.k:
+        why = (
+            f"because the encoder gives {encoder.frame_rate:.1f} frames/s and the recipe wants "
+            f"about {recipe.tokens_per_second} speech tokens/s"
+        )
+    print(f"k: {k} encoder frames a speech token, {why}")
+    hidden, why = kind.hidden_width(llm_width)
+    if options.hidden:
+        hidden, why = options.hidden, "as asked by --hidden"
+    print(f"hidden: {hidden}, {why}")
+    return {"k": k, "hidden": hidden}
+
+
+def peak_rate(asked, model, share):
+    """The peak learning rate: as asked for, or derived."""
+    width = model.llm.get_input_embeddings().weight.shape[1]
+    if asked:
+        lr, why = asked, "as asked by --lr"
+    else:
+        lr = share * PEAK_AT_192 * 192 / max(192, width)
+        why = (
+            f"{share:g} times {PEAK_AT_192}, which was best for `mtbi` and an LLM of width 192; "
+            f"this one's is {width}, and the wider, the smaller"
+        )
+    print(f"learning rate: {lr:.2g} at its peak, {why}")
+    return lr
+
+
+def checkpoint_if_large(model, choice):
+    """Gradient checkpointing, as asked for, or by the size of the LLM."""
+    size = model.llm.num_parameters()
+    on = choice == "on" or (choice == "auto" and size >= CHECKPOINT_FROM)
+    if on:
+        model.checkpoint_gradients()
+    why = "as asked"
+    if choice == "auto":
+        side, matters = ("from", "less memory") if on else ("below", "speed")
+        why = (
+            f"because the LLM has {size / 1e9:.2g} billion parameters, and {side} "
+            f"{CHECKPOINT_FROM / 1e9} billion {matters} matters more"
+        )
+    print(f"gradient checkpointing: {'on' if on else 'off'}, {why}")
+
+
+def explain(model, examples):
+    """Print how much speech there is, what a step is, and how much is trained."""
+    n, seconds = len(examples.utterances), sum(u.duration for u in examples.utterances)
+    rate, k = model.encoder.frame_rate, model.connector.k
+    print(
+        f"speech: {n} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s / k = "
+        f"{rate / k:.1f} speech tokens/s"
+    )
+    step = examples.batch_size * examples.accumulate
+    print(
+        f"batch: {examples.batch_size} x accumulation {examples.accumulate} = {step} utterances a "
+        f"step; {examples.steps} steps = {examples.steps * step / n:.1f} epochs"
+    )
+    trainable = sum(p.numel() for p in model.trainable().values())
+    adapter = ", LoRA" if model.lora else ""
+    bits = "NF4" if getattr(model.llm, "is_loaded_in_4bit", False) else "not 4-bit"
+    print(
+        f"trainable: {trainable / 1e6:.2f}M parameters in fp32 (connector "
+        f"{examples.recipe.connector}{adapter}); the LLM ({bits}) and the encoder are frozen"
+    )
+
+
+# ---- one step ----
 
 
 @dataclass
 class Progress:
-    """Where a training is. With the weights and the optimizer's moments this is all there is to save: the learning rate, the data and the random
-    numbers are functions of (seed, step)."""
-    step: int = 0            # steps done
-    halvings: int = 0        # how often the micro-batch was halved for want of memory
-    skipped: int = 0         # steps left out because their loss or gradient was not finite,
-    in_a_row: int = 0        # of these the last ones in a row
-    loss_scale: float = 2.0**14    # fp16 alone: what the loss is multiplied by, so that small gradients do not vanish,
-    scale_steps: int = 0     # and for how many steps it has held
+    """Where a training is.
+
+    With the weights and the optimizer's moments this is all there is to save: the learning rate,
+    the data and the random numbers are functions of (seed, step).
+    """
+
+    step: int = 0  # steps done
+    halvings: int = 0  # how often the micro-batch was halved for want of memory
+    skipped: int = 0  # steps left out because their loss or gradient was not finite,
+    in_a_row: int = 0  # of these the last ones in a row
+    loss_scale: float = 2.0**14  # fp16: the loss times this, so that small gradients do not vanish,
+    scale_steps: int = 0  # and for how many steps it has held
+
+    def advance(self, finite):
+        """One step more, taken or skipped."""
+        self.step += 1
+        self.skipped += not finite
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+
+    def adjust_loss_scale(self, finite):
+        """fp16: halve the scale after a step that overflowed, double it after 2000 that did not."""
+        self.scale_steps = self.scale_steps + 1 if finite else 0
+        if not finite:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self.scale_steps % 2000 == 0:
+            self.loss_scale *= 2
 
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up over `warmup` steps, at most half of them, then a cosine to zero."""
     warmup = min(warmup, max(1, steps // 2))
-    return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+    done = max(0, step - warmup) / max(1, steps - warmup)
+    return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-# ---- one step ----
+@dataclass
+class Piece:
+    """What goes through the model at once: examples, and the seed of their dropout."""
 
-def my_batches(examples, step, halvings=0):
-    """This process's share of a step: [(seed, conversations, teacher's conversations or None)].
+    examples: list
+    seed: int
 
-    Whole micro-batches, if every process can have as many; else a part of each. What does not fit the memory goes in smaller pieces. The step as a whole
-    stays what it is.
+    def loss(self, model, loss):
+        """Summed over the response tokens of the piece."""
+        torch.manual_seed(self.seed)
+        batch = [example.speech for example in self.examples]
+        return model(batch, [example.text for example in self.examples], loss)
+
+    def tokens(self):
+        """How many response tokens carry loss."""
+        return sum(len(example.speech[-1].ids) for example in self.examples)
+
+    def frames(self):
+        """How many encoder frames are heard."""
+        frames = 0
+        for example in self.examples:
+            frames += sum(len(part.frames) for part in example.speech if isinstance(part, Speech))
+        return frames
+
+
+def pieces_of_step(examples, progress):
+    """This process's share of a step, in pieces that fit the memory.
+
+    The step as a whole stays what it is, however it is divided.
     """
-    whole, pieces = examples.accumulate % WORLD == 0, []
-    for micro in range(RANK, examples.accumulate, WORLD) if whole else range(examples.accumulate):
-        heard, read = examples.batch(step, micro)
-        rows = list(range(len(heard)))[slice(None) if whole else slice(RANK, None, WORLD)]
-        size = max(1, len(rows) >> halvings)
+    pieces = []
+    micro_batches = my_micro_batches(
+        examples.accumulate, lambda micro: examples.batch(progress.step, micro)
+    )
+    for name, rows in micro_batches:
+        size = max(1, len(rows) >> progress.halvings)
         for at in range(0, len(rows), size):
-            piece = rows[at:at + size]
-            name = f"dropout-{examples.seed}-{step}-{micro}" + ("" if whole else f"-{RANK}") + (f"-{at}" if at else "")
-            pieces.append((random.Random(name).getrandbits(62), [heard[i] for i in piece], read and [read[i] for i in piece]))
+            seed = f"dropout-{examples.seed}-{progress.step}-{name}" + (f"-{at}" if at else "")
+            pieces.append(Piece(rows[at : at + size], random.Random(seed).getrandbits(62)))
     return pieces
 
 
-def count_tokens(pieces):
-    """Response tokens of this process's share."""
-    return sum(len(parts[-1].ids) for _, heard, _ in pieces for parts in heard)
+def accumulate_gradients(model, pieces, tokens, loss="ce", scale=1.0):
+    """Forward and backward of this process's share of a step of so many response tokens.
 
-
-def count_frames(pieces):
-    """Encoder frames of this process's share."""
-    return sum(len(part.frames) for _, heard, _ in pieces for parts in heard for part in parts if isinstance(part, Speech))
-
-
-def accumulate_gradients(model, pieces, tokens, scale=1.0):
-    """Forward and backward of this process's share of a step of so many response tokens. The loss is a mean over them, however the step is divided."""
-    loss = 0.0
-    for seed, heard, read in pieces:
-        torch.manual_seed(seed)                                    # dropout
-        summed = model(heard, read)
+    The loss is a mean over them, however the step is divided.
+    """
+    mean = 0.0
+    for piece in pieces:
+        summed = piece.loss(model, loss)
         (summed * (scale / tokens)).backward()
-        loss += summed.item() / tokens
-    return loss
+        mean += summed.item() / tokens
+    return mean
 
 
 def step_gradients(model, examples, progress):
-    """The gradients of a step, over all processes: (loss, response tokens, encoder frames). Where a GPU's memory does not suffice, once more in
-    micro-batches of half the size, and so from then on."""
-    pieces = my_batches(examples, progress.step, progress.halvings)
-    tokens, frames = map(int, add_up([count_tokens(pieces), count_frames(pieces)]))
+    """The gradients of a step, over all processes: (loss, response tokens, encoder frames).
+
+    Where a GPU's memory does not suffice, once more in micro-batches of half the size, and so from
+    then on.
+    """
+    pieces = pieces_of_step(examples, progress)
+    counts = [sum(p.tokens() for p in pieces), sum(p.frames() for p in pieces)]
+    tokens, frames = (int(count) for count in add_up(counts))
     while True:
         try:
-            loss = accumulate_gradients(model, pieces, tokens, progress.loss_scale)
+            loss = accumulate_gradients(
+                model, pieces, tokens, examples.recipe.loss, progress.loss_scale
+            )
             break
         except torch.OutOfMemoryError as error:
-            size, why = examples.batch_size >> progress.halvings, str(error).splitlines()[0]
-        if size <= 1:
-            raise UserError(f"one utterance at a time is still too much for this GPU ({why}); `plan` says what fits: a smaller LLM, --bits 4, "
-                            "--gradient-checkpointing on, --cache-features disk")
-        progress.halvings += 1
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        tqdm.write(f"out of memory with micro-batches of {size}: from step {progress.step} on {size // 2} at a time and twice the accumulation; "
-                   "the step stays the same", file=sys.stderr)
-        pieces = my_batches(examples, progress.step, progress.halvings)
+            why = first_line(error)
+        halve_micro_batches(model, examples.batch_size, progress, why)
+        pieces = pieces_of_step(examples, progress)
     add_up_gradients(model.trainable().values())
     return add_up([loss])[0], tokens, frames
 
 
+def halve_micro_batches(model, batch_size, progress, why):
+    """After a step that found no memory; UserError if a micro-batch is one utterance already."""
+    size = batch_size >> progress.halvings
+    if size <= 1:
+        raise UserError(
+            f"one utterance at a time is still too much for this GPU ({why}); `plan` says what "
+            "fits: a smaller LLM, --bits 4, --gradient-checkpointing on, --cache-features disk"
+        )
+    progress.halvings += 1
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    tqdm.write(
+        f"out of memory with micro-batches of {size}: from step {progress.step} on {size // 2} at "
+        "a time and twice the accumulation; the step stays the same",
+        file=sys.stderr,
+    )
+
+
 def update(optimizer, parameters, loss, progress, clip):
-    """Clip the gradients and take the step, unless they or the loss are not finite: (gradient norm, was the step taken)."""
+    """Clip the gradients and take the step, unless they or the loss are not finite.
+
+    Returns (gradient norm, was the step taken).
+    """
     for p in parameters:
         if p.grad is not None:
             p.grad /= progress.loss_scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
-    if finite := math.isfinite(norm) and math.isfinite(loss):
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
         try:
             optimizer.step()
-        except torch.OutOfMemoryError as error:                    # it may have changed some weights already, so the step cannot be taken again
-            raise UserError(f"no memory for the optimizer's moments ({str(error).splitlines()[0]}); train again with --force, half the --batch-size and "
-                            "twice the --accumulate; `plan` says what fits") from None
+        except torch.OutOfMemoryError as error:
+            # it may have changed some weights already, so the step cannot be taken again
+            raise UserError(
+                f"no memory for the optimizer's moments ({first_line(error)}); train again with "
+                "--force, half the --batch-size and twice the --accumulate; `plan` says what fits"
+            ) from None
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
 
-def adjust_loss_scale(progress, finite):
-    """fp16: halve the scale after a step that overflowed, double it after 2000 that did not."""
-    progress.scale_steps = progress.scale_steps + 1 if finite else 0
-    if not finite:
-        progress.loss_scale = max(1.0, progress.loss_scale / 2)
-    elif progress.scale_steps % 2000 == 0:
-        progress.loss_scale *= 2
-
-
 # ---- the loop ----
 
-def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, key=""):
-    """Train what is trainable of `model` on `examples` for examples.steps steps; resumes from the newest state in folder/state.
 
-    key: names the settings, so that the state of another training is not taken for one of this.
-    Writes folder/log.jsonl and, every `save_every` steps and when it is interrupted, a state. UserError if there is no finite gradient any more.
+def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, made_with=""):
+    """Train what is trainable of `model` on `examples` for examples.steps steps.
+
+    It resumes from the newest state in folder/state. made_with: a fingerprint of the settings, so
+    that the state of another training is not taken for one of this. Writes folder/log.jsonl and,
+    every `save_every` steps and when it is interrupted, a state. UserError if there is no finite
+    gradient any more.
     """
-    folder, parameters = Path(folder), model.trainable()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    progress, fp16 = load_state(folder, parameters, optimizer, key), next(model.llm.parameters()).dtype == torch.float16
+    folder, steps = Path(folder), examples.steps
+    parameters = model.trainable()
+    optimizer = adam_w(parameters, lr)
+    progress = load_state(folder, parameters, optimizer, made_with)
+    fp16 = next(model.llm.parameters()).dtype == torch.float16
     if not fp16:
         progress.loss_scale = 1.0
-    log = earlier_log(folder / "log.jsonl", progress.step)
-    start, smooth = time.perf_counter() - (log[-1]["seconds"] if log else 0), None
-
-    def save():
-        if MAIN:
-            write_jsonl(folder / "log.jsonl", log)                 # the log first: what it is ahead of the state is dropped on resuming
-            save_state(folder, parameters, optimizer, progress, key)
-        wait()
+    log = Log(folder / "log.jsonl", progress.step)
+    bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
 
     model.train()
-    with stop_signals() as asked, tqdm(desc=f"train {folder.name}", initial=progress.step, total=examples.steps, unit="step", disable=not MAIN) as bar:
-        while progress.step < examples.steps:
-            rate = optimizer.param_groups[0]["lr"] = learning_rate(progress.step, examples.steps, lr, warmup)
+    with stop_signals() as asked, bar:
+        while progress.step < steps:
+            # The rate follows from the step alone, so that it need not be saved.
+            rate = learning_rate(progress.step, steps, lr, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            # Hear, answer, compare with the behaviors: the gradients of the whole step.
             loss, tokens, frames = step_gradients(model, examples, progress)
+
+            # Change the connector, unless something is not finite; then the step is left out.
             norm, finite = update(optimizer, list(parameters.values()), loss, progress, clip)
-            row = {"step": progress.step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens,
-                   "audio_seconds": round(frames / model.encoder.frame_rate, 2), "seconds": round(time.perf_counter() - start, 2)}
-            log.append(row if finite else {**row, "loss": None, "grad_norm": None, "skipped": True})
-            progress.step, progress.skipped, progress.in_a_row = progress.step + 1, progress.skipped + (not finite), 0 if finite else progress.in_a_row + 1
+            seconds = frames / model.encoder.frame_rate
+            log.add(progress.step, finite, loss, rate, norm, tokens, seconds)
+            progress.advance(finite)
             if fp16:
-                adjust_loss_scale(progress, finite)
-            smooth = smooth if not finite else loss if smooth is None else 0.95 * smooth + 0.05 * loss
-            bar.set_postfix(loss=f"{smooth or math.nan:.3f}", **({"skipped": progress.skipped} if progress.skipped else {}), refresh=False)
+                progress.adjust_loss_scale(finite)
+            bar.set_postfix(log.shown(progress.skipped), refresh=False)
             bar.update()
+
+            # Save now and then, at the end, and when somebody wants to stop.
             stop = add_up([float(bool(asked))])[0] > 0
-            if progress.step % save_every == 0 or progress.step == examples.steps or stop or progress.in_a_row == SKIPS_ALLOWED:
-                save()
-            if progress.in_a_row == SKIPS_ALLOWED:
+            stuck = progress.in_a_row == SKIPS_ALLOWED
+            if progress.step % save_every == 0 or progress.step == steps or stop or stuck:
+                log.write()  # first: what it is ahead of the state is dropped on resuming
+                save_state(folder, parameters, optimizer, progress, made_with)
+            if stuck:
                 raise UserError(explain_skips(folder, progress))
             if stop:
-                print(f"\ninterrupted; {progress.step} of {examples.steps} steps are saved in {folder / 'state'}")
+                print(f"\ninterrupted; {progress.step} of {steps} steps are saved in {folder}")
                 raise KeyboardInterrupt
-    if progress.skipped:
-        print(f"{progress.skipped} of {progress.step} steps were skipped, because their loss or gradient was not finite")
+    say_skipped(progress)
     return model.train(False)
 
 
-def earlier_log(path, step):
-    """The rows of the log before this step. It is for the reader, not for the training: one that is lost or damaged is begun anew."""
-    try:
-        return [row for row in read_log(path) if row["step"] < step] if step else []
-    except UserError as error:
-        print(f"{error}; the training goes on without its earlier rows")
-        return []
+def adam_w(parameters, lr):
+    return torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def say_skipped(progress):
+    if progress.skipped:
+        print(
+            f"{progress.skipped} of {progress.step} steps were skipped, because their loss or "
+            "gradient was not finite"
+        )
 
 
 def explain_skips(folder, progress):
     if progress.skipped == progress.step:
-        return f"{folder}: no step gave a finite loss and gradient, so the weights of the LLM or of the encoder must be damaged, or --precision too small"
-    return (f"{folder}: the last {SKIPS_ALLOWED} steps gave no finite loss and gradient; the weights from before them are saved; lower --lr and train again "
-            "with --force")
+        return (
+            f"{folder}: no step gave a finite loss and gradient, so the weights of the LLM or of "
+            "the encoder must be damaged, or --precision too small"
+        )
+    return (
+        f"{folder}: the last {SKIPS_ALLOWED} steps gave no finite loss and gradient; the weights "
+        "from before them are saved; lower --lr and train again with --force"
+    )
 
 
-@contextmanager
-def stop_signals():
-    """Yields a list that is no longer empty when Ctrl-C or SIGTERM asked to stop: the step is finished and saved first. A second Ctrl-C stops at once."""
-    asked, here = [], threading.current_thread() is threading.main_thread()
-
-    def ask(number, _):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)} if here else {}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+# ---- what is saved: the last two states ----
 
 
-# ---- what is saved: settings, a log, and the last two states ----
-
-def as_before(folder):
-    """The options that the training in `folder` was begun with, as words of the command line."""
-    chosen, _ = read_config(folder, "train", recipe=dict)
-    if not saved_states(folder):
-        raise UserError(f"{folder}: there is no saved state to resume from; train without --resume")
-    chosen = {**chosen, "loss": chosen["recipe"].get("loss")}
-    return command_words(chosen, *AS_BEFORE) + ["--pad-whisper"] * bool(chosen.get("pad_whisper"))
-
-
-def begin(folder, chosen, anew):
-    """Claim a training's folder, and clear it of another training's results; with `anew`, of its states too."""
-    wait()
-    if MAIN:
-        for name in ("model.json", "connector.safetensors", *(["log.jsonl"] if anew else [])):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("adapter", *(["state"] if anew else [])):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        claim(folder, chosen)
-    wait()
-
-
-def read_log(path):
-    """The rows of a training log; the loss of a skipped step is None."""
-    rows = [row for _, row in read_jsonl(path)]
-    if not rows or not all(isinstance(row, dict) and all(isinstance(row.get(key), (int, float)) for key in ("step", "seconds"))
-                           and ("skipped" in row or isinstance(row.get("loss"), (int, float))) for row in rows):
-        raise UserError(f"{path}: is no whole training log; train again with --force")
-    return rows
+@first_process
+def clear(folder, anew):
+    """Delete what an earlier training left; its log and states only if this one begins anew."""
+    files, folders = ["model.json", "connector.safetensors"], ["adapter"]
+    if anew:
+        files, folders = [*files, "log.jsonl"], [*folders, "state"]
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
+    for name in folders:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def saved_states(folder):
@@ -258,41 +571,77 @@ def saved_states(folder):
     return sorted((Path(folder) / "state").glob("[0-9]*.safetensors"), reverse=True)
 
 
-def save_state(folder, parameters, optimizer, progress, key=""):
-    """One safetensors file: trainable weights, both Adam moments, and the progress. The last two are kept."""
-    tensors = {f"weight.{name}": p.detach().contiguous() for name, p in parameters.items()}
+@first_process
+def save_state(folder, parameters, optimizer, progress, made_with=""):
+    """One safetensors file: trainable weights, both Adam moments, and the progress.
+
+    The last two are kept.
+    """
+    tensors = {}
     for name, p in parameters.items():
-        tensors |= {f"{key}.{name}": value.contiguous() for key, value in optimizer.state[p].items()}
+        tensors[f"weight.{name}"] = p.detach().contiguous()
+        for moment, value in optimizer.state[p].items():
+            tensors[f"{moment}.{name}"] = value.contiguous()
+    about = {"progress": json.dumps(asdict(progress)), "made_with": made_with}
     with whole_file(Path(folder) / "state" / f"{progress.step:08d}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(progress)), "key": key})
+        save_file(tensors, temporary, metadata=about)
     for old in saved_states(folder)[2:]:
         old.unlink(missing_ok=True)
 
 
-def load_state(folder, parameters, optimizer, key=""):
+@first_process
+def forget_half_written(folder):
+    """Delete the state that a process was writing when it was killed."""
+    for half_written in (Path(folder) / "state").glob(".*"):
+        half_written.unlink(missing_ok=True)
+
+
+def load_state(folder, parameters, optimizer, made_with=""):
     """Put the newest whole state back; returns the progress, at step 0 if there is no state."""
-    for half_written in (Path(folder) / "state").glob(".*"):       # its process was killed
-        if MAIN:
-            half_written.unlink(missing_ok=True)
+    forget_half_written(folder)
     states = saved_states(folder)
     for path in states:
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                progress = Progress(**json.loads(file.metadata()["progress"]))
-                if file.metadata()["key"] != key:
-                    raise ValueError("it was saved by a training with other settings")
-            progress.in_a_row = 0                                  # after a stop for want of finite gradients it may try as often again
-            moments = {name: {key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")
-                              if f"{key}.{name}" in tensors} for name, p in parameters.items()}
-            for name, p in parameters.items():
-                p.data.copy_(tensors[f"weight.{name}"])
-                if moments[name]:                                  # none, if every step so far was skipped
-                    optimizer.state[p] = moments[name]
-            print(f"resuming at step {progress.step}")
-            return progress
+            progress = restore(path, parameters, optimizer, made_with)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            print(f"{path}: is no state of this training ({str(error).splitlines()[0]})")
+            print(f"{path}: is no state of this training ({first_line(error)})")
+            continue
+        print(f"resuming at step {progress.step}")
+        return progress
     if states:
-        raise UserError(f"{folder / 'state'}: holds no state that can be read; --force starts again")
+        raise UserError(
+            f"{folder / 'state'}: holds no state that can be read; --force starts again"
+        )
     return Progress()
+
+
+def restore(path, parameters, optimizer, made_with):
+    """Weights and moments from one state file, all of them or none; returns its progress."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        about = file.metadata()
+    if about["made_with"] != made_with:
+        raise ValueError("it was saved by a training with other settings")
+    progress = Progress(**json.loads(about["progress"]))
+    # after a stop for want of finite gradients it may try as often again
+    progress.in_a_row = 0
+    moments = {}
+    for name, p in parameters.items():
+        if tensors[f"weight.{name}"].shape != p.shape:
+            raise ValueError(f"{name} has another shape")
+        moments[p] = {}  # none, if every step so far was skipped
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"{moment}.{name}")
+            if value is not None:
+                moments[p][moment] = value if moment == "step" else value.to(p.device)
+    for name, p in parameters.items():
+        p.data.copy_(tensors[f"weight.{name}"])
+        if moments[p]:
+            optimizer.state[p] = moments[p]
+    return progress
+
+
+if __name__ == "__main__":  # the same as `python mtbi.py train`
+    from mtbi import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""prepare reads the common corpora as they are on disk; align finds word times."""
+"""`prepare` reads the common corpora as they are on disk; `word-times` times their words."""
 
 import json
 import tarfile
@@ -6,262 +6,543 @@ import tarfile
 import numpy as np
 import pytest
 import soundfile
+from checkpoints import SENTENCES, save_encoder
 from conftest import shared
-from test_data import one_line, tone
+from programs import one_line
 
+import corpora.prepare
 import mtbi
-from corpora import word_times
-from data import read_manifest
-from files import read_jsonl
+from corpora.word_times import spell, word_times
+from data import SAMPLE_RATE, held_out, normalize, read_manifest
+from model import HuggingFaceEncoder
+from support.files import UserError, read_json, read_jsonl, write_jsonl
+from support.runs import alone
 
-SAID = ["the farmer sold three red apples", "the baker bought two loaves", "a nurse found nine keys", "the pilot lost five maps", "one two three",
-        "who did it", "the doctor saw seven birds", "the king ate four plums", "two five nine", "zero one", "every child has six toys", "ten green bottles"]
+SAID = [
+    "the farmer sold three red apples",
+    "the baker bought two loaves",
+    "a nurse found nine keys",
+    "the pilot lost five maps",
+    "one two three",
+    "who did it",
+    "the doctor saw seven birds",
+    "the king ate four plums",
+    "two five nine",
+    "zero one",
+    "every child has six toys",
+    "ten green bottles",
+]
 
 
-def sound(path, seconds=1.0):
+def write_sound(path, seconds=1.0):
+    """A tone of 440 Hz."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, tone(seconds), 16000)
+    at = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * 440 * at), SAMPLE_RATE)
 
 
-def prepared(tmp_path, *source):
-    assert mtbi.main(["prepare", *map(str, source), "--out", str(tmp_path / "data")]) == 0
-    return read_manifest(tmp_path / "data" / "manifest.jsonl", check_audio=True)
+def prepare(*words):
+    return mtbi.main(["prepare", *map(str, words)])
+
+
+def prepared(folder, *words):
+    """The utterances of the data folder FOLDER/data that `prepare` makes."""
+    assert prepare(*words, "--out", folder / "data") == 0
+    return read_manifest(folder / "data" / "manifest.jsonl", check_audio=True)
+
+
+def splits(utterances):
+    return {u.split for u in utterances}
+
+
+# ---- corpora as they are on disk ----
 
 
 def librispeech(root, part="dev-clean"):
     folder = root / "LibriSpeech" / part
     for n, text in enumerate(SAID):
         reader, chapter = 84 + n % 3, 121123
-        sound(folder / f"{reader}/{chapter}/{reader}-{chapter}-{n:04d}.flac")
-        with open(folder / f"{reader}/{chapter}/{reader}-{chapter}.trans.txt", "a") as file:
+        beside = folder / f"{reader}/{chapter}"
+        write_sound(beside / f"{reader}-{chapter}-{n:04d}.flac")
+        with open(beside / f"{reader}-{chapter}.trans.txt", "a") as file:
             file.write(f"{reader}-{chapter}-{n:04d} {text.upper()}\n")
     return folder
 
 
 def common_voice(root):
-    rows = [f"c{n % 4}\tclip{n}.mp3\t{text}.\t2\t0" for n, text in enumerate(SAID)]
-    for n in range(len(SAID)):
-        sound(root / f"clips/clip{n}.mp3")
-    (root / "train.tsv").write_text("client_id\tpath\tsentence\tup_votes\tdown_votes\n" + "\n".join(rows) + "\n")
+    lines = ["client_id\tpath\tsentence\tup_votes\tdown_votes\n"]
+    for n, text in enumerate(SAID):
+        write_sound(root / f"clips/clip{n}.mp3")
+        lines.append(f"c{n % 4}\tclip{n}.mp3\t{text}.\t2\t0\n")
+    (root / "train.tsv").write_text("".join(lines))
     return root / "train.tsv"
 
 
 def ljspeech(root):
-    for n in range(len(SAID)):
-        sound(root / f"wavs/LJ001-{n:04d}.wav")
-    (root / "metadata.csv").write_text("".join(f'LJ001-{n:04d}|Dr. "{n}"|{text}\n' for n, text in enumerate(SAID)))
+    lines = []
+    for n, text in enumerate(SAID):
+        write_sound(root / f"wavs/LJ001-{n:04d}.wav")
+        lines.append(f'LJ001-{n:04d}|Dr. "{n}"|{text}\n')
+    (root / "metadata.csv").write_text("".join(lines))
     return root
 
 
 def kaldi(root):
-    for n in range(len(SAID)):
-        sound(root / f"WAVE/S{n % 2}/{n:03d}.WAV")
+    tables = {"wav.scp": [], "text": [], "utt2spk": []}
+    for n, text in enumerate(SAID):
+        audio = f"WAVE/S{n % 2}/{n:03d}.WAV"
+        write_sound(root / audio)
+        for table, value in zip(tables.values(), (audio, text.upper(), f"S{n % 2}")):
+            table.append(f"{n:03d}\t{value}\n")
     (root / "train").mkdir()
-    (root / "train/wav.scp").write_text("".join(f"{n:03d}\tWAVE/S{n % 2}/{n:03d}.WAV\n" for n in range(len(SAID))))
-    (root / "train/text").write_text("".join(f"{n:03d}\t{text.upper()}\n" for n, text in enumerate(SAID)))
-    (root / "train/utt2spk").write_text("".join(f"{n:03d}\tS{n % 2}\n" for n in range(len(SAID))))
+    for name, lines in tables.items():
+        (root / "train" / name).write_text("".join(lines))
     return root / "train"
 
 
 def text_beside(root):
     for n, text in enumerate(SAID):
-        sound(root / f"ann{n % 2}/{n}.ogg")
+        write_sound(root / f"ann{n % 2}/{n}.ogg")
         (root / f"ann{n % 2}/{n}.txt").write_text(f"{text}\n")
     return root
 
 
-def self_powered(root):                                            # and BLSP: no durations, other names
+def self_powered(root):
+    """And BLSP: no durations, other names."""
     for n in range(len(SAID)):
-        sound(root / f"{n}.wav")
-    (root / "data.jsonl").write_text("".join(json.dumps({"audio": f"{n}.wav", "text": text}) + "\n" for n, text in enumerate(SAID)))
+        write_sound(root / f"{n}.wav")
+    rows = [{"audio": f"{n}.wav", "text": text} for n, text in enumerate(SAID)]
+    write_jsonl(root / "data.jsonl", rows)
     return root / "data.jsonl"
 
 
 def nemo(root):
-    path = self_powered(root)
-    path.write_text("".join(json.dumps({"audio_filepath": str(root / f"{n}.wav"), "duration": None if n else 1.0, "offset": 0.0, "text": text,
-                                        "speaker_id": n % 2}) + "\n" for n, text in enumerate(SAID)))
+    path, rows = self_powered(root), []
+    for n, text in enumerate(SAID):
+        row = {"audio_filepath": str(root / f"{n}.wav"), "text": text, "speaker_id": n % 2}
+        rows.append({**row, "duration": None if n else 1.0, "offset": 0.0})
+    write_jsonl(path, rows)
     return path
 
 
-@pytest.mark.parametrize("corpus, speakers", [(librispeech, {"84", "85", "86"}), (common_voice, {"c0", "c1", "c2", "c3"}), (ljspeech, {""}),
-                                              (kaldi, {"S0", "S1"}), (text_beside, {"ann0", "ann1"}), (self_powered, {""}), (nemo, {"0", "1"})])
+@pytest.mark.parametrize(
+    "corpus, speakers",
+    [
+        (librispeech, {"84", "85", "86"}),
+        (common_voice, {"c0", "c1", "c2", "c3"}),
+        (ljspeech, {""}),
+        (kaldi, {"S0", "S1"}),
+        (text_beside, {"ann0", "ann1"}),
+        (self_powered, {""}),
+        (nemo, {"0", "1"}),
+    ],
+)
 def test_corpora_as_they_are_on_disk(tmp_path, corpus, speakers):
     (tmp_path / "corpus").mkdir()
     made = prepared(tmp_path, corpus(tmp_path / "corpus"))
-    assert sorted(u.text.rstrip(".") for u in made) == sorted(SAID), "every transcript, capitals in small letters"
-    assert {u.speaker for u in made} == speakers and all(u.duration == pytest.approx(1.0, abs=0.1) and u.audio.exists() for u in made)
-    assert {u.split for u in made} == {"train", "test"}
+    said = sorted(u.text.rstrip(".") for u in made)
+    assert said == sorted(SAID), "every transcript, capitals in small letters"
+    assert {u.speaker for u in made} == speakers and splits(made) == {"train", "test"}
+    for u in made:
+        assert u.duration == pytest.approx(1.0, abs=0.1) and u.audio.exists()
+        assert (u.split == "test") == held_out(u.text)
 
 
 def test_librispeech_is_unpacked_by_torchaudio_once_and_never_left_half_unpacked(tmp_path, capsys):
     """Without a network: torchaudio finds the archive already there."""
-    archive = tmp_path / "datasets" / ".arriving-dev-clean" / "dev-clean.tar.gz"
-    archive.parent.mkdir(parents=True)
-    (archive.parent / "LibriSpeech/dev-clean/half").mkdir(parents=True)      # what an interrupted unpacking leaves
+    root = tmp_path / "datasets"
+    archive = root / ".arriving-dev-clean" / "dev-clean.tar.gz"
+    # what an interrupted unpacking leaves
+    (archive.parent / "LibriSpeech/dev-clean/half").mkdir(parents=True)
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(librispeech(tmp_path / "source").parent, "LibriSpeech")
-    argv = ["prepare", "librispeech", "dev-clean", "--download-to", str(tmp_path / "datasets"), "--out", str(tmp_path / "data")]
-    assert mtbi.main(argv) == 0 and len(read_manifest(tmp_path / "data" / "manifest.jsonl", check_audio=True)) == len(SAID)
-    assert [p.name for p in (tmp_path / "datasets").iterdir()] == ["LibriSpeech"]
-    assert mtbi.main(argv) == 0 and "is prepared already" in capsys.readouterr().out
-    assert mtbi.main(["prepare", str(tmp_path / "datasets" / "LibriSpeech" / "dev-clean"), "--out", str(tmp_path / "again")]) == 0
-
-
-@pytest.mark.parametrize("argv, reason", [
-    (["librispeech"], "name a part"), (["librispeech", "dev-dirty"], "dev-dirty"), (["{tmp}", "dev-clean"], "only librispeech has parts"),
-    (["{tmp}/cv"], "name one of its tables"), (["{tmp}/bad.tsv"], "no columns path and sentence"), (["{tmp}/metadata.csv"], "metadata.csv:1: is no line"),
-    (["{tmp}/beside"], "has no a.txt beside it"), (["{tmp}/scp"], "made by a command"), (["{tmp}/latin.tsv"], "cannot be read"),
-    (["{tmp}/none"], "no such file"),
-])
-def test_corpora_that_are_not_whole_are_explained_in_one_line(tmp_path, argv, reason, capsys):
-    (tmp_path / "cv" / "clips").mkdir(parents=True)
-    (tmp_path / "bad.tsv").write_text("a\tb\n1\t2\n")
-    (tmp_path / "metadata.csv").write_text("no bars here\n")
-    sound(tmp_path / "beside" / "a.wav")
-    (tmp_path / "scp").mkdir()
-    (tmp_path / "scp" / "wav.scp").write_text("u1 sph2pipe -f wav u1.sph |\n")
-    (tmp_path / "latin.tsv").write_bytes("path\tsentence\nmañana".encode("latin-1"))
-    files = sorted(tmp_path.rglob("*"))
-    assert mtbi.main(["prepare", *(a.format(tmp=tmp_path) for a in argv), "--out", str(tmp_path / "out"), "--download-to", str(tmp_path / "none")]) == 2
-    one_line(capsys, reason)
-    assert [p for p in sorted(tmp_path.rglob("*")) if p.is_file()] == [p for p in files if p.is_file()]
+    words = ["librispeech", "dev-clean", "--download-to", root]
+    assert len(prepared(tmp_path, *words)) == len(SAID)
+    assert [path.name for path in root.iterdir()] == ["LibriSpeech"]
+    capsys.readouterr()
+    assert len(prepared(tmp_path, *words)) == len(SAID)
+    assert "is prepared already" in capsys.readouterr().out
+    assert len(prepared(tmp_path / "again", root / "LibriSpeech" / "dev-clean")) == len(SAID)
 
 
 def test_librispeech_parts_are_checked_before_any_folder_is_touched(tmp_path, capsys):
     (tmp_path / "LibriSpeech" / "train-clean-100").mkdir(parents=True)
-    for _ in range(2):
-        for part in ("foo/..", "../../x", "/tmp", "DEV-CLEAN"):
-            assert mtbi.main(["prepare", "librispeech", part, "--download-to", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    for part in ("foo/..", "../../x", "/tmp", "DEV-CLEAN"):
+        words = ["librispeech", part, "--download-to", tmp_path, "--out", tmp_path / "out"]
+        for _ in range(2):
+            assert prepare(*words) == 2
             one_line(capsys, "has no part")
-    assert [p.name for p in tmp_path.rglob("*")] == ["LibriSpeech", "train-clean-100"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["LibriSpeech", "train-clean-100"]
 
 
 def test_a_damaged_archive_is_deleted_so_that_the_same_command_works(tmp_path, capsys):
     archive = tmp_path / ".arriving-dev-clean" / "dev-clean.tar.gz"
     archive.parent.mkdir()
     archive.write_bytes(b"<html>not found</html>")
-    assert mtbi.main(["prepare", "librispeech", "dev-clean", "--download-to", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    words = ["librispeech", "dev-clean", "--download-to", tmp_path, "--out", tmp_path / "out"]
+    assert prepare(*words) == 2
     one_line(capsys, "damaged", "run the same command again")
     assert not archive.exists()
 
 
+def test_a_folder_with_a_manifest_is_that_manifest(tmp_path):
+    self_powered(tmp_path).rename(tmp_path / "manifest.jsonl")
+    assert len(prepared(tmp_path / "made", tmp_path)) == len(SAID)
+
+
+# ---- what is not whole ----
+
+
+def broken_corpora(root):
+    """Of each kind one that cannot be read."""
+    (root / "cv" / "clips").mkdir(parents=True)
+    (root / "bad.tsv").write_text("a\tb\n1\t2\n")
+    (root / "metadata.csv").write_text("no bars here\n")
+    write_sound(root / "beside" / "a.wav")
+    (root / "scp").mkdir()
+    (root / "scp" / "wav.scp").write_text("u1 sph2pipe -f wav u1.sph |\n")
+    (root / "segments").mkdir()
+    (root / "segments" / "wav.scp").write_text("u1 u1.wav\n")
+    (root / "segments" / "segments").write_text("u1-a u1 0.0 0.5\n")
+    (root / "latin.tsv").write_bytes("path\tsentence\nmañana".encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    "words, reasons",
+    [
+        ("librispeech", ["name a part"]),
+        ("librispeech dev-dirty", ["dev-dirty"]),
+        ("{tmp} dev-clean", ["only librispeech has parts"]),
+        ("{tmp}/cv", ["name one of its tables"]),
+        ("{tmp}/bad.tsv", ["no columns path and sentence"]),
+        ("{tmp}/metadata.csv", ["metadata.csv:1: is no line"]),
+        ("{tmp}/beside", ["has no a.txt beside it"]),
+        ("{tmp}/scp", ["made by a command"]),
+        ("{tmp}/segments", ["segments", "cut them into files"]),
+        ("{tmp}/latin.tsv", ["cannot be read"]),
+        ("{tmp}/none", ["no such file"]),
+    ],
+)
+def test_corpora_that_are_not_whole_are_explained_in_one_line(tmp_path, words, reasons, capsys):
+    broken_corpora(tmp_path)
+    before = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    elsewhere = ["--out", tmp_path / "out", "--download-to", tmp_path / "none"]
+    assert prepare(*words.format(tmp=tmp_path).split(), *elsewhere) == 2
+    one_line(capsys, *reasons)
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == before
+
+
 def test_skip_bad_passes_over_what_a_reader_cannot_read(tmp_path):
     root = text_beside(tmp_path)
-    sound(root / "ann0/latin.wav")
+    write_sound(root / "ann0/latin.wav")
     (root / "ann0/latin.txt").write_bytes("mañana".encode("latin-1"))
-    sound(root / "ann0/folder.wav")
+    write_sound(root / "ann0/folder.wav")
     (root / "ann0/folder.txt").mkdir()
     assert len(prepared(tmp_path / "a", root, "--skip-bad")) == len(SAID)
     table = common_voice(tmp_path / "cv")
     table.write_text(table.read_text() + "abc\n")
     assert len(prepared(tmp_path / "b", table, "--skip-bad")) == len(SAID)
+    skipped = [row for _, row in read_jsonl(tmp_path / "b" / "data" / "skipped.jsonl")]
+    assert [row["line"] for row in skipped] == [len(SAID) + 2]
+    assert "has 1 columns, not 5" in skipped[0]["reason"]
 
 
 def test_one_recording_under_two_names_is_one_recording(tmp_path, capsys):
     path = self_powered(tmp_path)
-    path.write_text(path.read_text() + json.dumps({"audio": "./0.wav", "text": "another text"}) + "\n")
-    assert mtbi.main(["prepare", str(path), "--out", str(tmp_path / "out")]) == 2
+    with open(path, "a") as file:
+        file.write(json.dumps({"audio": "./0.wav", "text": "another text"}) + "\n")
+    assert prepare(path, "--out", tmp_path / "out") == 2
     one_line(capsys, ":13", "same audio file as line 1")
+
+
+# ---- the split ----
 
 
 def test_a_sentence_is_not_new_because_of_its_capitals_or_its_full_stop(tmp_path):
     path = self_powered(tmp_path)
-    more = []
+    rows = [row for _, row in read_jsonl(path)]
     for n, text in enumerate(SAID):
-        sound(tmp_path / f"again{n}.wav")
-        more.append(json.dumps({"audio": f"again{n}.wav", "text": text.capitalize() + "."}) + "\n")
-    path.write_text(path.read_text() + "".join(more))
+        write_sound(tmp_path / f"again{n}.wav")
+        rows.append({"audio": f"again{n}.wav", "text": text.capitalize() + "."})
+    write_jsonl(path, rows)
     made = prepared(tmp_path, path)
-    texts = {split: {u.text.lower().rstrip(".") for u in made if u.split == split} for split in ("train", "test")}
-    assert texts["train"] and texts["test"] and not texts["train"] & texts["test"]
+    trained = {normalize(u.text) for u in made if u.split == "train"}
+    tested = {normalize(u.text) for u in made if u.split == "test"}
+    assert trained and tested and not trained & tested
 
 
-def test_a_kaldi_folder_with_segments_is_explained(tmp_path, capsys):
-    folder = kaldi(tmp_path)
-    (folder / "segments").write_text("000 000 0.0 0.5\n")
-    assert mtbi.main(["prepare", str(folder), "--out", str(tmp_path / "out")]) == 2
-    one_line(capsys, "segments", "cut them into files")
+def test_test_only_holds_out_every_row_of_any_corpus(tmp_path, capsys):
+    made = prepared(tmp_path, self_powered(tmp_path), "--test-only")
+    assert len(made) == len(SAID) and splits(made) == {"test"}
+    said = capsys.readouterr().out
+    assert "{'test': 12} (--test-only: every row is held out)" in said and "left out" not in said
+    rendered = prepared(tmp_path / "tiny", "tiny", "--test", 3, "--test-only")
+    assert len(rendered) == 3 and splits(rendered) == {"test"} and all(u.words for u in rendered)
+    assert read_json(tmp_path / "tiny" / "data" / "config.json")["options"]["train"] == 0
 
 
-def test_a_folder_with_a_manifest_is_that_manifest(tmp_path):
-    self_powered(tmp_path).rename(tmp_path / "manifest.jsonl")
-    assert len(prepared(tmp_path / "data", tmp_path)) == len(SAID)
+def test_test_only_joins_words_to_a_test_set(tmp_path):
+    rows = []
+    for n in range(10):
+        write_sound(tmp_path / f"{n}.wav", 0.3)
+        rows.append({"audio": f"{n}.wav", "text": f"word{n}", "speaker": "ab"[n % 2]})
+    write_jsonl(tmp_path / "words.jsonl", rows)
+    join = ["--join", "2:4", "--count", 6]
+    made = prepared(tmp_path, tmp_path / "words.jsonl", *join, "--test-only")
+    assert len(made) == 6 and splits(made) == {"test"}
+    assert all(held_out(u.text) and 2 <= len(u.words) <= 4 for u in made)
+
+
+def test_a_manifest_of_test_rows_alone_is_a_test_set(tmp_path, capsys):
+    path = self_powered(tmp_path)
+    rows = [row for _, row in read_jsonl(path)]
+    write_jsonl(path, [{**row, "split": "test"} for row in rows])
+    made = prepared(tmp_path, path)
+    assert len(made) == len(SAID) and splits(made) == {"test"}
+    assert mtbi.main(["behaviors", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 2
+    one_line(capsys, "has no row with split train")
+
+    write_jsonl(path, [{**row, "split": "train"} for row in rows])
+    assert prepare(path, "--out", tmp_path / "other") == 2
+    one_line(capsys, "all 12 utterances are for training", "--test-only")
+    made = prepared(tmp_path / "held-out", path, "--test-only")
+    assert splits(made) == {"test"}, "whatever the manifest says"
+    assert prepare(path, "--out", tmp_path / "other", "--test-only", "--test-speakers", "a") == 2
+    one_line(capsys, "--test-only holds out every speaker")
+    assert not (tmp_path / "other").exists()
+
+
+# ---- two at once ----
+
+
+def test_of_two_that_prepare_the_same_folder_at_once_the_second_is_refused(tmp_path, capsys):
+    words = [self_powered(tmp_path), "--out", tmp_path / "data"]
+    with alone(tmp_path / "data"):
+        for source in (words, ["tiny", "--test", 1, "--train", 1, *words[1:]]):
+            assert prepare(*source) == 2
+            one_line(capsys, "another process is at work in this folder")
+        assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
+    assert prepare(*words) == 0
+
+
+def test_what_another_process_prepared_meanwhile_is_not_made_again(tmp_path, capsys, monkeypatch):
+    words = [self_powered(tmp_path), "--out", tmp_path / "data"]
+
+    def while_another_prepares(*others):
+        """read_manifest of `prepare`, during which another one does all of its work."""
+
+        def read(*args, **options):
+            monkeypatch.setattr(corpora.prepare, "read_manifest", read_manifest)
+            assert prepare(*others) == 0
+            capsys.readouterr()
+            return read_manifest(*args, **options)
+
+        return read
+
+    monkeypatch.setattr(corpora.prepare, "read_manifest", while_another_prepares(*words))
+    assert prepare(*words) == 0
+    assert "is prepared already" in capsys.readouterr().out
+    (tmp_path / "data" / "manifest.jsonl").unlink()
+    others = [*words, "--skip-bad"]
+    monkeypatch.setattr(
+        corpora.prepare, "read_manifest", while_another_prepares(*others, "--force")
+    )
+    assert prepare(*words) == 2
+    one_line(capsys, "was made with other settings", "skip_bad was True, now False")
 
 
 # ---- word times ----
 
-def bare(data, path, n=4, **change):
-    rows = [{k: v for k, v in json.loads(line).items() if k != "words"} for line in (data / "manifest.jsonl").read_text().splitlines()[:n]]
-    path.write_text("".join(json.dumps({**row, **change}) + "\n" for row in rows))
+
+def write_bare(path, utterances, **change):
+    """A manifest without word times; returns its path."""
+    rows = [u.row(path.parent) for u in utterances]
+    for row in rows:
+        row.pop("words", None)
+    write_jsonl(path, [{**row, **change} for row in rows])
+    return path
 
 
-def test_align_adds_word_times_to_a_data_folder_in_place_and_beside_any_other_manifest(data, tmp_path, capsys):
-    bare(data, data / "bare.jsonl")
-    assert mtbi.main(["align", str(data / "bare.jsonl"), "--out", str(tmp_path / "aligned.jsonl")]) == 0
-    assert all(len(u.words) == len(u.text.split()) for u in read_manifest(tmp_path / "aligned.jsonl", check_audio=True))
-    own = tmp_path / "mine.jsonl"
-    rows = [{**row, "split": ["train", "test"][n % 2]} for n, row in read_jsonl(tmp_path / "aligned.jsonl")]
-    own.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "words"}) + "\n" for row in rows))
-    assert mtbi.main(["align", str(own)]) == 0 and all(u.words for u in read_manifest(tmp_path / "mine-aligned.jsonl"))
-    assert mtbi.main(["align", str(own), "--out", str(own)]) == 2
+def find_word_times(*words):
+    return mtbi.main(["word-times", *map(str, words)])
+
+
+def in_order(words, duration):
+    """Do word times lie within the audio, one after the other?"""
+    inside = all(0 <= start <= end <= duration for _, start, end in words)
+    return inside and all(a[2] <= b[1] + 1e-6 for a, b in zip(words, words[1:]))
+
+
+def test_word_times_are_written_beside_a_manifest_that_is_not_ours(utterances, tmp_path, capsys):
+    bare = write_bare(tmp_path / "mine.jsonl", utterances[:4])
+    before = bare.read_text()
+    assert find_word_times(bare, "--out", tmp_path / "timed.jsonl") == 0
+    assert find_word_times(bare) == 0
+    for name in ("timed.jsonl", "mine-aligned.jsonl"):
+        for u in read_manifest(tmp_path / name, check_audio=True):
+            assert [word for word, _, _ in u.words] == u.text.split()
+            assert in_order(u.words, u.duration)
+    assert find_word_times(bare, "--out", bare) == 2
     one_line(capsys, "would overwrite")
-    assert mtbi.main(["prepare", str(own), "--out", str(tmp_path / "data")]) == 0
-    assert not any(u.words for u in read_manifest(tmp_path / "data" / "manifest.jsonl"))
-    assert mtbi.main(["align", str(tmp_path / "data")]) == 0
-    assert all(u.words for u in read_manifest(tmp_path / "data" / "manifest.jsonl"))
-    assert mtbi.main(["align", str(tmp_path / "data")]) == 0 and "have word times already" in capsys.readouterr().out
-    stamp = (tmp_path / "data" / "manifest.jsonl").stat().st_mtime_ns
-    assert mtbi.main(["align", str(tmp_path / "data"), "--force"]) == 0 and (tmp_path / "data" / "manifest.jsonl").stat().st_mtime_ns != stamp
-    (tmp_path / "config.json").write_text("{}")                    # anybody's: the manifest beside it is not ours to write to
-    before = own.read_text()
-    assert mtbi.main(["align", str(own)]) == 0 and own.read_text() == before
+    # a config.json may be anybody's
+    (tmp_path / "config.json").write_text("{}")
+    bare.rename(tmp_path / "manifest.jsonl")
+    assert find_word_times(tmp_path) == 0
+    assert (tmp_path / "manifest.jsonl").read_text() == before
+    assert all(u.words for u in read_manifest(tmp_path / "manifest-aligned.jsonl"))
 
 
-def test_a_transcript_that_does_not_fit_leaves_its_row_without_times_and_is_named(data, tmp_path, capsys):
-    bare(data, data / "bare2.jsonl", 1)
-    bare(data, data / "long.jsonl", 2, text="seven " * 200)
-    (data / "both.jsonl").write_text((data / "bare2.jsonl").read_text() + (data / "long.jsonl").read_text().splitlines()[1] + "\n")
-    assert mtbi.main(["align", str(data / "both.jsonl"), "--out", str(tmp_path / "aligned.jsonl")]) == 0
-    assert [bool(u.words) for u in read_manifest(tmp_path / "aligned.jsonl")] == [True, False]
-    assert "1 could not be aligned" in capsys.readouterr().out
+def test_word_times_are_added_to_a_data_folder_in_place(utterances, tmp_path, capsys):
+    both = [utterances[0], utterances[1], utterances[-1]]
+    data, manifest = tmp_path / "data", tmp_path / "data" / "manifest.jsonl"
+    made = prepared(tmp_path, write_bare(tmp_path / "mine.jsonl", both), "--test-only")
+    assert not any(u.words for u in made)
+    with alone(data):
+        assert find_word_times(data) == 2
+        one_line(capsys, "another process is at work in this folder")
+    assert find_word_times(data) == 0 and all(u.words for u in read_manifest(manifest))
+    stamp = manifest.stat().st_mtime_ns
+    capsys.readouterr()
+    assert find_word_times(data) == 0 and manifest.stat().st_mtime_ns == stamp
+    assert "have word times already" in capsys.readouterr().out
+    assert find_word_times(data, "--force") == 0 and manifest.stat().st_mtime_ns != stamp
 
 
-def test_a_number_gets_the_time_in_which_it_was_said(encoder, utterances, frames):
-    """"three" written as 3: no letter of it is in the CTC vocabulary, and still its time is about where the word was said."""
-    errors = []
-    for u in [u for u in utterances if u.split == "test" and len(u.words) > 3]:
-        at = len(u.words) // 2
-        text = " ".join("7" if i == at else word for i, (word, _, _) in enumerate(u.words))
-        words, _ = word_times(encoder, frames[u.id], text, u.duration)
-        assert [w for w, _, _ in words] == text.split()
-        errors += [abs(words[at][1] - u.words[at][1]), abs(words[at][2] - u.words[at][2])]
-    print(f"mean boundary error of words the vocabulary cannot spell: {1000 * np.mean(errors):.0f} ms over {len(errors)} boundaries")
-    assert np.mean(errors) <= 0.06
+def test_only_rows_without_word_times_get_some(utterances, tmp_path):
+    rows = [u.row(tmp_path) for u in utterances[:2]]
+    del rows[1]["words"]
+    write_jsonl(tmp_path / "half.jsonl", rows)
+    assert find_word_times(tmp_path / "half.jsonl") == 0
+    kept, found = read_manifest(tmp_path / "half-aligned.jsonl")
+    assert kept.row(tmp_path) == rows[0] and found.words
 
 
-def test_on_human_speech_the_tiny_encoder_is_rough_and_says_so(tmp_path, capsys):
-    argv = ["prepare", str(shared("data/fsdd")), "--join", "3:5", "--count", "40", "--test-speakers", "theo", "--out", str(tmp_path / "data")]
-    assert mtbi.main(argv) == 0
-    known = read_manifest(tmp_path / "data" / "manifest.jsonl")
-    (tmp_path / "data" / "bare.jsonl").write_text("".join(json.dumps({**u.row(tmp_path / "data"), "words": None}) + "\n" for u in known))
-    assert mtbi.main(["align", str(tmp_path / "data" / "bare.jsonl"), "--out", str(tmp_path / "data" / "aligned.jsonl")]) == 0
+def test_word_times_want_a_ctc_model(utterances, tmp_path, capsys):
+    bare = write_bare(tmp_path / "mine.jsonl", utterances[:1])
+    whisper = tmp_path / "whisper"
+    whisper.mkdir()
+    assert find_word_times(bare, "--asr", save_encoder(whisper, "whisper")) == 2
+    one_line(capsys, "has no CTC head to align with; name a CTC model")
+
+
+def test_a_transcript_that_does_not_fit_leaves_its_row_without_times_and_is_named(
+    utterances, tmp_path, capsys
+):
+    write_bare(tmp_path / "fits.jsonl", utterances[:1])
+    write_bare(tmp_path / "long.jsonl", utterances[1:2], text="seven " * 200)
+    lines = (tmp_path / "fits.jsonl").read_text() + (tmp_path / "long.jsonl").read_text()
+    (tmp_path / "both.jsonl").write_text(lines)
+    assert find_word_times(tmp_path / "both.jsonl") == 0
+    found = read_manifest(tmp_path / "both-aligned.jsonl")
+    assert [bool(u.words) for u in found] == [True, False]
+    said = capsys.readouterr().out
+    assert "1 could not be aligned and are never interleaved, the first: " in said
+    assert f"{utterances[1].audio.name}: the transcript does not fit the audio: " in said
+
+
+def test_word_times_say_so_when_the_ctc_model_does_not_understand(utterances, tmp_path, capsys):
+    rows = []
+    for n in range(3):
+        noise = np.random.default_rng(n).normal(0, 0.1, 2 * SAMPLE_RATE)
+        soundfile.write(tmp_path / f"{n}.wav", noise, SAMPLE_RATE)
+        rows.append({"audio_filepath": f"{n}.wav", "duration": 2.0, "text": "who did it"})
+    write_jsonl(tmp_path / "noise.jsonl", rows)
+    assert find_word_times(tmp_path / "noise.jsonl") == 0
     assert "hardly understands this speech" in capsys.readouterr().out
-    found = read_manifest(tmp_path / "data" / "aligned.jsonl")
-    errors = [abs(a[1] - b[1]) for u, v in zip(known, found) if v.words for a, b in zip(u.words[1:], v.words[1:])]
-    print(f"mean boundary error of the tiny encoder on human digit strings: {1000 * np.mean(errors):.0f} ms over {len(errors)} boundaries")
-    assert len(errors) > 60
-
-
-def test_align_is_quiet_where_it_understands(data, tmp_path, capsys):
-    bare(data, data / "understood.jsonl", 12)
-    assert mtbi.main(["align", str(data / "understood.jsonl"), "--out", str(tmp_path / "aligned.jsonl")]) == 0
+    assert find_word_times(write_bare(tmp_path / "speech.jsonl", utterances[:12])) == 0
     assert "hardly understands" not in capsys.readouterr().out
 
 
-def test_align_says_so_when_the_ctc_model_does_not_understand(tmp_path, capsys):
-    for n in range(3):
-        soundfile.write(tmp_path / f"{n}.wav", np.random.default_rng(n).normal(0, 0.1, 32000), 16000)
-    (tmp_path / "noise.jsonl").write_text("".join(json.dumps({"audio_filepath": f"{n}.wav", "duration": 2.0, "text": "who did it"}) + "\n" for n in range(3)))
-    assert mtbi.main(["align", str(tmp_path / "noise.jsonl")]) == 0
+def test_word_times_are_close_to_espeaks_own_on_unseen_voices(encoder, utterances, frames):
+    errors = []
+    for u in utterances:
+        if u.split == "test":
+            words, _ = word_times(encoder, frames[u.id], u.text, u.duration)
+            errors += [abs(a[1] - b[1]) for a, b in zip(words[1:], u.words[1:])]
+    print(f"mean error of {len(errors)} boundaries: {1000 * np.mean(errors):.0f} ms")
+    assert np.mean(errors) <= 0.04
+
+
+def test_a_number_gets_the_time_in_which_it_was_said(encoder, utterances, frames):
+    """ "three" written as 7: the CTC vocabulary has no letter of it, and still it has its time."""
+    errors = []
+    for u in utterances:
+        if u.split == "train" or len(u.words) <= 3:
+            continue
+        at, text = len(u.words) // 2, u.text.split()
+        text[at] = "7"
+        words, _ = word_times(encoder, frames[u.id], " ".join(text), u.duration)
+        assert [word for word, _, _ in words] == text
+        errors += [abs(words[at][i] - u.words[at][i]) for i in (1, 2)]
+    print(f"mean error of {len(errors)} such boundaries: {1000 * np.mean(errors):.0f} ms")
+    assert np.mean(errors) <= 0.06
+
+
+def test_words_that_cannot_be_spelled_keep_their_places(encoder, utterances, frames):
+    u = utterances[0]
+    text = f"— {u.text} 12 —"
+    words, _ = word_times(encoder, frames[u.id], text, u.duration)
+    assert [word for word, _, _ in words] == text.split() and in_order(words, u.duration)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("seven " * 200, "the transcript does not fit the audio: "),
+        ("— … !", "its transcript has no letters and no digits"),
+    ],
+)
+def test_what_cannot_be_aligned_is_explained(encoder, utterances, frames, text, reason):
+    with pytest.raises(UserError, match=reason):
+        word_times(encoder, frames[utterances[0].id], text, utterances[0].duration)
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2-ctc", "hubert-ctc", "wavlm-ctc", "parakeet"])
+def test_every_family_of_ctc_models_gives_every_word_a_time(kind, tmp_path):
+    encoder = HuggingFaceEncoder(save_encoder(tmp_path, kind))
+    audio = np.random.default_rng(0).standard_normal(12 * SAMPLE_RATE, dtype=np.float32) * 0.1
+    text = "The farmer sold 12 red apples — naïvely, №5!"
+    words, score = word_times(encoder, encoder(audio), text, 12.0)
+    assert [word for word, _, _ in words] == text.split() and in_order(words, 12.0)
+    assert 0 <= score <= 1
+
+
+def test_numbers_are_any_sound_in_a_vocabulary_of_word_pieces_without_digits():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import ParakeetTokenizer
+
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=60, special_tokens=["<unk>", "<pad>"], show_progress=False
+    )
+    pieces.train_from_iterator(SENTENCES[:2], trainer)
+    tokenizer = ParakeetTokenizer(tokenizer_object=pieces, unk_token="<unk>", pad_token="<pad>")
+    assert (
+        spell(tokenizer, "12") == spell(tokenizer, "$5") == [None] and spell(tokenizer, "—") == []
+    )
+    hindi = spell(tokenizer, "नमस्ते")
+    assert hindi and set(hindi) == {None}
+    assert spell(tokenizer, "farmer,") == spell(tokenizer, "FARMER")
+    assert None not in spell(tokenizer, "farmer,")
+    *red, two = spell(tokenizer, "red2")
+    assert red and None not in red and two is None
+
+
+def test_on_human_speech_the_tiny_encoder_is_rough_and_says_so(tmp_path, capsys):
+    recordings = []
+    for u in read_manifest(shared("data/fsdd") / "manifest.jsonl"):
+        _, speaker, take = u.audio.stem.split("_")
+        if speaker in ("theo", "jackson") and int(take) < 6:
+            recordings.append(u)
+    words = write_bare(tmp_path / "words.jsonl", recordings)
+    joined = ["--join", "3:5", "--count", 30, "--test-speakers", "theo"]
+    known = prepared(tmp_path, words, *joined)
+    assert find_word_times(write_bare(tmp_path / "bare.jsonl", known)) == 0
     assert "hardly understands this speech" in capsys.readouterr().out
+    errors = []
+    for u, v in zip(known, read_manifest(tmp_path / "bare-aligned.jsonl")):
+        if v.words:
+            errors += [abs(a[1] - b[1]) for a, b in zip(u.words[1:], v.words[1:])]
+    print(f"mean error of {len(errors)} boundaries: {1000 * np.mean(errors):.0f} ms")
+    assert len(errors) > 60

@@ -1,1 +1,4 @@
-"""The tiny world: a closed grammar, a speech synthesizer and two small checkpoints, so that everything runs offline on a CPU."""
+"""The tiny world: a closed grammar, a speech synthesizer and two small checkpoints.
+
+With them everything runs offline on a CPU.
+"""

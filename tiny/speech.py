@@ -1,6 +1,7 @@
-"""The voices of the tiny world: espeak-ng through the library that the PyPI package `espeakng-loader` carries.
+"""The voices of the tiny world: espeak-ng, which the PyPI package `espeakng-loader` carries.
 
-espeak-ng reports each word as an event with its position in the audio, so word times are exact, not estimated.
+espeak-ng reports each word as an event with its position in the audio, so word times are exact, not
+estimated.
 """
 
 import ctypes
@@ -12,45 +13,72 @@ from pathlib import Path
 import numpy as np
 
 ACCENTS = ["en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc"]
-TRAIN_VARIANTS = ["m1", "m2", "m3", "m5", "m6", "m7", "f1", "f2", "f4", "Andy", "Alex", "Annie", "linda", "steph", "ed", "john",
-                  "michel", "pedro", "iven", "klatt2", "max", "norbert", "paul", "rob", "adam", "anika", "belinda", "boris", "caleb", "Denis",
-                  "Gene", "grandma", "Hugo", "klatt", "Lee", "marcelo", "Michael", "miguel", "quincy", "Reed", "sandro", "shelby", "travis", "victor"]
+# fmt: off
+TRAIN_VARIANTS = [
+    "m1", "m2", "m3", "m5", "m6", "m7", "f1", "f2", "f4", "Andy", "Alex", "Annie", "linda", "steph",
+    "ed", "john", "michel", "pedro", "iven", "klatt2", "max", "norbert", "paul", "rob", "adam",
+    "anika", "belinda", "boris", "caleb", "Denis", "Gene", "grandma", "Hugo", "klatt", "Lee",
+    "marcelo", "Michael", "miguel", "quincy", "Reed", "sandro", "shelby", "travis", "victor",
+]
+# fmt: on
 # Kept for the benchmark: neither the encoder's pre-training nor stage 2 ever hears these.
 TEST_VARIANTS = ["m4", "f3", "f5", "m8", "david", "Alicia", "steph2", "zac"]
 
-SAMPLE_RATE = 16000                      # what render() returns, Hz
+SAMPLE_RATE = 16000  # what render() returns, Hz
+# Constants and types of espeak-ng's speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS, _EVENT_WORD, _UTF8, _DO_NOT_EXIT = 2, 1, 1, 0x8000
-_RATE, _PITCH, _RANGE = 1, 3, 4          # espeak_PARAMETER
-_SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
+_SYNTH_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
 
 
-class _Event(ctypes.Structure):          # espeak_EVENT of speak_lib.h
-    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
-                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
-                ("user_data", ctypes.c_void_p), ("id", ctypes.c_char * 8)]
+class _Event(ctypes.Structure):  # espeak_EVENT of speak_lib.h
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    ]
 
 
 def variants(split):
+    """The voice variants of "train" or "test"."""
     return TEST_VARIANTS if split == "test" else TRAIN_VARIANTS
 
 
 def random_voice(rng, split):
-    """A speaker of the given split: {"voice", "rate" (words/minute), "pitch", "range" (0..100), "size"}.
+    """A speaker of the split: {"voice", "rate" (words/minute), "pitch", "range" (0..100), "size"}.
 
-    size scales pitch and formants, from large people (0.75) to children (1.45). espeak-ng has few such voices, and an encoder that
-    never heard one does not understand them; the held-out voices are left as espeak-ng made them.
+    size scales pitch and formants, from large people (0.75) to children (1.45). espeak-ng has few
+    such voices, and an encoder that never heard one does not understand them; the held-out voices
+    are left as espeak-ng made them.
     """
     size = 1.0 if split == "test" else 2 ** rng.uniform(-0.4, 0.54)
-    return {"voice": f"{rng.choice(ACCENTS)}+{rng.choice(variants(split))}", "rate": rng.randint(135, 185),
-            "pitch": rng.randint(30, 70), "range": rng.randint(35, 65), "size": size}
+    return {
+        "voice": f"{rng.choice(ACCENTS)}+{rng.choice(variants(split))}",
+        "rate": rng.randint(135, 185),
+        "pitch": rng.randint(30, 70),
+        "range": rng.randint(35, 65),
+        "size": size,
+    }
 
 
 @lru_cache(maxsize=1)
 def _library():
-    """espeak-ng, initialised once per process: (library, sample rate in Hz, the list the callback writes to, the callback)."""
+    """espeak-ng, initialised once per process.
+
+    Returns (library, sample rate in Hz, what the callback writes to, the callback).
+    """
     import espeakng_loader
-    espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
-    if len(data) > 120:                  # espeak-ng has room for a path of 160 characters, file names included
+
+    espeak = ctypes.CDLL(espeakng_loader.get_library_path())
+    data = espeakng_loader.get_data_path()
+    if len(data) > 120:  # espeak-ng has room for a path of 160 characters, file names included
         folder = Path(tempfile.gettempdir()) / "espeak-ng-data"
         data = str(shutil.copytree(data, folder, dirs_exist_ok=True))
     rate = espeak.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data.encode(), _DO_NOT_EXIT)
@@ -63,7 +91,7 @@ def _library():
             heard["audio"].append(np.ctypeslib.as_array(samples, (n,)).copy())
         event = ctypes.cast(events, ctypes.POINTER(_Event))
         i = 0
-        while event[i].type != 0:        # the list ends with type 0
+        while event[i].type != 0:  # the list ends with type 0
             if event[i].type == _EVENT_WORD:
                 heard["starts"].append(event[i].sample)
             i += 1
@@ -75,46 +103,68 @@ def _library():
 
 
 def speak(text, voice):
-    """(samples float32 in -1..1, rate in Hz, [[word, start_s, end_s], ...]) of `text` spoken by `voice` (see random_voice)."""
+    """`text` spoken by `voice` (see random_voice).
+
+    Returns (samples float32 in -1..1, their rate in Hz, [[word, start_s, end_s], ...]).
+    """
     espeak, rate, heard, _ = _library()
     if espeak.espeak_SetVoiceByName(voice["voice"].encode()) != 0:
         raise ValueError(f"espeak-ng has no voice {voice['voice']!r}")
-    for parameter, value in ((_RATE, voice["rate"]), (_PITCH, voice["pitch"]), (_RANGE, voice["range"])):
-        espeak.espeak_SetParameter(parameter, value, 0)
+    espeak.espeak_SetParameter(_RATE, voice["rate"], 0)
+    espeak.espeak_SetParameter(_PITCH, voice["pitch"], 0)
+    espeak.espeak_SetParameter(_RANGE, voice["range"], 0)
     heard["audio"], heard["starts"] = [], []
-    espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))                 # hoarse and breathy voices have noise in them: the same one every time
+    # Hoarse and breathy voices have noise in them: the same one every time.
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))
     words = text.split()
-    # espeak-ng speaks some pairs ("in the") as one word with one event; a zero-width space between words keeps them two.
+    # espeak-ng speaks some pairs ("in the") as one word with one event; a zero-width space between
+    # words keeps them two.
     data = "\u200b ".join(words).encode()
     espeak.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
     audio = np.concatenate(heard["audio"]).astype(np.float32) / 32768
+
+    # espeak-ng ends a clause with silence: the last word ends 20 ms after the last loud sample.
+    end = len(audio)
     loud = np.flatnonzero(np.abs(audio) > 0.01)
-    end = min(len(audio), int(loud[-1]) + rate // 50) if len(loud) else len(audio)      # espeak-ng ends a clause with silence
+    if len(loud):
+        end = min(end, int(loud[-1]) + rate // 50)
     starts = heard["starts"]
     if len(starts) != len(words):
         raise ValueError(f"espeak-ng spoke {len(starts)} words for {text!r}")
-    return audio[:end + rate // 20], rate, [[w, s / rate, e / rate] for w, s, e in zip(words, starts, starts[1:] + [end])]
+    ends = starts[1:] + [end]
+    times = [[w, s / rate, e / rate] for w, s, e in zip(words, starts, ends)]
+    return audio[: end + rate // 20], rate, times
 
 
 def render(text, rng, split, echo=0.5):
-    """`text` in a random voice of the split, resampled to 16 kHz, with silence around it and light noise (20 to 45 dB SNR).
+    """`text` in a random voice of the split, at 16 kHz, with silence around it and light noise.
 
-    echo: share of the training utterances with an echo of 20 to 80 ms, as of a room; held-out voices are left as espeak-ng made them.
+    The noise is 20 to 45 dB below the speech. echo: share of the training utterances with an echo
+    of 20 to 80 ms, as of a room; held-out voices are left as espeak-ng made them.
 
     Returns (samples float32 at SAMPLE_RATE, [[word, start_s, end_s], ...], the voice).
     """
     import torch
     from torchaudio.functional import resample
+
     voice = random_voice(rng, split)
     audio, rate, words = speak(text, {**voice, "rate": round(voice["rate"] / voice["size"])})
-    played = 250 * round(rate * voice["size"] / 250)       # played faster: higher, and as fast as before since it was spoken slower
+    # Played faster: higher, and as fast as before since it was spoken slower.
+    played = 250 * round(rate * voice["size"] / 250)
     audio = resample(torch.from_numpy(audio), played, SAMPLE_RATE).numpy()
     if echo and split == "train" and rng.random() < echo:
-        delay, gain = int(rng.uniform(0.02, 0.08) * SAMPLE_RATE), rng.uniform(0.1, 0.6)
+        delay = int(rng.uniform(0.02, 0.08) * SAMPLE_RATE)
+        gain = rng.uniform(0.1, 0.6)
         audio[delay:] += gain * audio[:-delay].copy()
-    before, after = (rng.uniform(0.05, 0.2) for _ in range(2))
+
+    before = rng.uniform(0.05, 0.2)  # seconds of silence
+    after = rng.uniform(0.05, 0.2)
     audio = np.pad(audio, (int(before * SAMPLE_RATE), int(after * SAMPLE_RATE)))
     audio *= rng.uniform(0.3, 0.9) / max(1e-3, float(np.abs(audio).max()))
-    level = float(np.sqrt(np.mean(audio ** 2))) * 10 ** (-rng.uniform(20, 45) / 20)
+    level = float(np.sqrt(np.mean(audio**2))) * 10 ** (-rng.uniform(20, 45) / 20)
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
-    return audio + level * noise, [[w, s * rate / played + before, e * rate / played + before] for w, s, e in words], voice
+
+    times = []
+    for word, start, end in words:
+        times.append([word, start * rate / played + before, end * rate / played + before])
+    return audio + level * noise, times, voice

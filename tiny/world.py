@@ -3,55 +3,95 @@
     sentence   "the farmer sold three red apples in the market yesterday"      (a handful of forms)
     digits     "three five two nine"                                            (3 to 6 digits)
 
-Every task of tasks.toml has one function here that knows the true answer. The tiny LLM is pre-trained on these answers;
-stage 1 and stage 2 never see them: they imitate what the LLM says.
+Every task of tasks.toml has one function here that knows the true answer. The tiny LLM is
+pre-trained on these answers; stage 1 and stage 2 never see them: they imitate what the LLM says.
 """
 
 import hashlib
 import random
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
 TASKS_TOML = Path(__file__).with_name("tasks.toml")
 
-# English -> Spanish. Spanish needs gender (people, objects) and agreement (colours), which makes translation a real task.
-PEOPLE = {"farmer": "el granjero", "teacher": "la maestra", "doctor": "el médico", "baker": "la panadera",
-          "sailor": "el marinero", "artist": "la artista", "student": "el alumno", "driver": "la conductora",
-          "singer": "el cantante", "waiter": "el camarero", "pilot": "la piloto", "nurse": "la enfermera"}
+# English -> Spanish. Spanish needs gender (people, objects) and agreement (colours), which makes
+# translation a real task.
+# fmt: off
+PEOPLE = {
+    "farmer": "el granjero", "teacher": "la maestra", "doctor": "el médico", "baker": "la panadera",
+    "sailor": "el marinero", "artist": "la artista", "student": "el alumno",
+    "driver": "la conductora", "singer": "el cantante", "waiter": "el camarero",
+    "pilot": "la piloto", "nurse": "la enfermera",
+}
+# fmt: on
 # past -> (base form, Spanish singular, Spanish plural, sentiment)
-VERBS = {"sold": ("sell", "vendió", "vendieron", "neutral"), "bought": ("buy", "compró", "compraron", "neutral"),
-         "carried": ("carry", "llevó", "llevaron", "neutral"), "painted": ("paint", "pintó", "pintaron", "neutral"),
-         "found": ("find", "encontró", "encontraron", "positive"), "won": ("win", "ganó", "ganaron", "positive"),
-         "fixed": ("fix", "arregló", "arreglaron", "positive"), "shared": ("share", "compartió", "compartieron", "positive"),
-         "lost": ("lose", "perdió", "perdieron", "negative"), "broke": ("break", "rompió", "rompieron", "negative"),
-         "burned": ("burn", "quemó", "quemaron", "negative"), "dropped": ("drop", "soltó", "soltaron", "negative")}
-COUNTS = {"two": "dos", "three": "tres", "four": "cuatro", "five": "cinco", "six": "seis", "seven": "siete", "eight": "ocho", "nine": "nueve"}
-COLOURS = {"red": ("rojos", "rojas"), "green": ("verdes", "verdes"), "blue": ("azules", "azules"), "black": ("negros", "negras"),
-           "white": ("blancos", "blancas"), "yellow": ("amarillos", "amarillas")}
+VERBS = {
+    "sold": ("sell", "vendió", "vendieron", "neutral"),
+    "bought": ("buy", "compró", "compraron", "neutral"),
+    "carried": ("carry", "llevó", "llevaron", "neutral"),
+    "painted": ("paint", "pintó", "pintaron", "neutral"),
+    "found": ("find", "encontró", "encontraron", "positive"),
+    "won": ("win", "ganó", "ganaron", "positive"),
+    "fixed": ("fix", "arregló", "arreglaron", "positive"),
+    "shared": ("share", "compartió", "compartieron", "positive"),
+    "lost": ("lose", "perdió", "perdieron", "negative"),
+    "broke": ("break", "rompió", "rompieron", "negative"),
+    "burned": ("burn", "quemó", "quemaron", "negative"),
+    "dropped": ("drop", "soltó", "soltaron", "negative"),
+}
+# fmt: off
+COUNTS = {
+    "two": "dos", "three": "tres", "four": "cuatro", "five": "cinco",
+    "six": "seis", "seven": "siete", "eight": "ocho", "nine": "nueve",
+}
+# masculine, feminine
+COLOURS = {
+    "red": ("rojos", "rojas"), "green": ("verdes", "verdes"), "blue": ("azules", "azules"),
+    "black": ("negros", "negras"), "white": ("blancos", "blancas"),
+    "yellow": ("amarillos", "amarillas"),
+}
+# fmt: on
 # object -> (Spanish, feminine?, category)
-OBJECTS = {"apples": ("manzanas", True, "food"), "cakes": ("pasteles", False, "food"), "lemons": ("limones", False, "food"),
-           "shirts": ("camisas", True, "clothes"), "hats": ("sombreros", False, "clothes"), "gloves": ("guantes", False, "clothes"),
-           "chairs": ("sillas", True, "furniture"), "tables": ("mesas", True, "furniture"), "lamps": ("lámparas", True, "furniture"),
-           "books": ("libros", False, "paper"), "letters": ("cartas", True, "paper"), "maps": ("mapas", False, "paper")}
-PLACES = {"market": "el mercado", "garden": "el jardín", "school": "la escuela", "station": "la estación",
-          "kitchen": "la cocina", "library": "la biblioteca", "harbor": "el puerto", "hotel": "el hotel"}
+OBJECTS = {
+    "apples": ("manzanas", True, "food"),
+    "cakes": ("pasteles", False, "food"),
+    "lemons": ("limones", False, "food"),
+    "shirts": ("camisas", True, "clothes"),
+    "hats": ("sombreros", False, "clothes"),
+    "gloves": ("guantes", False, "clothes"),
+    "chairs": ("sillas", True, "furniture"),
+    "tables": ("mesas", True, "furniture"),
+    "lamps": ("lámparas", True, "furniture"),
+    "books": ("libros", False, "paper"),
+    "letters": ("cartas", True, "paper"),
+    "maps": ("mapas", False, "paper"),
+}
+# fmt: off
+PLACES = {
+    "market": "el mercado", "garden": "el jardín", "school": "la escuela",
+    "station": "la estación", "kitchen": "la cocina", "library": "la biblioteca",
+    "harbor": "el puerto", "hotel": "el hotel",
+}
 PREPOSITIONS = {"in": "en", "near": "cerca de", "behind": "detrás de"}
-TIMES = {"yesterday": "ayer", "today": "hoy", "on monday": "el lunes", "on friday": "el viernes",
-         "last night": "anoche", "this morning": "esta mañana"}
+TIMES = {
+    "yesterday": "ayer", "today": "hoy", "on monday": "el lunes", "on friday": "el viernes",
+    "last night": "anoche", "this morning": "esta mañana",
+}
+# fmt: on
 DIGITS = {"zero": "cero", "one": "uno", **COUNTS}
-VALUE = {word: value for value, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])}
+VALUE = {word: value for value, word in enumerate(DIGITS)}  # zero is 0, ..., nine is 9
 
 SYSTEM_TURNS = ["You are a helpful assistant.", "Answer in a few words.", "You listen and answer."]
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence as its slots; `words` is what is spoken. A missing place or time is the empty string."""
+    """One sentence as its slots; `words` is what is spoken.
+
+    A missing place or time is the empty string.
+    """
+
     people: tuple
     verb: str
     count: str
@@ -60,7 +100,7 @@ class Sentence:
     preposition: str
     place: str
     time: str
-    form: str            # order of the blocks: s = subject + verb + object, p = place, t = time
+    form: str  # order of the blocks: s = subject + verb + object, p = place, t = time
 
     @property
     def subject(self):
@@ -75,7 +115,7 @@ class Sentence:
         return f"{self.preposition} the {self.place}" if self.place else ""
 
     def say(self, subject=None, verb=None, time=None):
-        """The sentence with some blocks replaced: how the tasks that rewrite a sentence make their answers."""
+        """The sentence with some blocks replaced: how rewriting tasks make their answers."""
         core = f"{subject or self.subject} {verb or self.verb} {self.things}"
         blocks = {"s": core, "p": self.where, "t": self.time if time is None else time}
         return " ".join(blocks[letter] for letter in self.form if blocks[letter])
@@ -99,15 +139,29 @@ def draw(rng, kind=None):
     if (kind or rng.choice(["sentence", "sentence", "digits"])) == "digits":
         return Digits(tuple(rng.choice(list(DIGITS)) for _ in range(rng.randint(3, 6))))
     people = tuple(rng.sample(list(PEOPLE), 2 if rng.random() < 0.15 else 1))
-    has_place, has_time = rng.choice([(1, 1), (1, 1), (1, 0), (0, 1)]) if len(people) == 1 else rng.choice([(1, 0), (0, 1)])
-    return Sentence(people=people, verb=rng.choice(list(VERBS)), count=rng.choice(list(COUNTS)), colour=rng.choice(list(COLOURS)),
-                    object=rng.choice(list(OBJECTS)), preposition=rng.choice(list(PREPOSITIONS)),
-                    place=rng.choice(list(PLACES)) if has_place else "", time=rng.choice(list(TIMES)) if has_time else "",
-                    form=rng.choice(["spt", "tsp", "pst", "spt"]))
+    # Two people come with a place or a time, never both: the sentence stays short.
+    if len(people) == 1:
+        has_place, has_time = rng.choice([(1, 1), (1, 1), (1, 0), (0, 1)])
+    else:
+        has_place, has_time = rng.choice([(1, 0), (0, 1)])
+    return Sentence(
+        people=people,
+        verb=rng.choice(list(VERBS)),
+        count=rng.choice(list(COUNTS)),
+        colour=rng.choice(list(COLOURS)),
+        object=rng.choice(list(OBJECTS)),
+        preposition=rng.choice(list(PREPOSITIONS)),
+        place=rng.choice(list(PLACES)) if has_place else "",
+        time=rng.choice(list(TIMES)) if has_time else "",
+        form=rng.choice(["spt", "tsp", "pst", "spt"]),
+    )
 
 
 def is_held_out(utterance):
-    """One utterance in eight is kept for testing, by a hash of its words: never in any training set, in any stage, for any seed."""
+    """Whether it is kept for testing, as one utterance in eight is, by a hash of its words.
+
+    Such an utterance is in no training set, in any stage, for any seed.
+    """
     return hashlib.sha256(utterance.words.encode()).digest()[0] < 32
 
 
@@ -121,21 +175,33 @@ def draws(seed, held_out, kind=None):
 
 
 def spanish(u):
+    """The utterance in Spanish, its blocks in the same order."""
     if isinstance(u, Digits):
         return " ".join(DIGITS[name] for name in u.names)
     noun, feminine, _ = OBJECTS[u.object]
     verb = VERBS[u.verb][2 if len(u.people) > 1 else 1]
-    core = f"{' y '.join(PEOPLE[p] for p in u.people)} {verb} {COUNTS[u.count]} {noun} {COLOURS[u.colour][feminine]}"
-    place = f"{PREPOSITIONS[u.preposition]} {PLACES[u.place]}".replace("de el ", "del ") if u.place else ""
+    subject = " y ".join(PEOPLE[person] for person in u.people)
+    things = f"{COUNTS[u.count]} {noun} {COLOURS[u.colour][feminine]}"
+    core = f"{subject} {verb} {things}"
+    place = ""
+    if u.place:
+        place = f"{PREPOSITIONS[u.preposition]} {PLACES[u.place]}".replace("de el ", "del ")
     blocks = {"s": core, "p": place, "t": TIMES.get(u.time, "")}
     return " ".join(blocks[letter] for letter in u.form if blocks[letter])
+
+
+def question(u):
+    """The question the sentence answers; its place and time, where it has them, come last."""
+    blocks = [f"who {u.verb} {u.things}", u.where, u.time]
+    return " ".join(block for block in blocks if block)
 
 
 def sorted_names(u, down=False):
     return " ".join(sorted(u.names, key=VALUE.get, reverse=down))
 
 
-# The true answer of each task. `u` is a Sentence or a Digits; tasks.toml says by a pattern which transcripts a task is for.
+# The true answer of each task. `u` is a Sentence or a Digits; tasks.toml says by a pattern which
+# transcripts a task is for.
 ANSWERS = {
     "repeat": lambda u: u.words,
     "translate": spanish,
@@ -152,7 +218,7 @@ ANSWERS = {
     "colour": lambda u: u.colour,
     "category": lambda u: OBJECTS[u.object][2],
     "sentiment": lambda u: VERBS[u.verb][3],
-    "question": lambda u: f"who {u.verb} {u.things}{' ' + u.where if u.place else ''}{' ' + u.time if u.time else ''}",
+    "question": question,
     "negate": lambda u: u.say(verb=f"did not {VERBS[u.verb][0]}"),
     "future": lambda u: u.say(verb=f"will {VERBS[u.verb][0]}", time="tomorrow" if u.time else ""),
     "summary": lambda u: f"{u.subject} {u.verb} {u.object}",
@@ -169,6 +235,9 @@ ANSWERS = {
 }
 
 
-def load_tasks():
-    """The tiny world's task table, {name: {"split", "metric", "transcripts", "prompts", "unseen_prompts"}}."""
+def read_task_table():
+    """The tiny world's task table, tasks.toml.
+
+    {name: {"split", "metric", "transcripts", "prompts", "unseen_prompts"}}
+    """
     return tomllib.loads(TASKS_TOML.read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""From any corpus to DATA/manifest.jsonl, and word times for speech that has none."""

@@ -1,0 +1,298 @@
+"""The command `word-times`: when each word of a transcript was said, by CTC forced alignment.
+
+spell every word in the CTC vocabulary -> align the letters with the frames -> spans of words
+-> subtract the delay with which a CTC head names a letter -> let words meet midway
+"""
+
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import SAMPLE_RATE, load_audio, read_manifest
+from model import load_encoder
+from support.console import one_thread, progress_bar, timed
+from support.files import UserError, first_line, read_json, write_jsonl
+from support.hub import named
+from support.options import called
+from support.runs import alone
+
+# Mean probability of the letters aligned; the tiny encoder gives unheard espeak-ng voices 0.9 and
+# more, human ones 0.5 and less.
+UNDERSTOOD = 0.75
+
+
+@dataclass
+class WordTimesOptions:
+    manifest: called("MANIFEST")
+    """a JSONL manifest, or a data folder made by `prepare`"""
+    out: str | None = None
+    """the manifest to write; default: in a data folder made by `prepare` that manifest itself,
+    elsewhere NAME-aligned.jsonl beside it"""
+    asr: str = "tiny"
+    """the CTC model: `tiny`, a local folder, or a Hugging Face name"""
+    force: bool = False
+    """do it again, also for rows that have word times (default: those are kept)"""
+
+
+# ---- the command ----
+
+
+def add_word_times(options):
+    """Add word times to the rows of a manifest that have none, by CTC forced alignment.
+
+    Interleaving needs them.
+    """
+    manifest, out = where_to_read_and_write(options)
+    in_place = out.resolve() == manifest.resolve()
+    with alone(manifest.parent) if in_place else nullcontext():
+        utterances = read_manifest(manifest)
+        todo = [u for u in utterances if options.force or not u.words]
+        if not todo:
+            print(
+                f"{manifest}: all {len(utterances)} utterances have word times already; --force "
+                "makes them anew"
+            )
+            return
+        encoder = load_ctc_model(options.asr)
+        with timed(f"word times of {len(todo)} utterances"), one_thread():
+            sure, failed = align_all(encoder, todo)
+        write_jsonl(out, [u.row(out.parent) for u in utterances])
+    tell_word_times(out, utterances, sure, failed)
+
+
+def where_to_read_and_write(options):
+    """(the manifest to read, the one to write); UserError if that would overwrite what is given.
+
+    In a data folder made by `prepare` nothing is lost by adding to its manifest.
+    """
+    manifest = Path(options.manifest)
+    if manifest.is_dir():
+        manifest = manifest / "manifest.jsonl"
+    ours = is_made_by_prepare(manifest)
+    if options.out:
+        out = Path(options.out)
+    elif ours:
+        out = manifest
+    else:
+        out = manifest.with_name(f"{manifest.stem}-aligned.jsonl")
+    if out.resolve() == manifest.resolve() and not ours:
+        raise UserError(
+            f"--out {out}: would overwrite the manifest it is made from; choose another name"
+        )
+    return manifest, out
+
+
+def is_made_by_prepare(manifest):
+    config = manifest.parent / "config.json"
+    if manifest.name != "manifest.jsonl" or not config.exists():
+        return False
+    return read_json(config).get("command") == "prepare"
+
+
+def load_ctc_model(name):
+    """An encoder with a CTC head and that head's tokenizer; UserError if it has none."""
+    encoder = load_encoder(named(name))
+    if getattr(encoder, "ctc_tokenizer", None) is None:
+        raise UserError(
+            f"--asr {name}: has no CTC head to align with; name a CTC model, like "
+            "facebook/wav2vec2-base-960h"
+        )
+    return encoder
+
+
+def align_all(encoder, utterances):
+    """Fill in the `words` of utterances, and measure their durations.
+
+    Returns (for each that was aligned the mean probability of its characters, for each other one
+    what was wrong).
+    """
+    sure, failed = [], []
+    for u in progress_bar(utterances, desc="word times", unit="utt"):
+        samples = load_audio(u.audio, u.duration)
+        u.duration = len(samples) / SAMPLE_RATE
+        try:
+            u.words, score = word_times(encoder, encoder(samples, u.audio), u.text, u.duration)
+            sure.append(score)
+        except UserError as error:
+            failed.append(f"{u.audio}: {error}")
+    return sure, failed
+
+
+def tell_word_times(out, utterances, sure, failed):
+    """How many utterances have word times now, and whether they can be trusted."""
+    there = sum(bool(u.words) for u in utterances)
+    said = f"{out}: {there} of {len(utterances)} utterances have word times"
+    if failed:
+        said += (
+            f"; {len(failed)} could not be aligned and are never interleaved, the first: "
+            f"{failed[0]}"
+        )
+    print(said)
+    if sure and np.mean(sure) < UNDERSTOOD:
+        print(
+            "the CTC model gives the transcripts' characters a mean probability of only "
+            f"{np.mean(sure):.2f}: it hardly understands this speech, so the times are rough; run "
+            "`word-times` again with --force and a CTC model for it, like "
+            "--asr facebook/wav2vec2-base-960h"
+        )
+
+
+# ---- one utterance ----
+
+
+def word_times(encoder, frames, text, duration):
+    """([[word, start_s, end_s], ...], mean probability of its characters) of one utterance.
+
+    frames: (T, D_encoder), which the encoder made of `duration` seconds of audio. Numbers and
+    letters the CTC vocabulary lacks are aligned with a token that stands for any sound. UserError
+    if the transcript has nothing to align, or does not fit the audio.
+    """
+    tokenizer, words = encoder.ctc_tokenizer, text.split()
+    scores = encoder.ctc(frames)  # (T, V_ctc)
+    any_sound = scores.shape[1]  # a token after those of the vocabulary,
+    as_likely_as_can_be = torch.zeros(len(scores), 1)  # log-probability 0 in every frame
+    scores = torch.cat([scores, as_likely_as_can_be], dim=1)  # (T, V_ctc + 1)
+
+    spelled = []
+    for word in words:
+        spelled.append([any_sound if i is None else i for i in spell(tokenizer, word)])
+    delimiter = word_delimiter(tokenizer)
+    targets = join_spellings(spelled, delimiter)
+    spans = align_with_frames(scores, targets, tokenizer.pad_token_id, duration)
+
+    seconds_a_frame = duration / len(frames)
+    times = times_of_words(spelled, spans, 0 if delimiter is None else 1, seconds_a_frame)
+    fill_gaps(times, duration)
+    times = said_earlier(times, ctc_delay(encoder))
+    meet_midway(times)
+
+    known = [span.score for span in spans if span.token != any_sound]
+    score = float(np.mean(known)) if known else 0.0
+    return [[word, start, end] for word, (start, end) in zip(words, times)], score
+
+
+# -- spelling: from words to CTC tokens --
+
+
+def spell(tokenizer, word):
+    """CTC token ids of a word; None stands for digits or letters that the vocabulary lacks.
+
+    Of punctuation alone: [].
+    """
+    ids = []
+    for piece in re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+", word):
+        ids += known_letters(tokenizer, piece) or [None]
+    return ids
+
+
+def known_letters(tokenizer, piece):
+    """CTC token ids of a run of letters or digits, small or capital as the vocabulary has them.
+
+    [] if it has none of them.
+    """
+    unknown, delimiter = tokenizer.unk_token_id, word_delimiter(tokenizer)
+
+    def spell_as(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [i for i in ids if i != delimiter]
+
+    def lost(ids):
+        return ids.count(unknown) if ids else len(piece)
+
+    spellings = [spell_as(text) for text in (piece.lower(), piece.upper(), piece)]
+    known = [i for i in min(spellings, key=lost) if i != unknown]
+    tokens = "".join(tokenizer.convert_ids_to_tokens(known))
+    says_something = any(c.isalnum() for c in tokens)  # a space alone says nothing
+    return known if says_something else []
+
+
+def word_delimiter(tokenizer):
+    """The token between words, "|" in wav2vec 2.0's vocabulary; None in one that has none."""
+    return getattr(tokenizer, "word_delimiter_token_id", None)
+
+
+def join_spellings(spelled, delimiter):
+    """The token ids of a whole transcript, with the delimiter between words, if there is one."""
+    targets = []
+    for ids in spelled:
+        if ids and targets and delimiter is not None:
+            targets.append(delimiter)
+        targets += ids
+    return targets
+
+
+# -- alignment: from CTC tokens to frames, from frames to seconds --
+
+
+def align_with_frames(scores, targets, blank, duration):
+    """The most likely path of the targets through the frames: for each its span of frames.
+
+    scores: (T, V) log-probabilities. By torchaudio.functional.forced_align and merge_tokens, which
+    come from Pratap et al. (arXiv 2305.13516, section 3.1), as does a token for any sound.
+    """
+    from torchaudio.functional import forced_align, merge_tokens
+
+    if not targets:
+        raise UserError("its transcript has no letters and no digits")
+    try:
+        path, path_scores = forced_align(
+            scores[None], torch.tensor([targets], dtype=torch.int32), blank=blank
+        )  # (1, T), (1, T)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the transcript does not fit the audio: {len(targets)} characters in "
+            f"{duration:.2f} s ({first_line(error)})"
+        ) from None
+    return merge_tokens(path[0], path_scores[0].exp(), blank=blank)
+
+
+def times_of_words(spelled, spans, between, seconds_a_frame):
+    """[start_s, end_s] of each word, from its first token's span to its last; None if it has none.
+
+    between: how many tokens stand between two words.
+    """
+    times, at = [], 0
+    for ids in spelled:
+        if not ids:
+            times.append(None)
+            continue
+        first, last = spans[at], spans[at + len(ids) - 1]
+        times.append([first.start * seconds_a_frame, last.end * seconds_a_frame])
+        at += len(ids) + between
+    return times
+
+
+def fill_gaps(times, duration):
+    """Give a word of punctuation alone the time between its neighbours."""
+    for i, time in enumerate(times):
+        if time is None:
+            before = times[i - 1][1] if i else 0.0
+            after = next((later[0] for later in times[i + 1 :] if later), duration)
+            times[i] = [before, after]
+
+
+def ctc_delay(encoder):
+    """Seconds from when a letter was said to when the CTC head names it.
+
+    The tiny encoder's config.json holds its delay, as measured on espeak-ng's own times; of any
+    other encoder it is not known, and 0.
+    """
+    config = getattr(encoder, "config", None)
+    return getattr(config, "ctc_delay", 0.0)
+
+
+def said_earlier(times, delay):
+    """Word times without the delay (seconds) of the CTC head."""
+    return [[max(0.0, start - delay), max(0.0, end - delay)] for start, end in times]
+
+
+def meet_midway(times):
+    """Close the gaps: CTC peaks are short, so words are made to meet midway between them."""
+    for a, b in zip(times, times[1:]):
+        middle = (a[1] + b[0]) / 2
+        a[1] = middle
+        b[0] = middle

@@ -1,0 +1,243 @@
+"""What the papers claim, and the rule that decides each claim; both stand here before any run.
+
+No hand touches the verdicts.
+"""
+
+from dataclasses import dataclass
+
+import pandas
+
+from lab.statistics import RESAMPLES, over_runs, rows_of
+from support.files import UserError
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sum of measured values, recipe by recipe with a sign, that must be over a margin."""
+
+    says: str
+    paper: str
+    measure: str  # a key of statistics.MEASURES
+    terms: tuple  # (+1 or -1, recipe), ...
+    margin: float = 0.0  # it must be over this
+
+    def recipes(self):
+        return [name for _, name in self.terms]
+
+    def formula(self):
+        terms = " ".join(f"{'+' if sign > 0 else '−'} {name}" for sign, name in self.terms)
+        terms = terms.removeprefix("+ ")
+        return f"{terms} > {100 * self.margin:g}" if self.margin else terms
+
+
+def above(better, worse):
+    return ((1, better), (-1, worse))
+
+
+MTBI, SELF = "MTBI, 2505.18644", "Self-Powered LSM, 2410.03798"
+VTB, BLSP = "VoiceTextBlender, 2410.17485", "BLSP, 2309.00916"
+GENERALIZATION = []
+for what in ("prompts", "tasks"):
+    for other in ("asr", "blsp", "vtb"):
+        GENERALIZATION.append(
+            Claim(
+                f"MTBI generalizes to unseen {what} better than {other}",
+                MTBI,
+                f"score, unseen {what}",
+                above("mtbi", other),
+            )
+        )
+CLAIMS = [
+    *GENERALIZATION,
+    Claim(
+        "interleaving helps",
+        MTBI,
+        "score, unseen tasks",
+        above("mtbi", "mtbi-no-interleave"),
+    ),
+    Claim(
+        "interleaving helps with 10% of the speech",
+        MTBI,
+        "score, unseen tasks",
+        above("mtbi@10", "mtbi-no-interleave@10"),
+    ),
+    Claim(
+        "and more than with all of it",
+        MTBI,
+        "score, unseen tasks",
+        above("mtbi@10", "mtbi-no-interleave@10") + above("mtbi-no-interleave", "mtbi"),
+    ),
+    Claim(
+        "fewer hours are needed: MTBI with 30% of the speech beats ASR tuning with all of it",
+        MTBI,
+        "score, unseen tasks",
+        above("mtbi@30", "asr"),
+    ),
+    Claim(
+        "behavior imitation with one task generalizes better than ASR tuning",
+        BLSP,
+        "score, unseen tasks",
+        above("blsp", "asr"),
+    ),
+    Claim(
+        "ASR instructions alone make the model ignore other instructions (anchor bias)",
+        SELF,
+        "ignored instruction",
+        above("vanilla-it", "self-powered"),
+    ),
+    Claim(
+        "self-powered data brings attention back to the instruction",
+        SELF,
+        "attention on instruction",
+        above("self-powered", "vanilla-it"),
+    ),
+    Claim(
+        "self-powered data generalizes better than ASR instructions alone",
+        SELF,
+        "score, everything but training's own cells",
+        above("self-powered", "vanilla-it"),
+    ),
+    Claim(
+        "without text-only data text skills are lost: more than one point of them",
+        VTB,
+        "text retention",
+        above("text", "vtb-no-text"),
+        margin=0.01,
+    ),
+    Claim(
+        "text-only data keeps them better",
+        VTB,
+        "text retention",
+        above("vtb", "vtb-no-text"),
+    ),
+    Claim(
+        "joint tuning handles unseen prompts better than ASR tuning",
+        VTB,
+        "score, unseen prompts",
+        above("vtb", "asr"),
+    ),
+    Claim(
+        "joint tuning handles multi-turn and mixed-modal input better than ASR tuning",
+        VTB,
+        "conversations of two turns",
+        above("vtb", "asr"),
+    ),
+    Claim(
+        "imitating the whole distribution narrows the behavior gap",
+        "ours",
+        "behavior gap",
+        above("mtbi", "mtbi-kl"),
+    ),
+]
+
+RULE = f"""holds: the 95% interval lies above zero (or the margin named); does not hold: it lies \
+below; undecided: it includes it. The interval is a bootstrap of the paired difference over runs \
+and over utterances ({RESAMPLES} resamples, percentiles 2.5 and 97.5), in which the differences \
+between runs are widened as Student's t does, because few runs show too little of them. One run \
+shows nothing of them: its verdicts are about that one training of each recipe. Each claim is \
+decided by itself: of forty without any truth in them one may seem to hold."""
+
+# the data-efficiency curve: recipes, and percents of the speech beside 100
+CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10, 30), "asr": (10, 30)}
+# what mtbi should reach in the tiny world
+BAR = {
+    "score, seen tasks and prompts": 0.95,
+    "score, unseen prompts": 0.93,
+    "score, unseen tasks": 0.85,
+}
+
+
+class Results:
+    """The table of answers of several runs, and what a measure is in it.
+
+    answers: the rows of all runs, with a column `run`.
+    """
+
+    def __init__(self, answers):
+        self.groups = dict(list(answers.groupby(["run", "system"], sort=False)))
+        self.runs = list(answers["run"].unique())
+        self.found = {}
+
+    def systems(self):
+        return list(dict.fromkeys(system for _, system in self.groups))
+
+    def runs_with(self, *systems):
+        return [run for run in self.runs if all((run, name) in self.groups for name in systems)]
+
+    def rows(self, run, system, measure):
+        """The rows (utterance, value) of a measure, in the order in which it was asked."""
+        key = (run, system, measure)
+        if key not in self.found:
+            self.found[key] = rows_of(self.groups[run, system], measure)
+        return self.found[key]
+
+    def over(self, system, measure):
+        """{"score", "ci95", "n", "by_run"} of a system, over its runs."""
+        return over_runs([self.rows(run, system, measure) for run in self.runs_with(system)])
+
+
+def paired_difference(results, run, claim):
+    """The rows (utterance, value) of a claim's sum in one run."""
+    first, total = None, 0.0
+    for sign, system in claim.terms:
+        rows = results.rows(run, system, claim.measure)
+        if first is None:
+            first = rows["utterance"].to_numpy()
+        if list(rows["utterance"]) != list(first):
+            raise UserError(
+                "the recipes of one run were asked different questions; choose another folder for "
+                "--out"
+            )
+        total = total + sign * rows["value"].to_numpy()
+    return pandas.DataFrame({"utterance": first, "value": total})
+
+
+def decide(claim, results):
+    """A claim's row: the value, its interval, the number of runs, and the verdict by RULE."""
+    runs = results.runs_with(*claim.recipes())
+    found = over_runs([paired_difference(results, run, claim) for run in runs])
+    low, high = found["ci95"]
+    if not found["n"]:
+        verdict = "not measured"
+    elif low > claim.margin:
+        verdict = "holds"
+    elif high < claim.margin:
+        verdict = "does not hold"
+    else:
+        verdict = "undecided"
+    return {
+        "claim": claim.says,
+        "paper": claim.paper,
+        "measure": claim.measure,
+        "difference": claim.formula(),
+        "recipes": claim.recipes(),
+        **found,
+        "verdict": verdict,
+    }
+
+
+def all_differences(results, systems, measures):
+    """A row for every measure and every pair of systems: what `decide` finds of one − the other.
+
+    Every pair, not those alone that a claim is about.
+    """
+    whole, rows = [name for name in systems if "@" not in name], []
+    for measure in measures:
+        for i, a in enumerate(whole):
+            for b in whole[i + 1 :]:
+                found = decide(Claim("", "", measure, above(a, b)), results)
+                if found["n"]:
+                    low, high = found["ci95"]
+                    rows.append(
+                        {
+                            "measure": measure,
+                            "system": a,
+                            "minus": b,
+                            "score": found["score"],
+                            "low": low,
+                            "high": high,
+                            "runs": found["n"],
+                            "verdict": found["verdict"],
+                        }
+                    )
+    return rows

@@ -1,0 +1,386 @@
+"""Every recipe, several seeds, one report: what each paper claims, and whether that holds here.
+
+Run everything that is not done yet; read the answers of all runs into one table; decide.
+"""
+
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+
+from data import read_manifest
+from lab.claims import BAR, CLAIMS, CURVE, RULE, Results, all_differences, decide
+from lab.compare_report import claims_table, write_comparison
+from lab.jobs import Jobs
+from lab.report import where_it_ran
+from lab.statistics import MEASURES, TASK, as_table, mean_or_none, repeat_wer, task_metrics
+from support.files import UserError, read_json, read_json_if_whole, write_json
+from support.logs import read_log
+from support.options import Between, Count, FramesAToken, command_words
+from support.runs import begin, finish, is_done
+
+
+@dataclass
+class CompareOptions:
+    out: str
+    """the folder to write: a run folder for each seed, report.md, plots"""
+    recipes: str = "all"
+    """which recipes, separated by commas"""
+    seeds: Count = 3
+    """how many seeds"""
+    quick: bool = False
+    """one seed, 300 steps, fewer questions: 25 minutes at most on two cores"""
+    no_curve: bool = False
+    """without the trainings on 10 and 30% of the speech"""
+
+    # training
+    steps: Count = 1000
+    """training steps of every recipe"""
+    batch_size: Count = 32
+    """utterances in a micro-batch"""
+    accumulate: Count = 1
+    """micro-batches in a step"""
+    k: FramesAToken | None = None
+    """encoder frames a speech token, of every recipe (blsp needs a power of two); default: by the
+    encoder's frame rate and the recipe's speech tokens a second"""
+
+    # benchmark
+    per_prompt: Count = 8
+    """questions for each prompt of each task"""
+    dialogues: Count = 60
+    """conversations of two turns of each kind"""
+    probes: Count = 96
+    """questions on which the behavior gap and the attention shares are measured"""
+
+    # speech
+    speech: str = "tiny"
+    """what `prepare` is given: `tiny`, a manifest, or a folder"""
+    train: Count = 1500
+    """tiny: training utterances to render"""
+    test: Count = 300
+    """tiny: held-out utterances to render"""
+    join: str | None = None
+    """of a manifest of single-word recordings: make strings of them, fewest:most words"""
+    count: Count | None = None
+    """how many such strings; default: as many as `prepare` makes"""
+    leave_one_speaker_out: bool = False
+    """a run for each speaker, held out in it, instead of one for each seed"""
+
+    # models
+    llm: str = "tiny"
+    """the LLM: `tiny`, a local folder, or a Hugging Face name"""
+    bits: Literal[4, 8, 16] = 4
+    """load the LLM in 4 (NF4), 8 or 16 (not quantized) bits"""
+    tasks: str | None = None
+    """task table; default: tiny/tasks.toml for the tiny LLM, tasks.toml for any other"""
+    encoder: str = "tiny"
+    """the speech encoder: `tiny`, a local folder, or a Hugging Face name"""
+    asr: str | None = None
+    """CTC model for the cascade; default: the speech encoder's own head, if it has one"""
+
+    jobs: Annotated[int, Between(1, 64)] | None = None
+    """commands at once, each in a process of its own; default: with the tiny models on a CPU one a
+    core, at most 4, elsewhere one"""
+
+    force: ClassVar = False
+    CHANGES_NOTHING: ClassVar = ("out", "recipes", "seeds", "no_curve", "jobs")  # may change later
+
+
+def shortened(options):
+    """What --quick makes of the options."""
+    return replace(
+        options,
+        seeds=1,
+        steps=min(options.steps, 300),
+        per_prompt=min(options.per_prompt, 4),
+        dialogues=min(options.dialogues, 30),
+        probes=min(options.probes, 48),
+    )
+
+
+def compare(options, run_command, chosen):
+    """Train and benchmark the chosen recipes in several runs, and test each paper's claims.
+
+    run_command: does a command, given as words. Writes OUT/report.md.
+    """
+    options = shortened(options) if options.quick else options
+    start, out = time.perf_counter(), Path(options.out)
+    names = chosen if options.no_curve else with_curve(chosen)
+    runs = runs_of(options)
+    is_done(  # refuses a folder of other settings; recipes and seeds may be added later
+        out,
+        "compare",
+        options,
+        {},
+        "report.md",
+        half_way="*/config.json",
+        advice="name another --out",
+    )
+    begin(out, "compare", options, {})
+    print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
+    tiny = {options.llm, options.encoder, options.asr or "tiny"} == {"tiny"}
+    jobs = Jobs(options.jobs, run_command, tiny)
+    sittings = read_json_if_whole(out / "sittings.json", "seconds") or {"seconds": []}
+    try:
+        measured = run_all(runs, options, names, jobs)
+    finally:  # however it ends, this was time spent
+        sittings["seconds"].append(round(time.perf_counter() - start))
+        write_json(out / "sittings.json", sittings)
+
+    kept = {run: read_records(out / run, systems) for run, systems in measured.items()}
+    if not any(kept.values()):
+        why = next(iter(jobs.failures.values()), "no recipe was asked for")
+        raise UserError(f"{out}: nothing could be measured: {why}")
+    report = summarize_runs(out, kept, ["text", "cascade", *names])
+    training = sum(row["train_seconds"] * row["runs"] for row in report["training"])
+    report["meta"] = {
+        **asdict(options),
+        "runs": [run.name for run in runs],
+        "recipes": names,
+        "failures": jobs.failures,
+        "jobs_at_once": jobs.at_once,
+        "wall_seconds_by_sitting": sittings["seconds"],
+        "training_seconds": round(training),
+        "bench_seconds": round(bench_seconds(kept)),
+        **where_it_ran(),
+    }
+    write_comparison(out, report)
+    finish(out, "compare", options, {})
+    print(f"\n{claims_table(report)}\n")
+    print(f"report: {out / 'report.md'}; {time.perf_counter() - start:.0f} s in this sitting")
+
+
+# ---- run ----
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """One run of the comparison: its name, its `prepare` command without --out, and its seed."""
+
+    name: str
+    prepare: tuple
+    seed: int
+
+
+def runs_of(options):
+    """A run for each seed, or for each speaker left out."""
+    source = ("prepare", options.speech, *command_words(options, "join", "count"))
+    if not options.leave_one_speaker_out:
+        return [OneRun(f"seed-{seed}", source, seed) for seed in range(options.seeds)]
+    if not Path(options.speech).is_file():
+        raise UserError(
+            f"--speech {options.speech}: --leave-one-speaker-out needs a JSONL manifest file "
+            "that names speakers, and this is none"
+        )
+    speakers = sorted({u.speaker for u in read_manifest(Path(options.speech))} - {""})
+    if len(speakers) < 2:
+        raise UserError(
+            f"{options.speech}: names {len(speakers)} speakers; --leave-one-speaker-out needs two "
+            "or more"
+        )
+    runs = []
+    for speaker in speakers:
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", speaker)
+        runs.append(OneRun(f"without-{name}", (*source, "--test-speakers", speaker), 0))
+    return runs
+
+
+def with_curve(names):
+    """The recipes chosen, and what the data-efficiency curve needs of them."""
+    names = list(names)
+    for name in list(names):
+        names += [f"{name}@{share}" for share in CURVE.get(name, ())]
+    return list(dict.fromkeys(names))
+
+
+class RunAll:
+    """The commands of a comparison: prepare, behaviors, train and bench, run by run."""
+
+    def __init__(self, options, jobs):
+        self.options, self.jobs, self.out = options, jobs, Path(options.out)
+
+    def attempt(self, run, name, *words):
+        words = [*words, "--seed", str(run.seed)]
+        return self.jobs.attempt(words, self.out / run.name, name)
+
+    def begin(self, run):
+        """Speech and behaviors; returns whether there are."""
+        folder, options = self.out / run.name, self.options
+        size = command_words(options, "train", "test") if options.speech == "tiny" else []
+        prepare = [*run.prepare, *size, "--out", str(folder / "data")]
+        if not self.attempt(run, "data", *prepare):
+            return False
+        llm = command_words(options, "llm", "bits", "tasks")
+        behaviors = ["behaviors", str(folder / "data"), "--out", str(folder), *llm]
+        return self.attempt(run, "behaviors", *behaviors)
+
+    def train(self, pair):
+        """Train one recipe in one run; returns whether it is trained."""
+        run, recipe = pair
+        how = command_words(self.options, "encoder", "k", "steps", "batch_size", "accumulate")
+        words = ["train", str(self.out / run.name), "--recipe", recipe, *how]
+        return self.attempt(run, recipe, *words)
+
+    def is_trained(self, pair):
+        run, recipe = pair
+        return (self.out / run.name / recipe / "connector.safetensors").exists()
+
+    def bench(self, run, trained):
+        """Measure the trained recipes of a run; returns the systems that were measured."""
+        asked = command_words(self.options, "per_prompt", "dialogues", "probes", "asr")
+        words = ["bench", str(self.out / run.name), *asked, "--recipes"]
+        if trained and not self.attempt(run, "bench", *words, ",".join(trained)):
+            # one of them spoils it: each by itself
+            trained = [name for name in trained if self.attempt(run, name, *words, name)]
+        return ["text", "cascade", *trained] if trained else []
+
+
+def run_all(runs, options, names, jobs):
+    """Do all that is not done already; returns {run: the systems measured in it now}."""
+    work = RunAll(options, jobs)
+    begun = jobs.each("prepare and behaviors", work.begin, runs)
+    ready = [run for run, good in zip(runs, begun) if good]
+
+    # recipe by recipe: a comparison half done compares some in all runs
+    pairs = [(run, recipe) for recipe in names for run in ready]
+    todo = [pair for pair in pairs if not work.is_trained(pair)]
+    results = dict(zip(todo, jobs.each("train", work.train, todo)))
+    trained = {run: [] for run in ready}
+    for run, recipe in pairs:
+        pair = (run, recipe)
+        # what is there needs no process of its own: it is only looked at
+        if results[pair] if pair in results else work.train(pair):
+            trained[run].append(recipe)
+
+    systems = jobs.each("bench", lambda run: work.bench(run, trained[run]), ready)
+    return {run.name: names for run, names in zip(ready, systems)}
+
+
+# ---- measure ----
+
+
+def read_records(folder, systems):
+    """{system: its record} of a run, of those that are there."""
+    records = {}
+    for name in systems:
+        path = folder / "bench" / f"{name}.json"
+        if path.exists():
+            records[name] = read_json(path, "rows", "attention", "seconds")
+    return records
+
+
+def bench_seconds(kept):
+    seconds = 0.0
+    for records in kept.values():
+        seconds += sum(record["seconds"] for record in records.values())
+    return seconds
+
+
+def all_answers(kept):
+    """The answers of all runs as one table, with a column `run`."""
+    rows = []
+    for run, records in kept.items():
+        for record in records.values():
+            rows += [{"run": run, **row} for row in record["rows"]]
+    return as_table(rows)
+
+
+def summarize_runs(out, kept, names):
+    """Everything report.md and the plots show, as tables: lists of rows."""
+    answers = all_answers(kept)
+    results = Results(answers)
+    systems = [name for name in names if name in results.systems()]
+    tasks = answers[answers["set"] == "questions"]["task"].unique()
+    measures = [*MEASURES, *(TASK + task for task in tasks)]
+    named = [m for m in MEASURES if "," in m or " " in m]  # all but the single cells
+    return {
+        "rule": RULE,
+        "claims": [decide(claim, results) for claim in CLAIMS],
+        "bar": BAR,
+        "scores": score_rows(results, systems, measures),
+        "repeat_wer": wer_rows(answers, systems),
+        "metrics": metric_rows(answers, systems),
+        "differences": all_differences(results, systems, named),
+        "attention": attention_by_system(kept, systems),
+        "training": [training_row(out, kept, s) for s in systems if s not in ("text", "cascade")],
+    }
+
+
+def score_rows(results, systems, measures):
+    """A row for every system and measure, over its runs."""
+    rows = []
+    for system in systems:
+        for measure in measures:
+            found = results.over(system, measure)
+            low, high = found["ci95"]
+            if low is not None:
+                # no score is below 0 or above 1, whatever Student's t says
+                most = np.inf if measure == "behavior gap" else 1.0
+                low, high = (float(np.clip(end, 0, most)) for end in (low, high))
+            rows.append(
+                {
+                    "system": system,
+                    "measure": measure,
+                    "score": found["score"],
+                    "low": low,
+                    "high": high,
+                    "runs": found["n"],
+                    "by_run": found["by_run"],
+                }
+            )
+    return rows
+
+
+def wer_rows(answers, systems):
+    """The word error rate of the task repeat, as the mean over runs."""
+    rows = []
+    for system in systems:
+        by_run = answers[answers["system"] == system].groupby("run", sort=False)
+        rows.append({"system": system, "wer": mean_or_none(repeat_wer(run) for _, run in by_run)})
+    return rows
+
+
+def metric_rows(answers, systems):
+    """Exact match, WER, chrF and BLEU of every system and task, as means over the runs."""
+    rows = []
+    for system in systems:
+        by_run = answers[answers["system"] == system].groupby("run", sort=False)
+        tables = [task_metrics(run) for _, run in by_run]
+        for task in tables[0]:
+            if all(task in table for table in tables):
+                means = {"system": system, "task": task}
+                for metric in tables[0][task]:
+                    means[metric] = mean_or_none(table[task][metric] for table in tables)
+                rows.append(means)
+    return rows
+
+
+def attention_by_system(kept, systems):
+    """{system: {"instruction": [by layer], "utterance": [by layer]}}, as means over the runs."""
+    found = {}
+    for system in systems:
+        runs = [records[system]["attention"] for records in kept.values() if system in records]
+        runs = [shares for shares in runs if shares]
+        if runs:
+            found[system] = {}
+            for where in runs[0]:
+                found[system][where] = np.mean([run[where] for run in runs], axis=0).tolist()
+    return found
+
+
+def training_row(out, kept, system):
+    """Trained parameters, audio seconds heard and seconds of a recipe, as means over the runs."""
+    folders = [out / run / system for run, records in kept.items() if system in records]
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
+    audio = [sum(row["audio_seconds"] for row in log) for log in logs]
+    spec = read_json(folders[0] / "model.json", "trained_parameters")
+    return {
+        "system": system,
+        "runs": len(logs),
+        "trained_parameters": spec["trained_parameters"],
+        "audio_seconds": float(np.mean(audio)),
+        "train_seconds": float(np.mean([log[-1]["seconds"] for log in logs])),
+    }

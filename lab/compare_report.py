@@ -1,0 +1,295 @@
+"""What `compare` writes: report.md, report.json, tables as CSV, and the plots drawn from them."""
+
+import numpy as np
+import pandas
+
+from eval import DIALOGUES, QUADRANTS
+from lab import plots
+from lab.report import TERMS, markdown_table, percent, quadrant_names
+from lab.statistics import TASK
+from support.files import whole_file, write_json, write_text
+
+CONVERSATIONS = "conversations of two turns"
+
+
+class Scores:
+    """The table of scores, one row for a system and a measure."""
+
+    def __init__(self, report):
+        self.table = pandas.DataFrame(report["scores"]).set_index(["system", "measure"])
+        self.systems = list(self.table.index.get_level_values("system").unique())
+        self.measures = list(self.table.index.get_level_values("measure").unique())
+        # the recipes on a part of the speech are for the curve
+        self.whole = [name for name in self.systems if "@" not in name]
+
+    def get(self, system, measure):
+        return self.table.loc[(system, measure)]
+
+    def cell(self, system, measure):
+        """As the plots want it."""
+        found = self.get(system, measure)
+        if not found["runs"]:
+            return {"score": None, "ci95": [None, None]}
+        return {"score": found["score"], "ci95": [found["low"], found["high"]]}
+
+
+# ---- tables ----
+
+
+def interval(score, low, high, digits=1, factor=100):
+    if score is None or pandas.isna(score):
+        return "–"
+    return f"{factor * score:.{digits}f} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+
+
+def claims_table(report):
+    """The claims about recipes that were asked for; how many others there are is said below."""
+    asked = {"text", "cascade", *report["meta"]["recipes"]}
+    claims = [claim for claim in report["claims"] if asked >= set(claim["recipes"])]
+    head = ["claim", "paper", "difference", "in", "measured [95%]", "runs", "verdict"]
+    rows = []
+    for claim in claims:
+        is_gap = claim["measure"] == "behavior gap"
+        digits, factor, unit = (3, 1, "nats/token") if is_gap else (1, 100, "points")
+        measured = interval(claim["score"], *claim["ci95"], digits, factor)
+        where = f"{claim['measure']}, {unit}"
+        row = [claim["claim"], claim["paper"], claim["difference"], where, measured]
+        rows.append([*row, str(claim["n"]), f"**{claim['verdict']}**"])
+    table, others = markdown_table(head, rows), len(report["claims"]) - len(claims)
+    if others:
+        table += f"\n\n{others} other claims are about recipes that were not asked for here."
+    return table
+
+
+def wer_of(report):
+    return {row["system"]: row["wer"] for row in report["repeat_wer"]}
+
+
+def recipe_table(report):
+    scores, wer = Scores(report), wer_of(report)
+    head = ["recipe (runs)", *quadrant_names(" × "), "repeat WER", "ignored instruction"]
+    head += ["behavior gap", "text retention", "conversations"]
+
+    def shown(name, measure, *form):
+        found = scores.get(name, measure)
+        return interval(found["score"], found["low"], found["high"], *form)
+
+    rows = []
+    for name in scores.systems:
+        row = [f"`{name}` ({scores.get(name, QUADRANTS[0])['runs']})"]
+        row += [shown(name, q) for q in QUADRANTS]
+        row += [percent(wer[name]), shown(name, "ignored instruction")]
+        row += [shown(name, "behavior gap", 3, 1), shown(name, "text retention")]
+        rows.append([*row, shown(name, CONVERSATIONS)])
+    return markdown_table(head, rows)
+
+
+def spread_table(report):
+    """The same, with the lowest and the highest run instead of intervals."""
+    scores, wer = Scores(report), wer_of(report)
+    measures = ["ignored instruction", "text retention", CONVERSATIONS]
+
+    def spread(name, measure):
+        found = scores.get(name, measure)
+        if not found["runs"]:
+            return "–"
+        low, high = min(found["by_run"]), max(found["by_run"])
+        return f"{percent(found['score'])} ({100 * low:.0f}–{100 * high:.0f})"
+
+    rows = []
+    for name in scores.systems:
+        row = [f"`{name}`", *(spread(name, q) for q in QUADRANTS), percent(wer[name])]
+        rows.append([*row, *(spread(name, m) for m in measures)])
+    return markdown_table(["system", *quadrant_names(" × "), "repeat WER", *measures], rows)
+
+
+def bar_table(report):
+    """The quality bar: shares of the top line that mtbi should reach, and 97% of the cascade."""
+    meta, scores = report["meta"], Scores(report)
+    if {meta[key] for key in ("speech", "llm", "encoder")} != {"tiny"} or meta["tasks"]:
+        return "It is of the tiny world, and this is another."
+    if not {"mtbi", "cascade"} <= set(scores.systems):
+        return "Not measured: it needs `mtbi` and `cascade`."
+    head = ["cells", "mtbi", "bar", "reached", "share of the cascade", "97% reached"]
+    rows = []
+    for measure, bar in report["bar"].items():
+        ours, cascade = scores.get("mtbi", measure), scores.get("cascade", measure)
+        if not ours["runs"] or not cascade["runs"]:
+            continue
+        row = [measure.removeprefix("score, "), percent(ours["score"]), percent(bar, 0)]
+        row.append("yes" if ours["score"] >= bar else "no")
+        if cascade["score"]:
+            share = ours["score"] / cascade["score"]
+            row += [percent(share), "yes" if share >= 0.97 else "no"]
+        else:
+            row += ["–", "–"]
+        rows.append(row)
+    return markdown_table(head, rows)
+
+
+def training_table(report):
+    head = ["recipe", "runs", "trained parameters", "audio heard, hours", "training, s"]
+    rows = []
+    for row in report["training"]:
+        size, hours = row["trained_parameters"] / 1e6, row["audio_seconds"] / 3600
+        cells = [f"`{row['system']}`", str(row["runs"]), f"{size:.2f}M", f"{hours:.1f}"]
+        rows.append([*cells, f"{row['train_seconds']:.0f}"])
+    return markdown_table(head, rows)
+
+
+def difference_table(report, measure="score, unseen tasks"):
+    """Row minus column, points; bold where the interval excludes zero."""
+    found, names = {}, []
+    for row in report["differences"]:
+        if row["measure"] == measure:
+            found[row["system"], row["minus"]] = (row["score"], row["verdict"])
+            found[row["minus"], row["system"]] = (-row["score"], row["verdict"])
+            names += [row["system"], row["minus"]]
+    names = list(dict.fromkeys(names))
+    if not names:
+        return "Not measured: there are no two recipes with all the speech."
+    rows = []
+    for a in names:
+        cells = [f"`{a}`"]
+        for b in names:
+            score, verdict = found.get((a, b), (None, "undecided"))
+            text = "" if score is None else f"{round(100 * score, 1) + 0.0:+.1f}"
+            cells.append(text if verdict == "undecided" else f"**{text}**")
+        rows.append(cells)
+    return markdown_table(["", *(f"`{name}`" for name in names)], rows)
+
+
+# ---- files ----
+
+
+def write_comparison(out, report):
+    """The plots, the tables as CSV, report.md, and last report.json."""
+    draw_comparison(out, report)
+    write_text(out / "report.md", comparison_as_markdown(report))
+    for name in ("scores", "metrics", "differences"):
+        with whole_file(out / f"{name}.csv") as temporary:
+            pandas.DataFrame(report[name]).to_csv(temporary, index=False)
+    too_long = ("metrics", "differences")  # they are in their CSV files alone
+    write_json(out / "report.json", {key: report[key] for key in report if key not in too_long})
+
+
+def comparison_as_markdown(report):
+    meta, failures = report["meta"], report["meta"]["failures"]
+    several = len(meta["runs"]) > 1
+    title = f"{', '.join(meta['recipes'])}: {len(meta['runs'])} run{'s' if several else ''}"
+    title += ", shortened" if meta["quick"] else ""
+    over = "runs and utterances" if several else "utterances"
+    failed = "\n".join(f"- {name}: {why}" for name, why in failures.items())
+    failed = f"\n**Failed:**\n{failed}\n" if failures else ""
+    spread = "The same, in brackets the lowest and the highest run instead of an interval:\n\n"
+    spread = spread + spread_table(report) + "\n" if several else ""
+    curve = "![unseen tasks by share of the speech](curve.png)"
+    if not curve_points(report):
+        curve = "Not measured: no recipe was trained on a part of the speech."
+    made = "\n".join(f"- {key}: {value}" for key, value in meta.items() if key != "failures")
+    return f"""# {title}
+
+On held-out speakers and sentences; in percent, the behavior gap in nats a token; in brackets 95% \
+bootstrap intervals over {over}.
+
+{TERMS}
+
+## Claims
+
+{claims_table(report)}
+
+The rule, written before the run: {report["rule"]} Runs: {", ".join(meta["runs"])}.
+{failed}
+## The quality bar
+
+{bar_table(report)}
+
+## Recipes
+
+{recipe_table(report)}
+
+{spread}
+![recipe × quadrant](quadrants.png)
+
+![ignored instruction](ignored.png)
+
+![recipe × task](tasks.png)
+
+![conversations](dialogues.png)
+
+Every score, with its interval: scores.csv. Exact match, WER, chrF and BLEU of every task, as \
+means over the runs: metrics.csv.
+
+## Paired differences
+
+Row minus column in points of the score on unseen tasks; bold: the 95% interval excludes zero, by \
+the same rule. Every other measure, with the intervals: differences.csv.
+
+{difference_table(report)}
+
+## Data efficiency
+
+{curve}
+
+## Attention
+
+![attention by layer](attention.png)
+
+## Text retention
+
+![text retention](retention.png)
+
+## How this was made
+
+{training_table(report)}
+
+{made}
+"""
+
+
+# ---- plots ----
+
+
+def draw_comparison(out, report):
+    """Every PNG, from the table of scores."""
+    scores = Scores(report)
+
+    def cells(*measures):
+        return {name: [scores.cell(name, m) for m in measures] for name in scores.whole}
+
+    of_text = "score, % of the text LLM"
+    names = quadrant_names("\n")
+    plots.bars(out / "quadrants.png", names, cells(*QUADRANTS), "Generalization", of_text)
+    names = [kind.replace("_", " ") for kind in DIALOGUES]
+    plots.bars(
+        out / "dialogues.png", names, cells(*DIALOGUES), "Conversations of two turns", of_text
+    )
+    for name, measure in (("ignored", "ignored instruction"), ("retention", "text retention")):
+        plots.bars(out / f"{name}.png", [measure], cells(measure), measure.capitalize(), "%")
+
+    tasks = [m for m in scores.measures if m.startswith(TASK)]
+    grid = [[scores.get(name, task)["score"] for name in scores.systems] for task in tasks]
+    names = [task.removeprefix(TASK) for task in tasks]
+    grid = np.array(grid, dtype=float)
+    plots.heat_map(out / "tasks.png", names, scores.systems, grid, "score by task, %")
+
+    curves, axis = curve_points(report), "share of the training speech, %"
+    if curves:
+        ylabel = "score on unseen tasks, % of the text LLM"
+        plots.lines(out / "curve.png", curves, axis, ylabel, "Data efficiency")
+    whole = {name: row for name, row in report["attention"].items() if "@" not in name}
+    plots.attention(out / "attention.png", whole)
+
+
+def curve_points(report):
+    """{recipe: (shares of the speech, scores on unseen tasks, (lows, highs))}, in percent."""
+    scores, curves = Scores(report), {}
+    for name in scores.whole:
+        points = [int(s.partition("@")[2]) for s in scores.systems if s.startswith(f"{name}@")]
+        if not points:
+            continue
+        systems = [f"{name}@{share}" for share in sorted(points)] + [name]
+        rows = [scores.get(system, "score, unseen tasks") for system in systems]
+        spread = ([100 * row["low"] for row in rows], [100 * row["high"] for row in rows])
+        curves[name] = ([*sorted(points), 100], [100 * row["score"] for row in rows], spread)
+    return curves

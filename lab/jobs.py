@@ -1,0 +1,221 @@
+"""Several commands of mtbi.py, each in a process of its own; one that fails stops no other."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from support.files import PROJECT, whole_file
+from support.processes import DEVICE
+
+MOST = 4  # processes at once, if nothing else is said: each wants 1.4 GB of memory
+GLANCE = 0.5  # seconds between two looks at what a process says
+
+
+class Failed(Exception):
+    """A command in a process of its own that failed: the last line it wrote, and all it wrote."""
+
+    def __init__(self, line, output):
+        super().__init__(line)
+        self.output = output
+
+
+class Jobs:
+    """Runs commands, one after the other here, or several at once in processes of their own.
+
+    What failed is kept in `failures`, {"FOLDER/NAME": why}, and the whole of it in
+    FOLDER/failed-COMMAND-NAME.txt.
+    """
+
+    def __init__(self, at_once, run_command, tiny):
+        self.at_once, why = at_once, "as asked by --jobs"
+        if not at_once:
+            self.at_once, why = jobs_that_fit(tiny)
+        print(f"jobs: {self.at_once} at once, {why}")
+        self.run_command, self.failures = run_command, {}
+        self.threads = 0  # of each process; 0: no processes, one command after the other, here
+        self.running, self.stopped, self.lock = set(), False, threading.Lock()
+        self.lines = []  # which lines of the screen show a process; None: free
+
+    def each(self, what, function, items):
+        """[function(item) for item in items], several at once if there are several items.
+
+        What `attempt` runs meanwhile, it runs in processes of their own.
+        """
+        at_once = min(self.at_once, len(items))
+        if at_once < 2:
+            return [function(item) for item in items]
+        self.threads = max(1, torch.get_num_threads() // at_once)
+        self.lines = [None for _ in range(at_once)]
+        bar = tqdm(desc=what, total=len(items), unit="job")
+        try:
+            with sigterm_as_ctrl_c(), ThreadPoolExecutor(at_once) as pool, bar:
+                futures = [pool.submit(function, item) for item in items]
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                        bar.update()
+                except BaseException:  # KeyboardInterrupt above all
+                    self.stop()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            return [future.result() for future in futures]
+        finally:
+            self.threads = 0
+
+    def together(self, words, folder):
+        """One command that several processes share, as torchrun starts it; Failed if it fails."""
+        if self.at_once < 2:
+            self.run_command(words)
+            return
+        shared = {
+            "WORLD_SIZE": str(self.at_once),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+
+        def one_of_them(rank):
+            name = f"output-{words[0]}" + (f"-{rank}" if rank else "") + ".txt"
+            ranked = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.in_a_process(words, folder / name, ranked)
+
+        self.each(f"{words[0]}, shared", one_of_them, range(self.at_once))
+
+    def stop(self):
+        """Begin no process any more, and end those that run: the trainings save a state first."""
+        with self.lock:
+            self.stopped = True
+            if os.name == "nt":
+                return  # Windows has told them already, and knows no friendly way to tell one alone
+            for process in self.running:
+                process.terminate()
+
+    def attempt(self, words, folder, name):
+        """Run a command; if it fails, say so, keep why, and go on. Returns whether it succeeded."""
+        key, why = f"{folder.name}/{name}", folder / f"failed-{words[0]}-{name}.txt"
+        try:
+            tqdm.write(f"{'' if self.threads else chr(10)}$ python mtbi.py {' '.join(words)}")
+            if self.threads:
+                self.in_a_process(words, folder / f"output-{words[0]}-{name}.txt")
+            else:
+                self.run_command(words)
+            why.unlink(missing_ok=True)
+            return True
+        except Exception as error:  # whatever it is, the others are to go on
+            if isinstance(error, Failed):
+                said, whole = str(error), error.output
+            else:
+                said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                said, whole = said.removeprefix("UserError: "), traceback.format_exc()
+            self.failures[key] = said
+            tqdm.write(f"FAILED: {key}: {said}")
+            with whole_file(why) as temporary:
+                temporary.write_text(whole, encoding="utf-8")
+            return False
+
+    def in_a_process(self, words, output, more=None):
+        """Run a command in a process of its own, which writes what it says to the file `output`.
+
+        more: environment variables of its own. Failed if it fails.
+        """
+        output.parent.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONIOENCODING": "utf-8",
+            "PYTHONUNBUFFERED": "1",  # so that its last line is the last thing it said
+            **(more or {}),
+        }
+        command = [sys.executable, str(PROJECT / "mtbi.py"), *words]
+        with output.open("w", encoding="utf-8") as file, self.lock:
+            if self.stopped:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+            self.running.add(process)
+        code = self.watch(process, output)
+        with self.lock:
+            self.running.discard(process)
+            self.stopped |= code == 130  # Ctrl-C reached it first
+        if self.stopped:
+            raise KeyboardInterrupt
+        if code:
+            last, said = last_line(output), output.read_text(encoding="utf-8", errors="replace")
+            line = last.removeprefix("mtbi: ") if code == 2 else f"{last} (exit code {code})"
+            raise Failed(line, said)
+
+    def watch(self, process, output):
+        """Wait for a process, showing the last line it wrote on a line of the screen."""
+        with self.lock:
+            place = self.lines.index(None) if None in self.lines else len(self.lines)
+            self.lines[place : place + 1] = [process]
+        line = tqdm(
+            bar_format="{desc}", position=place + 1, leave=False, disable=not sys.stderr.isatty()
+        )
+        with line:
+            while True:
+                try:
+                    code = process.wait(GLANCE)
+                    break
+                except subprocess.TimeoutExpired:
+                    line.set_description_str(last_line(output)[-110:])
+        with self.lock:
+            self.lines[place] = None
+        return code
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def last_line(output):
+    """The last thing that a process wrote; a progress bar overwrites its line again and again."""
+    said = output.read_text(encoding="utf-8", errors="replace").strip()
+    lines = said.replace("\r", "\n").splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def lines_without_bars(output):
+    """What a process wrote, without its progress bars."""
+    kept = []
+    for line in output.read_text(encoding="utf-8", errors="replace").split("\n"):
+        line = line.split("\r")[-1]
+        if line.strip() and "%|" not in line and "it/s]" not in line:
+            kept.append(line)
+    return kept
+
+
+def jobs_that_fit(tiny):
+    """(how many jobs at once, the reason)."""
+    if DEVICE != "cpu":
+        return 1, "because one training fills a GPU"
+    if not tiny:
+        return 1, "because one training fills a CPU, if the models are not tiny"
+    threads = torch.get_num_threads()
+    why = (
+        f"because PyTorch has {threads} threads, of which a tiny model needs one, and each process "
+        f"takes 1.4 GB of memory; {MOST} at most"
+    )
+    return min(MOST, threads), why
+
+
+@contextmanager
+def sigterm_as_ctrl_c():
+    """Asked to end, end like by Ctrl-C: otherwise the processes begun would go on alone."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,217 @@
+"""Will it fit? What a training takes of a GPU, and with which settings, before anything is loaded.
+
+    python mtbi.py plan --llm Qwen/Qwen2.5-7B-Instruct --vram 8
+
+model_shapes.py says what the models look like, memory.py counts the bytes, here they are weighed.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+
+from data import Recipe
+from lab.memory import CONTEXT, GB, behaviors_bytes, estimate
+from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
+from model import PRECISIONS
+from support.options import Count, Rank, Size
+from train import CHECKPOINT_FROM
+
+
+@dataclass
+class PlanOptions:
+    llm: str = "Qwen/Qwen2.5-7B-Instruct"
+    """a Hugging Face name or a local folder; the ones in the table of lab/model_shapes.py need no
+    download"""
+    encoder: str = "openai/whisper-large-v3"
+    """likewise"""
+    vram: Size = 8.0
+    """GPU memory, GB"""
+    bits: Literal[4, 8, 16] = 4
+    """the LLM's weights in 4 (NF4), 8 or 16 (not quantized) bits"""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """what the LLM computes in"""
+    seconds: Size = 15.0
+    """length of the longest clips, seconds"""
+    prompt_tokens: Count = 48
+    """tokens of the prompt and the chat template"""
+    answer_tokens: Count = 64
+    """tokens of the longest answers"""
+    connector: str = "stack-mlp"
+    """stack-mlp, conv or qformer"""
+    lora: Rank = 0
+    """rank of a LoRA adapter on the LLM, 0 for none"""
+    batch_size: Count = 32
+    """utterances in a step; how many go through at once is what the plan finds"""
+    hours: Size = 100.0
+    """hours of speech, for the size of the features"""
+
+
+def plan(options):
+    """Say whether a training fits a GPU, and with which settings, before anything is loaded."""
+    options = replace(
+        options,
+        llm=full_name(options.llm, "llm"),
+        encoder=full_name(options.encoder, "encoder"),
+    )
+    llm_config = find_config(options.llm, "llm").get_text_config()
+    encoder_config = find_config(options.encoder, "encoder")
+    encoder = encoder_shape(encoder_config, options.encoder)
+    room = options.vram * GB - CONTEXT
+
+    best = best_fit(options, llm_config, encoder, room)
+    print_table(options, llm_config, best, speech_rows(options, encoder_config, encoder))
+    answered = answers_at_once(options, llm_config, best.parts["weights"], room)
+    if best.fits and answered:
+        print_commands(options, best, answered)
+        return
+    needed = (best.parts["peak"] + CONTEXT) / GB
+    packed = "" if options.bits == 4 else "--bits 4, "
+    print(
+        f"\nIt does not fit {options.vram:g} GB, even with one utterance at a time and gradient "
+        f"checkpointing: {needed:.1f} GB are needed. A smaller LLM, shorter clips, {packed}or a "
+        "larger card."
+    )
+
+
+# ---- the search ----
+
+
+@dataclass
+class Fit:
+    """A way to train, and what it takes."""
+
+    micro_batch: int  # conversations that go through at once
+    checkpointing: bool
+    parts: dict  # as `estimate` gives them
+    fits: bool
+
+
+def best_fit(options, llm_config, encoder, room):
+    """The Fit with the largest micro-batch within `room` bytes, or one of a single conversation.
+
+    Without checkpointing, where that costs no more than half of the micro-batch and the LLM is
+    small.
+    """
+    estimated = partial(
+        estimate,
+        llm_config,
+        encoder.width,
+        encoder.frame_rate,
+        bits=options.bits,
+        dtype=PRECISIONS[options.precision],
+        seconds=options.seconds,
+        prompt=options.prompt_tokens,
+        answer=options.answer_tokens,
+        connector=options.connector,
+        lora=options.lora,
+    )
+    fast = largest_fit(estimated, options.batch_size, False, room)
+    frugal = largest_fit(estimated, options.batch_size, True, room)
+    llm, _ = llm_shape(llm_config, torch.float32)
+    is_small = sum(p.numel() for p in llm.parameters()) < CHECKPOINT_FROM
+    if fast.fits and is_small and 2 * fast.micro_batch >= frugal.micro_batch:
+        return fast
+    return frugal
+
+
+def largest_fit(estimated, batch_size, checkpointing, room):
+    """The Fit with the largest micro-batch that fits and divides the step, halved as need be."""
+    micro_batch = batch_size
+    while True:
+        parts = estimated(batch=micro_batch, checkpointing=checkpointing)
+        fits = parts["peak"] <= room
+        if fits or micro_batch == 1:
+            return Fit(micro_batch, checkpointing, parts, fits)
+        micro_batch //= 2
+        while batch_size % micro_batch:
+            micro_batch -= 1
+
+
+def answers_at_once(options, llm_config, weights, room):
+    """How many transcripts stage 1 can answer at once within `room` bytes; 0: not one."""
+    transcript = round(options.seconds * 4)  # tokens, at about four a second
+    tokens = options.prompt_tokens + transcript + options.answer_tokens
+    dtype = PRECISIONS[options.precision]
+    for batch in (128, 64, 32, 16, 8, 4, 2, 1):
+        if behaviors_bytes(llm_config, weights, dtype, batch, tokens) <= room:
+            return batch
+    return 0
+
+
+# ---- what is printed ----
+
+
+def print_table(options, config, best, more):
+    """What takes how much memory, and why; more: rows beside the step's own."""
+    parts = best.parts
+    shape = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+    packed = f"{options.bits} bits, the embeddings in {options.precision}"
+    if options.bits == 16:
+        packed = "not quantized"
+    llm = f"{options.llm}: {shape}, vocabulary of {config.vocab_size}; {packed}"
+
+    trained = f"{parts['trained_parameters'] / 1e6:.1f}M parameters x 16 bytes"
+    speech = round(options.seconds * Recipe.tokens_per_second)
+    length = speech + options.prompt_tokens + options.answer_tokens
+    checkpointing = f"gradient checkpointing {'on' if best.checkpointing else 'off'}"
+    step = f"{best.micro_batch} x {length} positions at once, {checkpointing}"
+
+    rows = [
+        ("LLM weights", parts["weights"], llm),
+        (
+            "connector and optimizer",
+            parts["trained"],
+            f"{trained}: weight, gradient, two moments, all fp32",
+        ),
+        ("activations", parts["activations"], step),
+        (
+            "one matrix unpacked",
+            parts["unpacked"],
+            "quantized weights are unpacked as they are used",
+        ),
+        ("CUDA itself", CONTEXT, "assumed"),
+        ("peak", parts["peak"] + CONTEXT, f"of {options.vram:g} GB"),
+        *more,
+    ]
+    print("| what | GB | why |\n|---|---|---|")
+    for what, size, why in rows:
+        print(f"| {what} | {size / GB:.2f} | {why} |")
+
+
+def speech_rows(options, config, encoder):
+    """The rows of what is needed at another time than the step: the encoder, and the disk."""
+    weight = 2 if config.model_type == "whisper" else 4  # bytes, as model.py loads them on a GPU
+    frames = options.hours * 3600 * encoder.frame_rate
+    when = (
+        "on the GPU only while features are made, before the LLM is loaded; --cache-features off: "
+        "all the time"
+    )
+    return [
+        ("speech encoder", encoder.parameters * weight, f"{options.encoder}: {when}"),
+        ("features, on disk", frames * encoder.width * 2, f"{options.hours:g} hours of speech"),
+    ]
+
+
+def print_commands(options, best, answered):
+    """The two stages, with the settings that fit."""
+    behaviors = [
+        f"python mtbi.py behaviors DATA --out RUN --llm {options.llm} --bits {options.bits}",
+        f"--precision {options.precision} --batch-size {answered}",
+    ]
+    accumulate = options.batch_size // best.micro_batch
+    train = [
+        f"python mtbi.py train RUN --encoder {options.encoder}",
+        f"--batch-size {best.micro_batch} --accumulate {accumulate}",
+        f"--gradient-checkpointing {'on' if best.checkpointing else 'off'}",
+        f"--precision {options.precision} --cache-features disk",
+    ]
+    if options.connector != "stack-mlp":
+        train.append(f"--connector {options.connector}")
+    if options.lora:
+        train.append(f"--lora {options.lora}")
+    print(f"\nIt fits {options.vram:g} GB, with")
+    print(f"  {' '.join(behaviors)}")
+    print(f"  {' '.join(train)}")
+    print("Estimated, on shapes alone; no GPU was asked.")

@@ -1,0 +1,508 @@
+"""Time a training step on random weights of a real size, beside a plain baseline.
+
+    python -m lab.step --llm Qwen/Qwen2.5-7B-Instruct --encoder openai/whisper-large-v3
+
+Nothing is downloaded. Ours is the step of train.py: speech of its own length, encoder frames made
+beforehand, the vocabulary projection at response tokens only. The baseline does what BLSP's
+training loop does (arXiv 2309.00916): it pads speech to 30 s, runs the encoder in every step, and
+computes logits at every position. Both use the same weights, conversations, precision and gradient
+checkpointing, one after the other. Tokenization is in neither.
+"""
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import logging
+
+import bitsandbytes
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from data import Example, Recipe, Response, Speech, Text
+from lab.memory import GB, LiveBytes, estimate
+from lab.model_shapes import find_config
+from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, connector_class
+from model import embedding_rms
+from support.files import UserError, ceil_div, write_json
+from support.hub import TINY
+from support.options import Count, Size, parse_options
+from support.processes import DEVICE
+from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, update
+
+# bitsandbytes warns of an optional kernel package
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+FRAME_RATE = 50.0  # encoder frames a second, of Whisper
+PADDED_MEL_FRAMES = 3000  # 30 s, as Whisper pads
+CONNECTOR = "stack-mlp"
+PLAN_IS_CLOSE = 0.15  # plan's estimate of the peak should be within this share of the measured one
+
+
+@dataclass
+class StepOptions:
+    llm: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    """a name in the table of lab/model_shapes.py, or a local folder"""
+    encoder: str = "openai/whisper-small"
+    """a Whisper in the table of lab/model_shapes.py, or a local folder"""
+    layers: Count | None = None
+    """only so many layers of the LLM, where the whole is too much; default: all"""
+    bits: Literal[4, 16] = 4
+    """the LLM's weights in NF4, or not quantized"""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
+    CPU"""
+    seconds: Size = 15.0
+    """length of the clips, seconds"""
+    batch_size: Count = 4
+    """conversations in a micro-batch"""
+    prompt_tokens: Count = 48
+    """tokens of the prompt and the chat template"""
+    answer_tokens: Count = 64
+    """tokens of an answer"""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """compute activations again in the backward pass instead of keeping them; auto: from 3B
+    parameters on"""
+    steps: Count = 10
+    """timed steps; the faster half counts"""
+    ours_only: bool = False
+    """without the baseline"""
+    out: str | None = None
+    """a JSON file for the numbers; default: they are printed only"""
+
+
+# ---- random weights of a real size ----
+
+
+def random_llm(config, bits, dtype):
+    """The LLM of a configuration with random weights, made on the device layer by layer.
+
+    bits: 4 = all linear layers but the head in NF4, 16 = not quantized.
+    """
+    with torch.device("meta"):
+        llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    head = llm.get_output_embeddings()
+    for name, module in list(llm.named_modules()):
+        if bits == 4 and isinstance(module, nn.Linear) and module is not head:
+            llm.set_submodule(name, random_nf4(module, dtype))
+        elif hasattr(module, "inv_freq"):  # of rotary embeddings: computed, not random
+            llm.set_submodule(name, type(module)(module.config).to(DEVICE))
+    for module in llm.modules():
+        fill_with_random(module, dtype)
+    llm.tie_weights()
+    llm.is_loaded_in_4bit = (
+        bits == 4
+    )  # so that num_parameters counts a packed weight as a whole one
+    return llm.eval().requires_grad_(False)
+
+
+def random_nf4(module, dtype):
+    """A linear layer as large as this one, in NF4 with double quantization."""
+    packed = bitsandbytes.nn.Linear4bit(
+        module.in_features,
+        module.out_features,
+        module.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    packed.weight = bitsandbytes.nn.Params4bit(
+        random_weight(module.weight.shape, dtype),
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=True,
+    ).to(DEVICE)
+    if packed.bias is not None:
+        packed.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=DEVICE))
+    packed.support_avx512bf16_for_cpu = False  # as in model.load_llm
+    return packed
+
+
+def fill_with_random(module, dtype):
+    """Put a module's own parameters on the device: ones in a norm, random numbers elsewhere."""
+    is_norm = "norm" in type(module).__name__.lower()
+    for name, p in list(module.named_parameters(recurse=False)):
+        if not p.is_meta:
+            continue
+        if is_norm:
+            weight = torch.ones(p.shape, dtype=dtype, device=DEVICE)
+        else:
+            weight = random_weight(p.shape, dtype)
+        setattr(module, name, nn.Parameter(weight))
+
+
+def random_weight(shape, dtype):
+    return torch.randn(shape, dtype=dtype, device=DEVICE) * 0.02
+
+
+def random_ids(n):
+    return torch.randint(10, 200, (n,)).tolist()
+
+
+def random_conversations(options, width, n_frames):
+    """One micro-batch: [Example] of random speech, frames (n_frames, width), and random tokens."""
+    before = options.prompt_tokens // 2
+    after = options.prompt_tokens - before
+    examples = []
+    for _ in range(options.batch_size):
+        parts = [
+            Text(random_ids(before)),
+            Speech(torch.randn(n_frames, width).half()),
+            Text(random_ids(after)),
+            Response(random_ids(options.answer_tokens)),
+        ]
+        examples.append(Example(parts, None))
+    return examples
+
+
+def build_random(options, config, encoder_config, dtype):
+    """(SpeechLLM of random weights, ready to train; is gradient checkpointing on)."""
+    llm, dim = random_llm(config, options.bits, dtype), config.hidden_size
+    kind = connector_class(CONNECTOR)
+    connector = Connector(
+        CONNECTOR,
+        encoder_config.d_model,
+        dim,
+        kind.frames_a_token(FRAME_RATE, Recipe.tokens_per_second),
+        kind.hidden_width(dim)[0],
+        embedding_rms(llm),
+    ).to(DEVICE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "llm")  # what it says is not read
+    model = SpeechLLM(llm, tokenizer, None, connector)
+
+    checkpointing = options.gradient_checkpointing == "on"
+    if options.gradient_checkpointing == "auto":
+        checkpointing = llm.num_parameters() >= CHECKPOINT_FROM
+    if checkpointing:
+        model.checkpoint_gradients()
+    return model.train(), checkpointing
+
+
+def random_whisper(config):
+    """A Whisper encoder in the precision in which model.py loads one."""
+    encoder = WhisperEncoder(config).to(DEVICE, torch.float32 if DEVICE == "cpu" else torch.float16)
+    return encoder.eval().requires_grad_(False)
+
+
+# ---- the two steps ----
+
+
+def our_step(model, optimizer, examples, _):
+    """The step of train.py."""
+    piece = Piece(examples, seed=0)
+    loss = accumulate_gradients(model, [piece], piece.tokens())
+    update(optimizer, list(model.trainable().values()), loss, Progress(loss_scale=1.0), clip=1.0)
+
+
+def plain_step(model, optimizer, examples, encoder):
+    """The encoder on 30 s of padded speech in every step, logits and loss at every position."""
+    size, weight = len(examples), encoder.conv1.weight
+    mels = torch.randn(
+        size, encoder.config.num_mel_bins, PADDED_MEL_FRAMES, device=DEVICE, dtype=weight.dtype
+    )
+    with torch.no_grad():
+        frames = encoder(mels).last_hidden_state  # (B, 1500, D_encoder)
+    speech = model.connector(list(frames))  # [(N, D)]
+    embeds = embed_plainly(model, examples, speech)  # (B, L, D)
+
+    answers = torch.tensor([example.speech[-1].ids for example in examples], device=DEVICE)
+    unanswered = embeds.shape[1] - answers.shape[1]
+    labels = F.pad(answers, (unanswered, 0), value=IGNORE)  # (B, L)
+
+    logits = model.llm(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], device=DEVICE),
+        use_cache=False,
+    ).logits.float()  # (B, L, V)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(model.trainable().values(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def embed_plainly(model, examples, speech):
+    """Embeddings (B, L, D) of conversations of one length, part by part."""
+    table = model.llm.get_input_embeddings()
+    rows = []
+    for example, spoken in zip(examples, speech):
+        row = []
+        for part in example.speech:
+            if isinstance(part, Speech):
+                row.append(spoken.to(table.weight.dtype))  # (N, D)
+            else:
+                row.append(table(torch.tensor(part.ids, device=DEVICE)))  # (ids of the part, D)
+        rows.append(torch.cat(row))  # (L, D)
+    return torch.stack(rows)
+
+
+# ---- measuring ----
+
+
+def wait_for_device():
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+
+
+def seconds_of(action):
+    """What a call takes, until the device is done with it."""
+    wait_for_device()
+    start = time.perf_counter()
+    action()
+    wait_for_device()
+    return time.perf_counter() - start
+
+
+def seconds_a_step(step, model, optimizer, examples, encoder, steps):
+    """The fastest half of the steps, on average.
+
+    Other work on the machine makes steps slower, never faster.
+    """
+
+    def once():
+        step(model, optimizer, examples, encoder)
+
+    seconds_of(once)  # the first one warms up
+    times = sorted(seconds_of(once) for _ in range(steps))
+    best = times[: max(1, len(times) // 2)]
+    return sum(best) / len(best)
+
+
+def flop_limit(dtype):
+    """Floating point operations a second of a large matrix product: this device at its best."""
+    n = 8192 if DEVICE != "cpu" else 1536
+    a = torch.randn(n, n, dtype=dtype, device=DEVICE)
+    b = torch.randn(n, n, dtype=dtype, device=DEVICE)
+    times = [seconds_of(lambda: a @ b) for _ in range(12)]
+    return 2 * n**3 / min(times)
+
+
+def peak_bytes(step, model, optimizer, examples, encoder):
+    """The most memory a step holds.
+
+    On a GPU what torch allocated; on a CPU the tensors alive, weights and optimizer included.
+    """
+    if DEVICE != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        step(model, optimizer, examples, encoder)
+        wait_for_device()
+        return torch.cuda.max_memory_allocated()
+    modules = [model, encoder] if encoder else [model]
+    there = [*tensors_of(*modules)]
+    for state in optimizer.state.values():
+        there += state.values()  # the moments
+    storages = [t.untyped_storage() for t in there]
+    static = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    with LiveBytes(there) as live:
+        step(model, optimizer, examples, encoder)
+    return static + live.peak
+
+
+def tensors_of(*modules):
+    """Every tensor of the modules, the statistics of packed weights included."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            yield tensor.data
+            state = getattr(tensor, "quant_state", None)
+            while state is not None:  # of a packed weight, then of its scales
+                for statistic in (state.absmax, state.code, getattr(state, "offset", None)):
+                    if isinstance(statistic, torch.Tensor):
+                        yield statistic
+                state = getattr(state, "state2", None)
+
+
+# ---- the comparison ----
+
+
+def compare_steps(options):
+    """{name: value}: what was measured with which settings; "ours" and "plain" are the two steps.
+
+    A step that finds no memory has {"out_of_memory": True}. UserError if the encoder is no Whisper.
+    """
+    torch.manual_seed(0)
+    precision = compute_precision(options.precision)
+    dtype = PRECISIONS[precision]
+    config, encoder_config = configs_of(options)
+    model, checkpointing = build_random(options, config, encoder_config, dtype)
+    frames = round(options.seconds * FRAME_RATE)
+    examples = random_conversations(options, encoder_config.d_model, frames)
+    length = ceil_div(frames, model.connector.k) + options.prompt_tokens + options.answer_tokens
+    planned = planned_peak(options, config, encoder_config, dtype, checkpointing)
+    useful, limit = useful_flops(model.llm, options, length), flop_limit(dtype)
+    result = {
+        **describe_device(),
+        "llm": options.llm,
+        "layers": config.num_hidden_layers,
+        "llm_parameters": model.llm.num_parameters(),
+        "bits": options.bits,
+        "precision": precision,
+        "encoder": options.encoder,
+        "seconds": options.seconds,
+        "batch_size": options.batch_size,
+        "positions": length,
+        "gradient_checkpointing": checkpointing,
+        "matrix_product_tflops": limit / 1e12,
+        "planned_peak_gb": planned / GB,
+    }
+    measured = partial(measure_step, options, model, examples, length, useful / limit)
+    result["ours"] = measured(our_step, None)
+    if not options.ours_only:
+        result["plain"] = measured(plain_step, random_whisper(encoder_config))
+    return result
+
+
+def configs_of(options):
+    """The configurations of the LLM, of so many layers as asked for, and of the encoder."""
+    config = find_config(options.llm, "llm")
+    encoder_config = find_config(options.encoder, "encoder")
+    if encoder_config.model_type != "whisper":
+        raise UserError(
+            f"--encoder {options.encoder}: the baseline pads to 30 s as Whisper does; name a "
+            "Whisper"
+        )
+    if options.layers:
+        fewer = {"num_hidden_layers": options.layers, "layer_types": None}
+        config = type(config)(**{**config.to_dict(), **fewer})
+    return config, encoder_config
+
+
+def planned_peak(options, config, encoder_config, dtype, checkpointing):
+    """Bytes that `plan` expects of our step."""
+    planned = estimate(
+        config,
+        encoder_config.d_model,
+        FRAME_RATE,
+        bits=options.bits,
+        dtype=dtype,
+        seconds=options.seconds,
+        prompt=options.prompt_tokens,
+        answer=options.answer_tokens,
+        connector=CONNECTOR,
+        batch=options.batch_size,
+        checkpointing=checkpointing,
+    )
+    return planned["peak"]
+
+
+def useful_flops(llm, options, length):
+    """Of a step: forward and activation gradient, 2 + 2 a weight and position.
+
+    The vocabulary projection counts at response tokens only, the table of embeddings not at all.
+    """
+    head = llm.get_output_embeddings().weight.numel()
+    layers = llm.num_parameters() - head * (1 if llm.config.tie_word_embeddings else 2)
+    return 4 * (layers * length + head * options.answer_tokens) * options.batch_size
+
+
+def describe_device():
+    """{name: value} of the day, the device and the libraries."""
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if DEVICE != "cpu":
+        device = torch.cuda.get_device_name()
+    return {
+        "date": date.today().isoformat(),
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+    }
+
+
+def measure_step(options, model, examples, length, best_seconds, step, encoder):
+    """{name: value} of one of the two steps.
+
+    length: LLM positions of one of our conversations; best_seconds: what a step would take at the
+    FLOP limit.
+    """
+    optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4)
+    try:
+        seconds = seconds_a_step(step, model, optimizer, examples, encoder, options.steps)
+        peak = peak_bytes(step, model, optimizer, examples, encoder)
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+    return {
+        "seconds_a_step": seconds,
+        "samples_s": options.batch_size / seconds,
+        "audio_s_s": options.batch_size * options.seconds / seconds,
+        "tokens_s": options.batch_size * length / seconds,
+        "share_of_flop_limit": best_seconds / seconds,
+        "peak_gb": peak / GB,
+    }
+
+
+# ---- what is printed ----
+
+ROWS = [
+    ("samples/s", "samples_s", "{:.2f}"),
+    ("audio seconds/s", "audio_s_s", "{:.1f}"),
+    ("tokens/s (LLM positions of ours)", "tokens_s", "{:.0f}"),
+    ("share of the FLOP limit", "share_of_flop_limit", "{:.1%}"),
+    ("peak memory, GB", "peak_gb", "{:.2f}"),
+]
+
+
+def show_steps(result):
+    """The settings, a table of the two steps, and how they compare."""
+    r = result
+    checkpointing = "on" if r["gradient_checkpointing"] else "off"
+    print(
+        f"{r['llm']} ({r['layers']} layers, {r['bits']} bits, {r['precision']}) + {r['encoder']}, "
+        f"{r['seconds']:g} s clips, micro-batch {r['batch_size']}, gradient checkpointing "
+        f"{checkpointing}"
+    )
+    print(
+        f"{r['device']}; {r['date']}, torch {r['torch']}, transformers {r['transformers']}, "
+        f"bitsandbytes {r['bitsandbytes']}\n"
+    )
+    systems = [name for name in ("ours", "plain") if name in r]
+    print("| | " + " | ".join(systems) + " |\n|---|" + "---|" * len(systems))
+    for label, key, form in ROWS:
+        cells = []
+        for name in systems:
+            is_there = "out_of_memory" not in r[name]
+            cells.append(form.format(r[name][key]) if is_there else "out of memory")
+        print(f"| {label} | {' | '.join(cells)} |")
+    print(
+        f"\nFLOP limit: {r['matrix_product_tflops']:.2f} TFLOP/s, a large {r['precision']} matrix "
+        "product on this device. Useful work is 4 per weight and position, with the vocabulary "
+        "projection at response tokens only."
+    )
+    ours, plain = r["ours"], r.get("plain", {})
+    if "samples_s" in ours and "samples_s" in plain:
+        print(f"ours / plain: {ours['samples_s'] / plain['samples_s']:.2f} x the samples/s")
+    if "peak_gb" in ours:
+        off = r["planned_peak_gb"] / ours["peak_gb"] - 1
+        within = "within" if abs(off) <= PLAN_IS_CLOSE else "NOT within"
+        print(
+            f"`plan` says {r['planned_peak_gb']:.2f} GB for ours: {off:+.0%} ({within} "
+            f"{PLAN_IS_CLOSE:.0%})"
+        )
+
+
+def main():
+    """Run the benchmark; what a user can mend is said in one line, with exit code 2."""
+    about = __doc__.splitlines()[0]
+    try:
+        options = parse_options(StepOptions, sys.argv[1:], "python -m lab.step", about)
+        result = compare_steps(options)
+    except UserError as error:
+        print(f"step: {error}", file=sys.stderr)
+        return 2
+    show_steps(result)
+    if options.out:
+        write_json(options.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

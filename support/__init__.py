@@ -1,0 +1,1 @@
+"""What every module stands on: files and errors, options, run folders, checkpoints, processes."""

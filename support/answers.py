@@ -1,0 +1,120 @@
+"""Many questions answered by an LLM, in batches, each kept as soon as it is there.
+
+Stage 1 and the benchmark both come through here.
+"""
+
+import json
+import sys
+
+import torch
+from tqdm import tqdm
+
+from support.console import progress_bar
+from support.files import UserError, first_line, mend_jsonl, read_jsonl, write_json
+from support.processes import MAIN, RANK, first_process, mine, wait
+
+
+def answer_all(model, conversations, order, desc, *, batch_size, max_new_tokens, kept, asked):
+    """[(text, did it end by itself)] for many open conversations.
+
+    They are answered in batches of neighbours by the sort key `order[i]`. Several processes take a
+    share of the batches each. Every batch is appended to KEPT.part-PROCESS.jsonl as soon as it is
+    answered: after an interruption the same call goes on from there. asked: a fingerprint of what
+    was asked of whom; answers kept under another one do not count.
+    """
+    by_key = sorted(range(len(conversations)), key=order.__getitem__)
+    batches = []
+    for at in range(0, len(by_key), batch_size):
+        batches.append(by_key[at : at + batch_size])
+    answers = answers_so_far(kept, asked)
+
+    # whole batches, so that the rounding is that of a run never interrupted
+    todo = [rows for rows in batches if not all(i in answers for i in rows)]
+    if len(todo) < len(batches):
+        print(f"{desc}: {len(answers)} of {len(conversations)} answers are there already")
+    wait()
+
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{kept}.part-{RANK}.jsonl", "a", encoding="utf-8") as file:
+        for rows in progress_bar(mine(todo), desc=desc, unit="batch"):
+            found = answer_in_memory(model, [conversations[i] for i in rows], max_new_tokens)
+            for i, (answer, ended) in zip(rows, found):
+                line = {"asked": asked, "question": i, "answer": answer, "ended": ended}
+                file.write(json.dumps(line) + "\n")
+            file.flush()
+    wait()
+    answers = read_parts(kept, asked)
+    return [answers[i] for i in range(len(conversations))]
+
+
+def answer_in_memory(model, conversations, max_new_tokens):
+    """generate_rows; where the GPU's memory does not suffice, in two halves."""
+    try:
+        return model.generate_rows(conversations, max_new_tokens)
+    except torch.OutOfMemoryError as error:
+        why = first_line(error)
+    half = len(conversations) // 2
+    if not half:
+        raise UserError(
+            f"one question at a time is still too much for this GPU ({why}); `plan` says what fits"
+        )
+    torch.cuda.empty_cache()
+    tqdm.write(
+        f"out of memory with {len(conversations)} questions at once: {half} at a time; a smaller "
+        "--batch-size saves the attempt",
+        file=sys.stderr,
+    )
+    first = answer_in_memory(model, conversations[:half], max_new_tokens)
+    return first + answer_in_memory(model, conversations[half:], max_new_tokens)
+
+
+# ---- the parts: what every process has answered so far ----
+
+
+def answers_so_far(kept, asked):
+    """{question: (answer, did it end by itself)} of an earlier, interrupted call."""
+    if MAIN:
+        for path in kept_parts(kept):
+            mend_jsonl(path)
+    wait()
+    answers = read_parts(kept, asked)
+    wait()
+    return answers
+
+
+def kept_parts(kept):
+    return sorted(kept.parent.glob(f"{kept.name}.part-*.jsonl"))
+
+
+def read_parts(kept, asked):
+    answers = {}
+    for path in kept_parts(kept):
+        for _, row in read_jsonl(path):
+            if isinstance(row, dict) and row.get("asked") == asked:
+                if {"question", "answer", "ended"} <= set(row):
+                    answers[row["question"]] = (row["answer"], row["ended"])
+    return answers
+
+
+def keep_record(path, record, parts):
+    """Write what was made of the answers in some parts, and delete these."""
+    wait()
+    write_json(path, record)
+    for kept in parts:
+        forget_parts(kept)
+
+
+@first_process
+def forget_records(folder):
+    """Delete what is kept in a folder of records, so that it is asked and measured anew."""
+    for path in folder.glob("*.json*"):
+        path.unlink()
+
+
+def forget_parts(kept):
+    """Delete the parts, when what they hold is written elsewhere; the name may be a pattern."""
+    wait()
+    if MAIN:
+        for path in kept_parts(kept):
+            path.unlink(missing_ok=True)
+    wait()

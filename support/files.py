@@ -1,0 +1,153 @@
+"""Files and errors: a file is written whole or not at all, and what went wrong is said in one line.
+
+With several processes the first alone writes; see processes.py.
+"""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.processes import MAIN
+
+PROJECT = Path(__file__).resolve().parents[1]  # the folder with mtbi.py and tasks.toml
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it as one line and exits with code 2."""
+
+
+@contextmanager
+def explained(what, *more):
+    """Errors within become a UserError that begins with `what`; `more`: other errors to catch."""
+    try:
+        yield
+    except (UserError, *more) as error:
+        raise UserError(f"{what} ({first_line(error)})") from None
+
+
+def first_line(error):
+    """The first line of what an error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def ceil_div(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+# ---- writing ----
+
+
+@contextmanager
+def whole_file(path):
+    """Yields a temporary path beside `path`; renames it on success, removes it on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the ending stays: matplotlib and soundfile go by it
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """The text as a UTF-8 file; the first process alone writes."""
+    if MAIN:
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path, rows):
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
+
+
+# ---- reading ----
+
+
+def read_lines(path):
+    """The lines of a UTF-8 text file."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+
+
+def read_json(path, *keys):
+    """The object of a JSON file, which must have these keys."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no readable JSON ({error})") from None
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise UserError(
+            f"{path}: is not what this program writes there; make it again with --force"
+        )
+    return value
+
+
+def read_json_if_whole(path, *keys):
+    """The same, or None: for what only saves time, and is made again if it is lost or damaged."""
+    try:
+        return read_json(path, *keys)
+    except UserError:
+        return None
+
+
+def read_jsonl(path):
+    """Yields (line number, the line's object, or a string that says why it is none)."""
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is no text
+        except (ValueError, RecursionError) as error:
+            row = f"is no JSON ({error})"
+        else:
+            row = row if isinstance(row, dict) else "is no JSON object"
+        yield number, row
+
+
+def mend_jsonl(path):
+    """Cut off the half-written last line of a JSONL file that rows were being appended to."""
+    with open(path, "rb+") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+# ---- names ----
+
+
+def fingerprint(value):
+    """Twelve letters that name a content: settings, or anything else that has a repr."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def fingerprint_of_file(path):
+    """Names the content of a file."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def relative(path, folder):
+    """`path` as seen from `folder`, so that both can be moved; on another drive the whole path."""
+    try:
+        return os.path.relpath(path, folder).replace(os.sep, "/")
+    except ValueError:
+        return str(Path(path).resolve())

@@ -1,0 +1,215 @@
+"""Encoder frames, made once: the encoder is frozen, so what it makes of a recording is kept.
+
+Kept on disk, frames are half precision in safetensors files that are memory-mapped: a data set
+larger than the memory is trained on as well, and the encoder leaves the GPU. They are named by the
+content of the recording and by the encoder (DATA/features/ENCODER/), so that a file moved or copied
+is known, and a changed one is encoded anew.
+"""
+
+import hashlib
+import os
+import shutil
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support.console import one_thread, progress_bar, timed
+from support.files import UserError, fingerprint, read_json_if_whole, whole_file, write_json
+from support.processes import DEVICE, WORLD, mine, wait
+from support.runs import alone
+
+SHARD = 256 * 2**20  # bytes of frames in one file, about
+
+
+class KeptFrames:
+    """{utterance id: frames (T, D_encoder)} of frames that are on disk or in memory."""
+
+    def __init__(self, utterances, places, width):
+        self.audio = {u.id: u.audio for u in utterances}
+        self.places, self.width = places, width
+
+    def __getitem__(self, utterance_id):
+        place, name = self.places[utterance_id]
+        # of a mapped file: read when it is used
+        frames = place[name] if isinstance(place, dict) else place.get_tensor(name)
+        if frames.ndim != 2 or not len(frames) or frames.shape[1] != self.width:
+            raise UserError(
+                f"{self.audio[utterance_id]}: its kept frames are damaged ({tuple(frames.shape)}, "
+                f"expected T x {self.width}); delete DATA/features and run again"
+            )
+        return frames
+
+    def __len__(self):
+        return len(self.audio)
+
+
+class FramesAtEveryUse:
+    """{utterance id: frames (T, D_encoder)}, encoded when they are asked for."""
+
+    def __init__(self, utterances, listen):
+        self.by_id = {u.id: u for u in utterances}
+        self.listen = listen
+
+    def __getitem__(self, utterance_id):
+        return self.listen(self.by_id[utterance_id])
+
+    def __len__(self):
+        return len(self.by_id)
+
+
+def keep_frames(encoder, listen, utterances, folder, keep="disk"):
+    """The frames of all utterances, by utterance id; listen(utterance): its frames (T, D_encoder).
+
+    keep: on "disk" (in `folder`, memory-mapped), in "ram", or "off": encode at every use.
+    Interrupted, it goes on from the last whole file. Several processes encode a share each.
+    UserError if the disk has no room.
+    """
+    if keep == "off":
+        print(f"features: not kept; the encoder stays on {DEVICE} and hears them at every use")
+        encoder.to(DEVICE)
+        return FramesAtEveryUse(utterances, listen)
+    folder = Path(folder) / encoder.fingerprint
+    names = content_names(utterances, folder.parent)
+    made, todo = kept_and_missing(utterances, names, folder)
+    if todo:
+        tell_size(encoder, todo, folder, keep)
+        encoder.to(DEVICE)
+        lock = alone(folder.parent, "encodes speech") if keep == "disk" else nullcontext()
+        with lock, timed(f"encode {len(todo)} utterances"), one_thread():
+            if keep == "ram":
+                frames = encode(listen, todo, names)
+                made |= dict.fromkeys(frames, frames)
+            else:
+                wait()
+                # another command may just have made them
+                made, todo = kept_and_missing(utterances, names, folder)
+                write_shards(listen, mine(todo), names, folder)
+                wait()
+                made = kept_shards(folder)
+    if DEVICE != "cpu":
+        encoder.to("cpu")  # its memory on the GPU is for the training
+    if keep == "ram":
+        made = read_all(made, set(names.values()))
+    places = {u.id: (made[names[u.id]], names[u.id]) for u in utterances}
+    return KeptFrames(utterances, places, encoder.width)
+
+
+def kept_and_missing(utterances, names, folder):
+    """(what is on disk, the utterances that are not); all processes see the same."""
+    made = kept_shards(folder)
+    missing = {names[u.id]: u for u in utterances if names[u.id] not in made}
+    wait()  # before the first one writes
+    return made, list(missing.values())
+
+
+def read_all(made, names):
+    """What was on disk already is read into memory."""
+    in_memory = {}
+    for name in names:
+        place = made[name]
+        if not isinstance(place, dict):
+            place = {name: place.get_tensor(name).clone()}
+        in_memory[name] = place
+    return in_memory
+
+
+def encode(listen, utterances, names):
+    bar = progress_bar(utterances, desc="encode speech", unit="utt")
+    return {names[u.id]: listen(u) for u in bar}
+
+
+def write_shards(listen, utterances, names, folder):
+    """Encode, and write a safetensors file whenever enough frames have come together."""
+    frames, size = {}, 0
+    for i, u in enumerate(progress_bar(utterances, desc="encode speech", unit="utt"), 1):
+        row = listen(u)
+        frames[names[u.id]] = row
+        size += row.numel() * row.element_size()
+        if size >= SHARD or i == len(utterances):
+            shard = hashlib.sha256("".join(frames).encode()).hexdigest()[:12]
+            with whole_file(folder / f"{shard}.safetensors") as temporary:
+                save_file({name: t.contiguous() for name, t in frames.items()}, temporary)
+            frames, size = {}, 0
+
+
+def kept_shards(folder):
+    """{content name: the open file that has its frames} of what is on disk."""
+    made = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        # one with a dot was being written when its process was killed
+        if not path.name.startswith("."):
+            shard = open_shard(path, path.stat().st_mtime_ns)
+            made |= dict.fromkeys(shard.keys(), shard)
+    return made
+
+
+@lru_cache(maxsize=4096)
+def open_shard(path, _written):
+    try:
+        return safe_open(path, "pt").__enter__()
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: is no readable safetensors file ({error}); delete it and run again"
+        ) from None
+
+
+def fingerprint_of_audio(utterances, folder):
+    """Names the content of all recordings, so that one that changed is noticed."""
+    names = content_names(utterances, Path(folder))
+    return fingerprint([names[u.id] for u in utterances])
+
+
+def content_names(utterances, folder):
+    """{utterance id: name of the content of its recording}.
+
+    A file of the same size and date as last time is not read again.
+    """
+    path = folder / "contents.json"
+    known = read_json_if_whole(path) or {}
+    names, found = {}, {}
+    for u in utterances:
+        if not u.audio.is_file():
+            names[u.id] = f"missing {u.id}"  # which load_audio explains
+            continue
+        stamp = [u.audio.stat().st_size, u.audio.stat().st_mtime_ns]
+        before = known.get(u.id)
+        whole = isinstance(before, list) and len(before) == 3 and isinstance(before[2], str)
+        if whole and before[:2] == stamp:
+            names[u.id] = before[2]
+        else:
+            names[u.id] = hashlib.sha256(u.audio.read_bytes()).hexdigest()[:24]
+        found[u.id] = [*stamp, names[u.id]]
+    if any(known.get(i) != row for i, row in found.items()):
+        try:
+            write_json(path, known | found)
+        except OSError:
+            pass  # it only saves time
+    return names
+
+
+def tell_size(encoder, utterances, folder, keep):
+    """Say how much room the frames will take; UserError if the disk has not so much."""
+    seconds = sum(u.duration for u in utterances)
+    size = seconds * encoder.frame_rate * encoder.width * 2
+    where = f"in {os.path.normpath(folder)}, memory-mapped"
+    if keep == "ram":
+        where = "of memory" + (f" in each of {WORLD} processes" if WORLD > 1 else "")
+    print(
+        f"features: {seconds / 3600:.3g} hours x {encoder.frame_rate:.1f} frames/s x "
+        f"{encoder.width} values x 2 bytes = {size / 1e9:.3g} GB {where}"
+    )
+    if keep == "ram":
+        return
+    advice = "say --cache-features ram, or off to encode at every use"
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: cannot be written; {advice}")
+    free = shutil.disk_usage(there).free
+    if free < 1.05 * size:
+        raise UserError(
+            f"{folder}: the features take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+            f"there; make room, or {advice}"
+        )

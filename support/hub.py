@@ -1,0 +1,218 @@
+"""Checkpoints of Hugging Face: a local folder, a hub name, or "tiny" for the tiny world's.
+
+Weights come from safetensors only, code comes from transformers only.
+"""
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+
+from huggingface_hub.utils import enable_progress_bars
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from support.files import PROJECT, UserError, first_line
+from support.processes import DEVICE
+
+# bitsandbytes warns of an optional kernel package that it would load from the network
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+transformers_logging.disable_progress_bar()  # loading weights takes seconds,
+enable_progress_bars()  # but a download is seen
+
+TINY = PROJECT / "tiny"  # the tiny world's checkpoints, by the name "tiny"
+KINDS = {"llm": "LLM", "encoder": "speech encoder"}  # a folder of TINY, and what people call it
+
+
+def located(name, kind):
+    """What from_pretrained is given for a name; kind: "llm" or "encoder"."""
+    return TINY / kind if name == "tiny" else name
+
+
+def named(name):
+    """A local model folder as an absolute path; "tiny" and hub names as they are."""
+    if name != "tiny" and Path(name).exists():
+        return str(Path(name).resolve())
+    return name
+
+
+def load_or_explain(auto_class, name, what, **options):
+    """auto_class.from_pretrained with an error for people; weights (`dtype`) must be whole."""
+    # unset, transformers would ask on the terminal, and run what comes with the weights
+    options["trust_remote_code"] = False
+    try:
+        if "dtype" not in options:
+            return auto_class.from_pretrained(name, **options)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        model, found = auto_class.from_pretrained(name, **options)
+        missing = [str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])]
+        lost = sorted(key for key in missing if "masked_spec_embed" not in key)  # pre-training's
+        if lost:
+            raise ValueError(
+                f"its weights are not whole: {len(lost)} tensors are missing or of another shape, "
+                f"like {lost[0]}"
+            )
+        return model
+    except Exception as error:  # damaged files raise anything
+        raise UserError(
+            f"{what} {name}: cannot be loaded as a Hugging Face checkpoint, local folder or hub "
+            f"name ({first_line(error)})"
+        ) from None
+
+
+def load_tensors(path, advice="delete it and run again"):
+    """The tensors of a safetensors file; UserError if it is not whole."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: is no readable safetensors file ({error}); {advice}") from None
+
+
+# ---- speech encoders ----
+
+
+def load_speech_model(config, where):
+    """(layers of a speech encoder without a decoder, CTC head or None, CTC tokenizer or None)."""
+    what = KINDS["encoder"]
+    if config.model_type == "whisper":
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        encoder = load_or_explain(
+            WhisperEncoder,
+            where,
+            what,
+            dtype=torch.float32 if DEVICE == "cpu" else torch.float16,
+            key_mapping={r"^(model\.)?encoder\.": ""},  # the decoder is never read
+        )
+        return encoder, None, None
+    if any(a.endswith("ForCTC") for a in config.architectures or []):
+        model = load_or_explain(transformers.AutoModelForCTC, where, what, dtype=torch.float32)
+        tokenizer = load_or_explain(transformers.AutoTokenizer, where, what)
+        if hasattr(model, "ctc_head"):  # Parakeet
+            return model.encoder, model.ctc_head, tokenizer
+        return model.base_model, model.lm_head, tokenizer  # the wav2vec 2.0 family
+    model = load_or_explain(transformers.AutoModel, where, what, dtype=torch.float32)
+    if config.is_encoder_decoder:
+        model = getattr(model, "encoder", model)
+    return model, None, None
+
+
+def check_frames(name, frames, ctc_tokenizer, symbols):
+    """UserError if an encoder's frames, or the vocabulary of its CTC head, show damage."""
+    if not torch.isfinite(frames).all():
+        raise UserError(
+            f"speech encoder {name}: gives NaN or infinite frames; its weights are damaged"
+        )
+    if ctc_tokenizer is None:
+        return
+    vocabulary = ctc_tokenizer.get_vocab().values()
+    if ctc_tokenizer.pad_token_id is None or max(vocabulary) >= symbols:
+        raise UserError(
+            f"speech encoder {name}: its CTC vocabulary does not fit its CTC head of {symbols} "
+            "symbols, or has no pad token"
+        )
+
+
+# ---- LLMs ----
+
+
+def quantization(bits, compute):
+    """How the linear layers are packed, or None where they are not."""
+    if bits == 16:
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+
+        if bits == 8:
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    except (ImportError, OSError, RuntimeError) as error:
+        print(
+            f"bitsandbytes does not work on this machine ({type(error).__name__}): the LLM runs "
+            f"unquantized, in {compute}"
+        )
+        return None
+
+
+def save_adapter(llm, folder):
+    """A folder that PEFT loads by itself, whole or not at all."""
+    written = folder.with_name(f".{folder.name}")
+    llm.save_pretrained(written, save_embedding_layers=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    written.rename(folder)
+
+
+def load_adapter(llm, folder, advice):
+    """Put the weights of an adapter into an LLM that has one; ValueError if they do not fit."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    tensors = load_tensors(folder / "adapter_model.safetensors", advice)
+    if set(tensors) != set(get_peft_model_state_dict(llm)):
+        raise ValueError("its adapter is not whole")
+    set_peft_model_state_dict(llm, tensors)
+    return tensors
+
+
+def check_tokenizer(tokenizer, name):
+    """UserError if an LLM's tokenizer lacks what every conversation needs."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"LLM {name}: its tokenizer has no chat template; choose an instruction-tuned model"
+        )
+    if not tokenizer("a b")["input_ids"]:
+        raise UserError(f"LLM {name}: its tokenizer is empty; is tokenizer.json missing?")
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"LLM {name}: its tokenizer gives no character offsets, which interleaving needs; it "
+            "must have a tokenizer.json"
+        )
+
+
+def check_vocabulary(llm, vocabulary, name):
+    """UserError if the tokenizer has tokens (`vocabulary`: how many) that the LLM does not know."""
+    known = len(llm.get_input_embeddings().weight)
+    if vocabulary > known:
+        raise UserError(
+            f"LLM {name}: its tokenizer has {vocabulary} tokens, but its weights only {known} "
+            "embeddings"
+        )
+
+
+# ---- names of weights ----
+
+
+def fingerprint_of_tensors(tensors, more, samples=1024):
+    """Names loaded weights, of each about so many samples (None: all), and `more`."""
+    content = b""
+    for weight in tensors:
+        every = max(1, weight.numel() // samples) if samples else 1
+        content += weight.flatten()[::every].float().cpu().numpy().tobytes()
+    return hashlib.sha256(content + repr(more).encode()).hexdigest()[:12]
+
+
+def fingerprint_of_weights(name, kind):
+    """Names the weights in a local model folder, or the revision of a hub name."""
+    folder = Path(located(name, kind))
+    if not folder.is_dir():
+        load_or_explain(transformers.AutoConfig, name, KINDS[kind])
+        return Path(cached_file(name, "config.json")).parent.name  # …/snapshots/COMMIT/config.json
+    hashed = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        hashed.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as content:
+            # a large file is not read whole: 256 samples from its beginning to its end
+            for i in range(256):
+                content.seek(max(0, size - 2**14) * i // 255)
+                hashed.update(content.read(2**14))
+    return hashed.hexdigest()[:12]

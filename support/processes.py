@@ -1,0 +1,82 @@
+"""More than one process, each with a GPU of its own (or a share of the cores).
+
+`torchrun` or `accelerate launch` starts the same command several times. Every process holds the
+whole model, does its share of the work, and learns what the others found by sums. The first one
+alone writes files and talks. With one process, the usual case, every function here does nothing.
+"""
+
+import os
+from functools import lru_cache, wraps
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+MAIN = RANK == 0
+DEVICE = "cpu"
+if torch.cuda.is_available():
+    DEVICE = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+@lru_cache(maxsize=1)
+def process_group():
+    """The process group: NCCL between GPUs, gloo between CPUs."""
+    return PartialState(cpu=DEVICE == "cpu")
+
+
+def wait():
+    """Until every process is here."""
+    if WORLD > 1:
+        process_group().wait_for_everyone()
+
+
+def first_process(function):
+    """Marks what the first process alone does; all go on together when it is done."""
+
+    @wraps(function)
+    def by_the_first(*args, **options):
+        if MAIN:
+            function(*args, **options)
+        wait()
+
+    return by_the_first
+
+
+def mine(items):
+    """This process's share of the items."""
+    return items[RANK::WORLD]
+
+
+def my_micro_batches(accumulate, batch):
+    """This process's share of a step: [(its name, its rows)]; batch(micro): rows of a micro-batch.
+
+    Whole micro-batches, if every process can have as many; else a part of each.
+    """
+    if accumulate % WORLD == 0:
+        return [(str(micro), batch(micro)) for micro in range(RANK, accumulate, WORLD)]
+    return [(f"{micro}-{RANK}", mine(batch(micro))) for micro in range(accumulate)]
+
+
+def add_up(values):
+    """The sum over all processes of a tensor, or of a list of numbers."""
+    if WORLD == 1:
+        return values
+    process_group()
+    if isinstance(values, torch.Tensor):
+        return reduce(values, "sum")
+    return reduce(torch.tensor(values, dtype=torch.float64, device=DEVICE), "sum").tolist()
+
+
+def add_up_gradients(parameters):
+    """Replace every gradient by its sum over all processes: one message for all of them."""
+    if WORLD == 1:
+        return
+    gradients = []
+    for p in parameters:
+        # a process may have had nothing to do
+        gradients.append(torch.zeros_like(p) if p.grad is None else p.grad)
+    total = add_up(torch.cat([g.flatten() for g in gradients]))
+    for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
+        p.grad = part.reshape(p.shape)

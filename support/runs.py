@@ -1,0 +1,174 @@
+"""Folders that commands make: what is done is not done again, and one process works at a time.
+
+A folder's config.json says which command made it, with which options (that command's dataclass),
+from what content (fingerprints), and whether the work is done.
+"""
+
+import json
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from support.files import UserError, fingerprint, fingerprint_of_file
+from support.files import read_json, read_json_if_whole, write_json
+from support.processes import MAIN, wait
+
+CHOOSE_ANOTHER = "choose another folder, or --force to redo it"
+
+
+def settings_of(options, content):
+    """What config.json keeps: the options that change the result, and the fingerprints."""
+    kept = asdict(options)
+    for name in ("force", *getattr(options, "CHANGES_NOTHING", ())):
+        kept.pop(name, None)
+    return json.loads(json.dumps({"options": kept, "content": content}))
+
+
+def begin(folder, command, options, content):
+    """Write into the folder what its work is made with; `finish` writes it again at the end."""
+    wait()
+    config = {"command": command, "done": False, **settings_of(options, content)}
+    write_json(Path(folder) / "config.json", config)
+
+
+def finish(folder, command, options, content):
+    """The same with done: true, once every process has come so far."""
+    wait()
+    config = {"command": command, "done": True, **settings_of(options, content)}
+    write_json(Path(folder) / "config.json", config)
+
+
+def is_done(folder, command, options, content, output, *, half_way, advice=CHOOSE_ANOTHER):
+    """True if the command with these settings is finished in `folder` and its output is there.
+
+    A folder with work of other settings, finished or kept half-way (files that match `half_way`),
+    is refused, unless options.force; one that another command made is refused in any case.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return False
+    read = read_json_if_whole if options.force else read_json
+    old = read(path, "command", "options", "content", "done")
+    if old and old["command"] != command:
+        raise UserError(f"{folder}: was made by `{old['command']}`; choose another folder")
+    if options.force:
+        return False
+    if not old["done"] and not any(Path(folder).glob(half_way)):
+        return False  # nothing was kept of it
+    refuse_changes(folder, old, settings_of(options, content), advice)
+    return bool(old["done"]) and (Path(folder) / output).exists()
+
+
+def refuse_changes(folder, old, new, advice):
+    """UserError that names every setting in which the two differ."""
+    changed = []
+    for part in ("options", "content"):
+        before = old[part] if isinstance(old[part], dict) else {}
+        for name in sorted({*before, *new[part]}):
+            if before.get(name) != new[part].get(name):
+                changed.append(f"{name} was {before.get(name)}, now {new[part].get(name)}")
+    if changed:
+        raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); {advice}")
+
+
+def read_config(folder, command, **kinds):
+    """(options, content, done) of a folder that `command` made; `kinds`: types of some options."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: there is no folder made by `{command}` (no config.json in it)")
+    config = read_json(path, "command", "options", "content", "done")
+    options, content = config["options"], config["content"]
+    whole = config["command"] == command and isinstance(options, dict) and isinstance(content, dict)
+    if not whole or not all(isinstance(options.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(
+            f"{path}: this is no folder made by `{command}`; name one, or, if this was one and is "
+            "damaged, make it again with --force"
+        )
+    return options, content, bool(config["done"])
+
+
+@contextmanager
+def alone(folder, wait_for=""):
+    """While a command works in `folder`, no other process does.
+
+    If one does: UserError, or, if `wait_for` says what it does there, wait until it has ended. The
+    operating system forgets the lock of a process that was killed.
+    """
+    if not MAIN:  # the first of several processes speaks for all
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait_for:
+            raise UserError(
+                f"{folder}: another process is at work in this folder; wait for it, or choose "
+                "another folder"
+            ) from None
+        print(f"{folder}: waiting for another process, which {wait_for}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ---- the recipes in a run folder ----
+
+
+def recipe_folders(run, table):
+    """{recipe: its folder} of the recipes whose training was begun, in the order of the table."""
+    found = []
+    for path in Path(run).glob("*/config.json"):
+        name = path.parent.name
+        row = name.partition("@")[0]
+        if row in table:
+            found.append((list(table).index(row), len(name), name))
+    return {name: Path(run) / name for _, _, name in sorted(found)}
+
+
+def trained_recipes(run, table, wanted=()):
+    """{recipe: (options, content)} of the recipes, or of those wanted, that are trained."""
+    kinds, trained = {"encoder": str, "pad_whisper": bool}, {}
+    for name, folder in recipe_folders(run, table).items():
+        if wanted and name not in wanted:
+            continue
+        options, content, done = read_config(folder, "train", **kinds)
+        if done and (folder / "connector.safetensors").exists():
+            trained[name] = (options, content)
+    return trained
+
+
+def recipes_to_bench(run, chosen, table):
+    """{recipe: options} of the trained recipes of a run, or of those among them that are named.
+
+    UserError if they did not train on its behaviors: others may hold what is tested now.
+    """
+    wanted = [name for name in chosen.split(",") if name]
+    trained = trained_recipes(run, table, wanted)
+    missing = [name for name in wanted if name not in trained]
+    if not trained and not missing:
+        missing = ["mtbi"]
+    if missing:
+        raise UserError(
+            f"{run}: holds no trained recipe {missing[0]!r}; run `train {run} "
+            f"--recipe {missing[0]}` first"
+        )
+    behaviors = fingerprint_of_file(run / "behaviors.jsonl")
+    for name, (_, content) in trained.items():
+        if content["behaviors"] != behaviors:
+            raise UserError(
+                f"{run / name}: was trained on other behaviors than those in {run} "
+                f"now; run `train {run} --recipe {name}` again with --force"
+            )
+    return {name: options for name, (options, _) in trained.items()}
+
+
+def fingerprint_of_training(folder):
+    """Names what was trained: the connector, and the adapter if there is one."""
+    weights = (folder / "connector.safetensors", folder / "adapter" / "adapter_model.safetensors")
+    return fingerprint([fingerprint_of_file(path) for path in weights if path.exists()])

@@ -1,0 +1,487 @@
+"""The benchmark: its questions, scores and probes, and the table of answers it writes."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from checkpoints import save_encoder
+from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import Response, Speech, Task, Text, Utterance, ask, chat_parts, load_tasks
+from data import read_manifest, response_tokens
+from eval import DIALOGUES, QUADRANTS, SETS, Case, Questions, System, all_metrics
+from eval import attention_shares, behavior_gap, draw_cases, draw_dialogues, repeats_instead
+from eval import row_of, score, shares_of_parts
+from lab.statistics import read_answers
+from mtbi import main
+from support.files import read_json
+
+PLOTS = ("quadrants.png", "tasks.png", "attention.png", "loss.png")
+MADE = ("answers.csv", "report.json", "report.md", *PLOTS)
+
+
+# ---- scores ----
+
+
+def test_exact_match_by_hand():
+    assert score("exact", "The farmer.", "the farmer") == 1
+    assert score("exact", "red", "blue") == 0
+
+
+def test_word_accuracy_by_hand():
+    assert score("wer", "three red apples", "three blue apples") == pytest.approx(2 / 3)
+    assert score("wer", "a", "b c d e") == 0
+    assert score("wer", "", "") == 1
+
+
+def test_chrf_by_hand():
+    assert score("chrf", "tres manzanas", "tres manzanas") == 1
+    assert 0 < score("chrf", "tres manzanas", "tres limones") < 1
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_every_metric_is_a_number_whatever_was_answered(reference, answer):
+    metrics = all_metrics(reference, answer)
+    assert set(metrics) == {"exact", "wer", "chrf", "bleu"}
+    assert metrics["wer"] >= 0
+    assert all(0 <= metrics[name] <= 1 + 1e-9 for name in ("exact", "chrf", "bleu"))
+    for metric in ("exact", "wer", "chrf"):
+        assert 0 <= score(metric, reference, answer) <= 1 + 1e-9
+    assert score("exact", reference, reference) == 1
+
+
+WHO = Task("who", "train", "exact", ["Who?"], ["Who was it?"])
+SAID = "the farmer sold three red apples"
+
+
+def case_about(task, prompt="Who?", cell=QUADRANTS[0]):
+    return Case(Utterance(Path("x"), SAID, 1.0, id="x"), task, prompt, cell)
+
+
+def test_an_instruction_is_ignored_where_the_answer_is_the_transcript():
+    """Give or take a quarter of its words."""
+    assert repeats_instead(case_about(WHO), "the farmer", SAID)
+    assert repeats_instead(case_about(WHO), "the farmer", "the farmer sold five red apples")
+    assert not repeats_instead(case_about(WHO), "the farmer", "the baker")
+    assert not repeats_instead(case_about(WHO), SAID, SAID), "the transcript was the right answer"
+
+
+def test_repeating_ignores_no_instruction_where_it_is_asked_for():
+    repeat = Task("repeat", "train", "wer", ["Repeat."], ["Again."])
+    row = row_of("asr", "questions", case_about(repeat, "Repeat."), SAID, SAID)
+    assert row["ignored_instruction"] is None
+    assert row_of("asr", "questions", case_about(WHO), "the farmer", SAID)["ignored_instruction"]
+    assert row_of("asr", "text", case_about(WHO), "the farmer", SAID)["ignored_instruction"] is None
+
+
+# ---- questions ----
+
+
+@pytest.fixture(scope="module")
+def tested(utterances):
+    return [u for u in utterances if u.split == "test"]
+
+
+@pytest.fixture(scope="module")
+def cases(tested):
+    return draw_cases(load_tasks(ROOT / "tiny" / "tasks.toml"), tested, 1, 0)
+
+
+def test_every_prompt_gets_its_questions_and_every_quadrant_is_filled(tested):
+    tasks = load_tasks(ROOT / "tiny" / "tasks.toml")
+    cases = draw_cases(tasks, tested, 2, 0)
+    assert {c.cell for c in cases} == set(QUADRANTS)
+    prompts = set()
+    for task in tasks.values():
+        prompts |= {(task.name, prompt) for prompt in task.prompts + task.unseen_prompts}
+    assert {(c.task.name, c.prompt) for c in cases} == prompts
+    for c in cases:
+        assert c.task.applies(c.utterance.text)
+        assert (c.prompt in c.task.unseen_prompts) == c.cell.endswith("unseen_prompt")
+        assert (c.task.split == "unseen") == c.cell.startswith("unseen_task")
+
+
+def test_dialogues_are_of_all_kinds_and_about_held_out_speech(cases):
+    drawn = draw_dialogues(cases, [f"answer {i}" for i in range(len(cases))], 5, 0)
+    assert [d.cell for d in drawn] == np.repeat(DIALOGUES, 5).tolist()
+    for d in drawn:
+        prompt, utterance, spoken, answer = d.earlier
+        case = cases[int(answer.split()[1])]
+        # the first turn is a case, with the answer to it
+        assert (case.prompt, case.utterance) == (prompt, utterance)
+        assert d.again == (d.cell == "speech_then_text_question")
+        assert spoken == (d.cell != "text_then_speech")
+        assert not d.again or utterance is d.utterance
+
+
+# ---- probes ----
+
+
+class Hears(System):
+    """A model that hears frames."""
+
+    def __init__(self, model, frames):
+        super().__init__("hears", "", model)
+        self.frames = frames
+
+    def parts(self, utterance):
+        return [Speech(self.frames[utterance.id])]
+
+
+@pytest.fixture
+def reads(model):
+    return System("text", "", model)
+
+
+@pytest.fixture
+def hears(model, frames):
+    return Hears(model, frames)
+
+
+def own_answers(system, cases):
+    """The token ids of the system's own answers."""
+    answers = system.model.generate([case.parts(system) for case in cases])
+    return [response_tokens(system.model.tokenizer, answer).ids for answer in answers]
+
+
+def test_in_a_dialogue_the_spoken_utterances_alone_are_spoken(cases, hears):
+    spoken = {"speech_then_text_question": 1, "text_then_speech": 1, "two_speeches": 2}
+    for d in draw_dialogues(cases, ["red" for _ in cases], 3, 0):
+        assert sum(isinstance(p, Speech) for p in d.parts(hears)) == spoken[d.cell]
+
+
+def test_the_behavior_gap_of_text_is_zero(cases, reads):
+    few = cases[:6]
+    gaps = behavior_gap(reads, reads, few, own_answers(reads, few))
+    assert gaps == pytest.approx([0] * 6, abs=1e-6)
+
+
+def test_the_behavior_gap_of_speech_is_the_kl_loss(cases, reads, hears):
+    few = cases[:6]
+    responses = own_answers(reads, few)
+    gaps = behavior_gap(hears, reads, few, responses, batch_size=4)
+    for case, ids, gap in zip(few, responses, gaps):
+        with torch.no_grad():
+            heard, read = ([case.parts(system, ids)] for system in (hears, reads))
+            kl = hears.model(heard, read, "kl").item()
+        assert gap == pytest.approx(kl / len(ids), rel=1e-3, abs=1e-5)
+        assert gap > 0
+
+
+def test_attention_shares_are_shares_of_every_layer(cases, reads, hears):
+    few, model = cases[:4], reads.model
+    before = model.llm.config._attn_implementation
+    for system in (reads, hears):
+        for shares in attention_shares(system, few, own_answers(reads, few)):
+            on_instruction, on_utterance = shares["instruction"], shares["utterance"]
+            assert len(on_instruction) == len(on_utterance) == model.llm.config.num_hidden_layers
+            for a, b in zip(on_instruction, on_utterance):
+                assert 0 < a < 1 and 0 < b < 1 and a + b < 1
+    assert model.llm.config._attn_implementation == before, "the fast kernels are back"
+
+
+def test_attention_is_summed_over_the_positions_of_each_part():
+    """By hand: every position has a digit of its own, k frames are one speech token."""
+    spoken = [Speech(torch.zeros(3, 4))]  # with k = 2 two speech tokens
+    parts = [Text([7, 7]), Text([8], is_instruction=True), *spoken, Text([9]), Response([1, 2])]
+    attention = torch.tensor([[1.0, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7]])  # (1 layer, L)
+    model = SimpleNamespace(connector=SimpleNamespace(k=2))
+    found = shares_of_parts(attention, parts, spoken, model)
+    assert found == {"instruction": [100.0], "utterance": [11000.0]}
+    read = [parts[3]]  # its transcript stands for the utterance
+    assert shares_of_parts(attention, parts, read, model)["utterance"] == [1e5]
+
+
+def test_the_probe_reads_the_very_prompt_that_is_asked_and_knows_where_it_is(cases, reads):
+    tokenizer = reads.model.tokenizer
+    for case in cases[:4]:
+        audio = [reads.parts(case.utterance)]
+        asked = chat_parts(tokenizer, ask(case.prompt), audio)
+        probed = chat_parts(tokenizer, ask(case.prompt), audio, instruction=case.prompt)
+        assert all_ids(probed) == all_ids(asked)
+        [marked] = [p for p in probed if getattr(p, "is_instruction", False)]
+        assert tokenizer.decode(marked.ids).strip() == case.prompt
+
+
+def all_ids(parts):
+    return [i for part in parts for i in part.ids]
+
+
+# ---- the table of answers ----
+
+
+@pytest.fixture
+def own(benched_world, tmp_path):
+    """A folder with data and a benchmarked run, which may be changed."""
+    return shutil.copytree(benched_world, tmp_path / "world")
+
+
+@pytest.fixture(scope="module")
+def report(benched_world):
+    return read_json(benched_world / "run" / "report.json")
+
+
+@pytest.fixture(scope="module")
+def answers(benched_world):
+    return pandas.read_csv(benched_world / "run" / "answers.csv")
+
+
+SYSTEMS = ["text", "cascade", "mtbi", "asr"]
+
+
+def test_everything_is_written(benched_world, report):
+    for name in MADE:
+        assert (benched_world / "run" / name).stat().st_size > 100, name
+    assert set(report) == {"recipes", "samples", "meta"}
+    assert list(report["recipes"]) == SYSTEMS
+    assert report["meta"]["llm_is_4_bit"]
+
+
+def test_answers_csv_is_a_row_for_every_answer_of_every_system(answers, report):
+    assert answers["system"].unique().tolist() == SYSTEMS
+    questions = 24  # one for each prompt of tests/few_tasks.toml
+    sizes = answers.groupby(["system", "set"]).size()
+    for system in SYSTEMS:
+        assert sizes[system].to_dict() == {"questions": questions, "dialogues": 6, "text": 24}
+    assert set(answers["set"]) == set(SETS)
+    assert report["meta"]["n_cases"] == questions
+    # every system was asked the very same
+    asked = ["set", "cell", "task", "prompt", "utterance", "transcript", "reference"]
+    tables = [rows[asked].reset_index(drop=True) for _, rows in answers.groupby("system")]
+    for table in tables[1:]:
+        pandas.testing.assert_frame_equal(table, tables[0])
+
+
+def test_a_row_says_who_was_asked_what_and_how_the_answer_scores(answers):
+    tasks = load_tasks(FEW_TASKS)
+    for row in answers.fillna({"answer": "", "reference": ""}).itertuples():
+        task = tasks[row.task]
+        assert row.task_seen == (task.split == "train")
+        assert row.prompt_seen == (row.prompt in task.prompts)
+        assert row.score == pytest.approx(score(task.metric, row.reference, row.answer), abs=1e-6)
+        for name, value in all_metrics(row.reference, row.answer).items():
+            assert getattr(row, name) == pytest.approx(value, abs=1e-6)
+
+
+def test_the_top_line_is_its_own_reference(answers):
+    top = answers[answers["system"] == "text"]
+    assert (top["score"] == 1).all()
+    assert (top["behavior_gap"].dropna().abs() < 1e-6).all()
+
+
+def test_the_numbers_of_report_json_are_group_bys_of_the_table(answers, report):
+    questions = answers[answers["set"] == "questions"]
+    means = questions.groupby(["system", "cell"])["score"].mean()
+    by_task = questions.groupby(["system", "task"])["score"].mean()
+    in_two_turns = answers[answers["set"] == "dialogues"].groupby(["system", "cell"])["score"]
+    ignored = questions.groupby("system")["ignored_instruction"].mean()
+    gap = questions.groupby("system")["behavior_gap"].mean()
+    retention = answers[answers["set"] == "text"].groupby("system")["score"].mean()
+    for system, entry in report["recipes"].items():
+        assert list(entry["quadrants"]) == QUADRANTS
+        for cell, found in entry["quadrants"].items():
+            assert found["score"] == pytest.approx(means[system, cell])
+            assert found["share_of_text"] == found["score"]
+            assert 0 <= found["ci95"][0] <= found["score"] <= found["ci95"][1] <= 1
+        for task, found in entry["tasks"].items():
+            assert found["score"] == pytest.approx(by_task[system, task])
+            assert found["n"] == 4
+        for kind, found in entry["dialogues"].items():
+            assert found["score"] == pytest.approx(in_two_turns.mean()[system, kind])
+        assert entry["ignored_instruction_rate"] == pytest.approx(ignored[system])
+        assert entry["behavior_gap"]["score"] == pytest.approx(gap[system])
+        assert entry["text_retention"]["score"] == pytest.approx(retention[system])
+
+
+def test_probes_are_few_and_the_attention_by_layer_has_their_mean(answers, report):
+    for system, entry in report["recipes"].items():
+        rows = answers[answers["system"] == system]
+        assert rows["behavior_gap"].notna().sum() == report["meta"]["n_probes"] == 4
+        for kind, by_layer in entry["attention"].items():
+            mean = rows[f"attention_on_{kind}"].mean()
+            assert np.mean(by_layer) == pytest.approx(mean, abs=1e-5)
+
+
+def test_text_skills_are_measured_of_an_adapter_and_a_frozen_llm_keeps_them(answers):
+    rows = answers[answers["set"] == "text"].set_index("system")
+    for system in ("text", "cascade", "mtbi"):
+        assert (rows.loc[system, "score"] == 1).all(), "nothing changed it"
+
+
+def test_an_llm_with_an_adapter_is_asked_the_questions_in_text_anew():
+    questions = Questions.__new__(Questions)
+    questions.top_line = System("text", "", SimpleNamespace(lora=0))
+    questions.references = {"questions": ["spoken"], "dialogues": [], "text": ["as ever"]}
+    asked = []
+
+    def ask(system, part, of=None):
+        asked.append((system.name, part, type(of)))
+        return [("changed", True)]
+
+    questions.ask = ask
+    frozen, adapted = (Hears(SimpleNamespace(lora=rank), {}) for rank in (0, 8))
+    assert questions.answers_of(frozen, "text") == ["as ever"]
+    assert asked == []
+    assert questions.answers_of(adapted, "text") == ["changed"]
+    assert asked == [("hears", "text", System)], "the utterances come as transcripts"
+
+
+def test_the_words_none_and_nan_are_answers_and_no_holes_in_the_table(benched_world, tmp_path):
+    path = tmp_path / "answers.csv"
+    table = read_answers(benched_world / "run" / "answers.csv")
+    table.loc[:3, "answer"] = ["nan", "None", "NA", ""]
+    table.to_csv(path, index=False)
+    again = read_answers(path)
+    assert again["answer"][:4].tolist() == ["nan", "None", "NA", ""]
+    pandas.testing.assert_frame_equal(again, table, check_dtype=False)
+
+
+def test_report_json_is_strict_json(benched_world):
+    text = (benched_world / "run" / "report.json").read_text(encoding="utf-8")
+    json.loads(text, parse_constant=refuse_constant)
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+# ---- what is asked again, and what is not ----
+
+
+def stamps(folder):
+    """{file: when it was written}."""
+    return {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
+
+
+def bench(folder, *words):
+    return main(["bench", str(folder), *A_SMALL_BENCH, *map(str, words)])
+
+
+def test_what_is_measured_is_not_measured_again(own, capsys):
+    before = stamps(own)
+    assert bench(own / "run") == 0
+    assert "is written already" in capsys.readouterr().out
+    assert stamps(own) == before
+
+
+def test_a_benchmark_is_done_again_where_speech_changed(own, capsys):
+    wavs = sorted((own / "data" / "audio").glob("test-*.wav"))
+    shutil.copy(wavs[0], wavs[1])
+    assert bench(own / "run") == 0
+    said = capsys.readouterr().out
+    assert "is written already" not in said
+    assert "bench text:" in said and "bench asr:" in said
+
+
+def test_a_benchmark_is_done_again_in_another_precision(own, capsys):
+    assert bench(own / "run", "--precision", "bf16") == 0
+    said = capsys.readouterr().out
+    assert "is written already" not in said
+    assert "bench text:" in said and "bench asr:" in said
+
+
+def test_a_damaged_record_is_measured_again_and_the_others_are_kept(own, capsys):
+    report = read_json(own / "run" / "report.json")
+    kept = own / "run" / "bench"
+    before = stamps(kept)
+    (kept / "mtbi.json").write_text("{")
+    assert bench(own / "run") == 0
+    said = capsys.readouterr().out
+    assert "bench mtbi:" in said and "bench asr:" not in said
+    assert {f.name for f, at in stamps(kept).items() if before.get(f) != at} == {"mtbi.json"}
+    again = read_json(own / "run" / "report.json")
+    for name in SYSTEMS:
+        assert again["recipes"][name]["quadrants"] == report["recipes"][name]["quadrants"]
+
+
+def test_the_recipes_that_are_named_are_all_that_the_report_holds(own):
+    assert bench(own / "run", "--recipes", "asr") == 0
+    assert list(read_json(own / "run" / "report.json")["recipes"]) == ["text", "cascade", "asr"]
+
+
+def test_another_transcriber_changes_the_cascade_alone(own, tmp_path, capsys):
+    asr = save_encoder(tmp_path, "wav2vec2-ctc")
+    assert bench(own / "run", "--asr", asr) == 0
+    said = capsys.readouterr().out
+    assert "bench cascade:" in said
+    assert "bench text:" not in said and "bench mtbi:" not in said
+    report = read_json(own / "run" / "report.json")
+    assert list(report["recipes"]) == SYSTEMS
+    assert report["meta"]["asked"]["asr"][0] == str(asr)
+
+
+def test_a_transcriber_without_a_ctc_head_is_none(own, tmp_path, capsys):
+    assert bench(own / "run", "--asr", save_encoder(tmp_path, "wav2vec2")) == 0
+    assert "cascade: left out" in capsys.readouterr().out
+    assert list(read_json(own / "run" / "report.json")["recipes"]) == ["text", "mtbi", "asr"]
+
+
+def test_a_run_folder_can_be_moved_with_its_data(own, tmp_path, capsys):
+    shutil.move(own, tmp_path / "elsewhere")
+    assert bench(tmp_path / "elsewhere" / "run") == 0
+    assert "is written already" in capsys.readouterr().out
+    assert bench(tmp_path / "elsewhere" / "run", "--recipes", "mtbi", "--force") == 0
+
+
+# ---- other data ----
+
+
+@pytest.fixture
+def elsewhere(own):
+    """A data folder that has held-out speech alone."""
+    folder = own / "heard-elsewhere"
+    shutil.copytree(own / "data" / "audio", folder / "audio")
+    lines = (own / "data" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    tested = [line for line in lines if json.loads(line)["split"] == "test"]
+    (folder / "manifest.jsonl").write_text("\n".join(tested[:8]) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_other_data_may_have_no_training_speech_and_gets_a_report_of_its_own(own, elsewhere):
+    run = own / "run"
+    before = {name: (run / name).read_bytes() for name in MADE}
+    assert bench(run, "--data", elsewhere) == 0
+    there = run / "on" / "heard-elsewhere"
+    for name in MADE:
+        assert (there / name).stat().st_size > 100, name
+        assert (run / name).read_bytes() == before[name], "the run's own report stays"
+    report = read_json(there / "report.json")
+    assert list(report["recipes"]) == SYSTEMS
+    assert report["meta"]["n_utterances"] <= 8
+    said = read_answers(there / "answers.csv")["audio"]
+    assert all(Path(audio).resolve().is_relative_to(elsewhere.resolve()) for audio in said)
+
+
+def test_two_data_folders_of_one_name_get_two_reports(own, elsewhere, tmp_path):
+    run, other = own / "run", tmp_path / "another" / "heard-elsewhere"
+    shutil.copytree(elsewhere, other)
+    assert bench(run, "--data", elsewhere, "--recipes", "mtbi") == 0
+    first = (run / "on" / "heard-elsewhere" / "report.md").read_bytes()
+    assert bench(run, "--data", other, "--recipes", "mtbi") == 0
+    assert (run / "on" / "heard-elsewhere" / "report.md").read_bytes() == first
+    folders = sorted(path.parent.name for path in run.glob("on/*/report.md"))
+    assert len(folders) == 2 and folders[1].startswith("heard-elsewhere-")
+
+
+def test_naming_the_runs_own_data_is_the_same_as_naming_none(own, capsys):
+    assert bench(own / "run", "--data", own / "data") == 0
+    assert "is written already" in capsys.readouterr().out
+    assert not (own / "run" / "on").exists()
+
+
+def test_what_was_trained_on_is_never_asked_about(own):
+    """Wherever it is heard again: here all of the run's own speech, as a test set."""
+    manifest, again = own / "data" / "manifest.jsonl", own / "again"
+    assert main(["prepare", str(manifest), "--test-only", "--out", str(again)]) == 0
+    heard = [u.text for u in read_manifest(manifest) if u.split == "train"]
+    assert all(u.split == "test" for u in read_manifest(again / "manifest.jsonl"))
+    assert bench(own / "run", "--data", again, "--recipes", "mtbi") == 0
+    table = read_answers(own / "run" / "on" / "again" / "answers.csv")
+    assert not set(table["transcript"]) & set(heard)

@@ -1,0 +1,752 @@
+"""Statistics, claims and verdicts, several commands at once, `compare`, `plan`, `info`."""
+
+import json
+import shlex
+import shutil
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import transformers
+from checkpoints import save_encoder
+from conftest import FEW_TASKS, made_once, mtbi
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lab.step
+from eval import DIALOGUES, QUADRANTS
+from lab.claims import BAR, CLAIMS, CURVE, RULE, Claim, Results, above, all_differences, decide
+from lab.compare import CompareOptions, OneRun, RunAll, runs_of, score_rows, with_curve
+from lab.compare_report import bar_table, curve_points
+from lab.jobs import Jobs, last_line, lines_without_bars
+from lab.look import LookOptions, look
+from lab.memory import estimate, weight_bytes
+from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
+from lab.report import draw_samples, percent
+from lab.statistics import MEASURES, TASK, over_runs, over_utterances, rows_of, task_metrics
+from model import PRECISIONS, Connector, SpeechLLM, load_llm
+from mtbi import COMMANDS, RECIPES, main, run_command
+from support.files import UserError, read_json
+from support.hub import TINY
+from support.options import parse_options
+
+
+def values_of(rows):
+    """A table of (utterance, value)."""
+    return pandas.DataFrame(rows, columns=["utterance", "value"])
+
+
+# ---- intervals ----
+
+scores = st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1)), min_size=2, max_size=60)
+
+
+@settings(max_examples=50, deadline=None)
+@given(scores)
+def test_the_interval_over_utterances_lies_in_0_to_1_and_the_score_is_the_mean(rows):
+    found = over_utterances(values_of(rows))
+    assert 0 <= found["ci95"][0] <= found["ci95"][1] <= 1 + 1e-9
+    assert found["n"] == len(rows)
+    assert found["score"] == pytest.approx(np.mean([value for _, value in rows]))
+
+
+def test_an_interval_of_many_like_scores_of_one_utterance_is_honest():
+    """100 answers about one of two utterances are two observations, not 101."""
+    rows = [("a", 1.0) for _ in range(100)] + [("b", 0.0)]
+    assert over_utterances(values_of(rows))["ci95"] == [0.0, 1.0]
+
+
+def test_of_nothing_there_is_no_score_and_no_number_that_json_lacks():
+    found = over_utterances(values_of([]))
+    assert found == {"score": None, "n": 0, "ci95": [None, None]}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert over_runs([]) == {"score": None, "ci95": [None, None], "n": 0, "by_run": []}
+    assert percent(None) == "–"
+
+
+runs = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.floats(0, 1)), min_size=3, max_size=20),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(runs)
+def test_the_interval_over_runs_holds_the_score(runs):
+    found = over_runs([values_of(rows) for rows in runs])
+    assert found["ci95"][0] - 1e-9 <= found["score"] <= found["ci95"][1] + 1e-9
+    assert found["n"] == len(found["by_run"]) == len(runs)
+
+
+@settings(max_examples=20, deadline=None)
+@given(runs)
+def test_a_recipe_never_differs_from_itself(runs):
+    found = over_runs([values_of([(u, v - v) for u, v in rows]) for rows in runs])
+    assert found["ci95"] == [0, 0]
+
+
+def test_when_runs_differ_more_than_utterances_do_three_that_agree_by_chance_decide_nothing():
+    """Under no true difference, with runs that scatter, about one in twenty may be decided."""
+    rng, decided = np.random.default_rng(0), 0
+
+    def a_run():
+        values = rng.normal(rng.normal(0, 0.1), 0.3, 60)
+        return values_of(list(enumerate(values)))
+
+    for _ in range(200):
+        low, high = over_runs([a_run() for _ in range(3)])["ci95"]
+        decided += low > 0 or high < 0
+    assert decided / 200 < 0.1
+
+
+# ---- claims and verdicts ----
+
+
+def table(run, system, value, n=40):
+    """Answers of a system in a run: each measure is value(i) for utterance i, in every cell."""
+    rows = []
+    for part, cells in (("questions", QUADRANTS), ("dialogues", DIALOGUES), ("text", QUADRANTS)):
+        for cell in cells:
+            for i in range(n):
+                row = {"run": run, "system": system, "set": part, "cell": cell, "task": "who"}
+                row["utterance"] = f"u{i}"
+                for column in ("score", "ignored_instruction", "behavior_gap"):
+                    row[column] = value(i)
+                row["attention_on_instruction"] = value(i)
+                rows.append(row)
+    return rows
+
+
+def results_of(values, runs=1):
+    """The Results of so many runs alike; values: {system: value(i)}."""
+    rows = []
+    for run in range(runs):
+        for system, value in values.items():
+            rows += table(f"seed-{run}", system, value)
+    return Results(pandas.DataFrame(rows))
+
+
+def always(value):
+    return lambda i: value
+
+
+MTBI_OVER_ASR = Claim("a claim", "a paper", "score, unseen tasks", above("mtbi", "asr"))
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, verdict",
+    [
+        (always(0.9), always(0.5), "holds"),
+        (always(0.5), always(0.9), "does not hold"),
+        (lambda i: i % 2, lambda i: (i + 1) % 2, "undecided"),
+        (always(0.5), always(0.5), "undecided"),
+    ],
+)
+def test_the_verdict_follows_the_rule(ours, theirs, verdict):
+    found = decide(MTBI_OVER_ASR, results_of({"mtbi": ours, "asr": theirs}, runs=3))
+    assert found["verdict"] == verdict
+    assert found["n"] == 3
+
+
+def test_a_claim_about_a_recipe_that_is_not_there_is_not_measured():
+    found = decide(MTBI_OVER_ASR, results_of({"mtbi": always(0.9)}))
+    assert found["verdict"] == "not measured"
+    assert found["score"] is None
+
+
+def test_recipes_that_were_asked_different_questions_are_not_compared():
+    rows = table("seed-0", "mtbi", always(1.0)) + table("seed-0", "asr", always(1.0), n=39)
+    with pytest.raises(UserError, match="asked different questions"):
+        decide(MTBI_OVER_ASR, Results(pandas.DataFrame(rows)))
+
+
+@pytest.mark.parametrize("retention, verdict", [(0.998, "does not hold"), (0.9, "holds")])
+def test_a_margin_must_be_exceeded(retention, verdict):
+    claim = next(c for c in CLAIMS if c.margin)
+    found = results_of({"text": always(1.0), "vtb-no-text": always(retention)})
+    assert decide(claim, found)["verdict"] == verdict
+
+
+def test_a_difference_of_differences_is_paired():
+    """What the recipes have in common cancels."""
+    claim = next(c for c in CLAIMS if len(c.terms) == 4)
+
+    def noisy(at):
+        return lambda i: ((7 * i) % 11) / 11 + at
+
+    values = {
+        "mtbi@10": noisy(0.5),
+        "mtbi-no-interleave@10": noisy(0.2),
+        "mtbi": noisy(0.6),
+        "mtbi-no-interleave": noisy(0.5),
+    }
+    found = decide(claim, results_of(values))
+    assert found["score"] == pytest.approx(0.2)
+    assert found["ci95"] == pytest.approx([0.2, 0.2])
+
+
+def test_every_claim_is_about_recipes_that_are_trained_and_values_that_are_measured():
+    trained = set(RECIPES)
+    for name, shares in CURVE.items():
+        trained |= {f"{name}@{share}" for share in shares}
+    for claim in CLAIMS:
+        assert set(claim.recipes()) <= trained
+        assert claim.measure in MEASURES
+        assert sum(sign for sign, _ in claim.terms) == 0
+    assert set(BAR) <= set(MEASURES)
+
+
+def test_every_pair_of_systems_is_compared_and_those_on_a_part_of_the_speech_are_not():
+    values = {"text": always(1.0), "mtbi": always(0.7), "asr": always(0.5), "asr@10": always(0.1)}
+    rows = all_differences(results_of(values), list(values), ["score, unseen tasks"])
+    pairs = {(row["system"], row["minus"]): row["score"] for row in rows}
+    assert pairs == pytest.approx(
+        {("text", "mtbi"): 0.3, ("text", "asr"): 0.5, ("mtbi", "asr"): 0.2}
+    )
+
+
+def test_measures_are_rows_of_the_table_by_column_set_and_cell():
+    answers = pandas.DataFrame(table("seed-0", "mtbi", lambda i: i / 40))
+    assert len(rows_of(answers, "score, unseen tasks")) == 2 * 40
+    assert len(rows_of(answers, "conversations of two turns")) == 3 * 40
+    assert len(rows_of(answers, "text retention")) == 4 * 40
+    assert len(rows_of(answers, f"{TASK}who")) == 4 * 40
+    assert len(rows_of(answers, QUADRANTS[0])) == 40
+    answers.loc[answers["utterance"] != "u1", "behavior_gap"] = None  # few are probed
+    assert len(rows_of(answers, "behavior gap")) == 4
+
+
+def test_the_curve_has_the_parts_of_the_speech_in_order_and_the_whole_last():
+    values = {"asr": always(0.5), "asr@30": always(0.3), "asr@10": always(0.1)}
+    rows = score_rows(results_of(values), list(values), list(MEASURES))
+    [(name, (shares, on_unseen_tasks, _))] = curve_points({"scores": rows}).items()
+    assert (name, shares) == ("asr", [10, 30, 100])
+    assert on_unseen_tasks == pytest.approx([10, 30, 50])
+    assert with_curve(["vtb", "asr"]) == ["vtb", "asr", "asr@10", "asr@30"]
+
+
+def test_no_interval_of_a_score_leaves_0_to_1():
+    """Whatever Student's t says of three runs."""
+    rows = []
+    for run, value in enumerate((0.1, 0.5, 0.9)):
+        rows += table(f"seed-{run}", "mtbi", always(value))
+    for row in score_rows(Results(pandas.DataFrame(rows)), ["mtbi"], list(MEASURES)):
+        assert 0 <= row["low"] <= row["score"] <= row["high"]
+        assert row["high"] <= 1 or row["measure"] == "behavior gap"
+
+
+def test_the_quality_bar_is_of_the_tiny_world():
+    values = {"mtbi": always(0.94), "cascade": always(0.95)}
+    found = score_rows(results_of(values), list(values), list(MEASURES))
+    meta = {"speech": "tiny", "llm": "tiny", "encoder": "tiny", "tasks": None}
+    report = {"scores": found, "bar": BAR, "meta": meta}
+    seen = next(line for line in bar_table(report).splitlines() if "seen tasks and prompts" in line)
+    assert seen.split(" | ")[1:] == ["94.0%", "95%", "no", "98.9%", "yes |"]
+    another = {**report, "meta": {**meta, "tasks": "tasks.toml"}}
+    assert "this is another" in bar_table(another)
+
+
+# ---- the reports of `bench` ----
+
+
+def answers_of(*texts, task="repeat"):
+    rows = []
+    for reference, answer in texts:
+        rows.append({"set": "questions", "task": task, "reference": reference, "answer": answer})
+    return pandas.DataFrame(rows)
+
+
+def test_every_metric_of_a_task_is_over_all_its_answers():
+    found = task_metrics(answers_of(("a b c d", "A b, c d."), ("a b c d", "a x c d")))["repeat"]
+    assert found["exact"] == 0.5
+    assert found["wer"] == pytest.approx(1 / 8), "of all words, not a mean of means"
+    assert 0 < found["bleu"] < 1 and 0 < found["chrf"] < 1
+
+
+def test_samples_are_of_every_quadrant_and_each_has_every_systems_answer(benched_world):
+    answers = pandas.read_csv(benched_world / "run" / "answers.csv", keep_default_na=False)
+    samples = draw_samples(answers, seed=0)
+    assert {sample["quadrant"] for sample in samples} == set(QUADRANTS)
+    for sample in samples:
+        assert list(sample["answers"]) == ["text", "cascade", "mtbi", "asr"]
+    assert samples == draw_samples(answers, seed=0) != draw_samples(answers, seed=1)
+
+
+# ---- several commands at once ----
+
+
+def test_a_job_that_fails_is_explained_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    # what a command prints must come before why it failed
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    jobs, name = Jobs(2, run_command, tiny=True), tmp_path.name
+    nowhere = ["--speech", str(tmp_path / "nowhere"), "--jobs", "1"]
+    commands = [["recipes"], ["compare", "--out", str(tmp_path / "out"), *nowhere]]
+
+    def attempt(words):
+        return jobs.attempt(words, tmp_path, words[0])
+
+    assert jobs.each("two commands", attempt, commands) == [True, False]
+    assert list(jobs.failures) == [f"{name}/compare"]
+    assert "nothing could be measured" in jobs.failures[f"{name}/compare"]
+    said = (tmp_path / "output-recipes-recipes.txt").read_text(encoding="utf-8")
+    assert "mtbi-no-interleave" in said
+    whole = (tmp_path / "failed-compare-compare.txt").read_text(encoding="utf-8")
+    assert "trainings in each of 3 runs" in whole
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_job_that_succeeds_after_all_leaves_no_failure_behind(tmp_path, capsys):
+    def fails_once(words):
+        if not (tmp_path / "failed-recipes-job.txt").exists():
+            raise UserError("not now")
+
+    jobs = Jobs(1, fails_once, tiny=True)
+    assert not jobs.attempt(["recipes"], tmp_path, "job")
+    assert "not now" in (tmp_path / "failed-recipes-job.txt").read_text(encoding="utf-8")
+    assert jobs.attempt(["recipes"], tmp_path, "job")
+    assert not (tmp_path / "failed-recipes-job.txt").exists()
+
+
+def test_ctrl_c_ends_what_runs_and_begins_nothing_more():
+    jobs, begun = Jobs(2, run_command, tiny=True), []
+
+    def work(item):
+        begun.append(item)
+        if item == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.each("ten things", work, list(range(10)))
+    assert len(begun) < 10
+    assert not jobs.threads
+
+
+def test_of_what_a_process_said_the_last_line_and_all_but_the_bars_are_shown(tmp_path):
+    output = tmp_path / "output.txt"
+    bar = "train mtbi:  50%|█████     | 1/2 [00:01<00:01,  1.0it/s]\rtrain mtbi: 100%|███| 2/2\n"
+    output.write_text(f"k: 6\n{bar}train mtbi: 2.0 s\n\n", encoding="utf-8")
+    assert last_line(output) == "train mtbi: 2.0 s"
+    assert lines_without_bars(output) == ["k: 6", "train mtbi: 2.0 s"]
+
+
+# ---- compare ----
+
+COMPARED = ["--recipes", "mtbi,blsp,vtb", "--seeds", "1", "--no-curve", "--jobs", "1"]
+COMPARED += ["--steps", "2", "--batch-size", "8", "--accumulate", "2", "--train", "40"]
+COMPARED += ["--test", "16", "--per-prompt", "1", "--dialogues", "1", "--probes", "4"]
+COMPARED += ["--bits", "16", "--tasks", str(FEW_TASKS)]
+COMPARED += ["--k", "6"]  # no power of two, which the convolutions of blsp need
+
+
+@pytest.fixture(scope="session")
+def compared_once(tmp_path_factory):
+    def make(folder):
+        mtbi("compare", "--out", folder, *COMPARED)
+
+    return made_once(tmp_path_factory, "compared", make)
+
+
+@pytest.fixture
+def compared(compared_once, tmp_path):
+    """A comparison in which one recipe failed; it may be changed."""
+    return shutil.copytree(compared_once, tmp_path / "compared")
+
+
+def again(out, *words):
+    return main(["compare", "--out", str(out), *COMPARED, *words])
+
+
+@pytest.fixture(scope="session")
+def comparison(compared_once):
+    return read_json(compared_once / "report.json")
+
+
+def test_every_command_of_a_comparison_is_told_what_concerns_it(compared_once):
+    asked = read_json(compared_once / "seed-0" / "config.json")["options"]
+    trained = read_json(compared_once / "seed-0" / "mtbi" / "config.json")["options"]
+    assert (asked["bits"], asked["tasks"]) == (16, "tests/few_tasks.toml")
+    assert (trained["batch_size"], trained["accumulate"], trained["k"]) == (8, 2, 6)
+
+
+def test_a_recipe_that_fails_is_reported_and_the_others_go_on(compared_once, comparison):
+    failures = comparison["meta"]["failures"]
+    assert list(failures) == ["seed-0/blsp"]
+    assert "power of two" in failures["seed-0/blsp"]
+    systems = dict.fromkeys(row["system"] for row in comparison["scores"])
+    assert list(systems) == ["text", "cascade", "mtbi", "vtb"]
+    verdicts = {(c["claim"], c["difference"]): c["verdict"] for c in comparison["claims"]}
+    about_vtb = verdicts["MTBI generalizes to unseen tasks better than vtb", "mtbi − vtb"]
+    assert about_vtb in ("holds", "does not hold", "undecided")
+    about_blsp = verdicts["MTBI generalizes to unseen tasks better than blsp", "mtbi − blsp"]
+    assert about_blsp == "not measured"
+    text = (compared_once / "report.md").read_text(encoding="utf-8")
+    assert "**Failed:**" in text and "power of two" in text
+
+
+def test_the_report_of_a_comparison_has_the_rule_the_claims_and_how_it_was_made(
+    compared_once, comparison
+):
+    text = (compared_once / "report.md").read_text(encoding="utf-8")
+    assert RULE in text
+    asked = {"mtbi", "blsp", "vtb", "text", "cascade"}
+    others = sum(not set(claim.recipes()) <= asked for claim in CLAIMS)
+    assert f"{others} other claims are about recipes that were not asked for" in text
+    assert "this is another" in text.split("## The quality bar")[1]
+    assert "no recipe was trained on a part" in text
+    assert not (compared_once / "curve.png").exists()
+    assert comparison["meta"]["k"] == 6
+    for name in ("quadrants", "tasks", "ignored", "retention", "dialogues", "attention"):
+        assert (compared_once / f"{name}.png").stat().st_size > 1000
+
+
+def test_the_scores_of_a_comparison_are_means_of_the_answers_of_its_runs(compared_once, comparison):
+    answers = pandas.read_csv(compared_once / "seed-0" / "answers.csv")
+    questions = answers[(answers["set"] == "questions") & ~answers["task_seen"]]
+    means = questions.groupby("system")["score"].mean()
+    table = pandas.read_csv(compared_once / "scores.csv").set_index(["system", "measure"])
+    for system, mean in means.items():
+        assert table.loc[(system, "score, unseen tasks"), "score"] == pytest.approx(mean)
+    assert len(table) == len(comparison["scores"])
+
+
+def test_a_comparisons_tables_have_every_pair_and_every_metric(compared_once):
+    differences = pandas.read_csv(compared_once / "differences.csv")
+    unseen = differences[differences["measure"] == "score, unseen tasks"]
+    pairs = list(zip(unseen["system"], unseen["minus"]))
+    systems = ["text", "cascade", "mtbi", "vtb"]
+    assert pairs == [(a, b) for i, a in enumerate(systems) for b in systems[i + 1 :]]
+    metrics = pandas.read_csv(compared_once / "metrics.csv").set_index(["system", "task"])
+    assert list(metrics.columns) == ["exact", "wer", "chrf", "bleu"]
+    assert metrics.loc[("text", "repeat"), "exact"] == 1
+
+
+def test_a_paired_difference_is_the_difference_of_the_scores(compared_once, comparison):
+    by_name = {(row["system"], row["measure"]): row["score"] for row in comparison["scores"]}
+    measure = "score, unseen tasks"
+    gap = by_name["mtbi", measure] - by_name["vtb", measure]
+    differences = pandas.read_csv(compared_once / "differences.csv")
+    row = differences.set_index(["measure", "system", "minus"]).loc[measure, "mtbi", "vtb"]
+    assert row["score"] == pytest.approx(gap)
+    text = (compared_once / "report.md").read_text(encoding="utf-8")
+    lines = text.split("## Paired differences")[1].splitlines()
+    vtb = next(line for line in lines if line.startswith("| `vtb` |"))
+    assert float(vtb.split("|")[4].strip(" *")) == pytest.approx(-100 * gap, abs=0.051)
+
+
+def test_what_a_training_took_stands_in_the_report(comparison):
+    rows = {row["system"]: row for row in comparison["training"]}
+    assert list(rows) == ["mtbi", "vtb"]
+    assert all(row["audio_seconds"] > 0 and row["runs"] == 1 for row in rows.values())
+    assert rows["vtb"]["trained_parameters"] > rows["mtbi"]["trained_parameters"]
+
+
+def test_a_comparison_does_nothing_twice(compared):
+    def results():
+        files = [*(compared / "seed-0").rglob("*.safetensors"), *compared.glob("seed-0/bench/*")]
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    before = results()
+    assert len(before) > 8
+    assert again(compared) == 0
+    assert results() == before
+    meta = read_json(compared / "report.json")["meta"]
+    assert len(meta["wall_seconds_by_sitting"]) == 2
+
+
+def test_a_damaged_record_of_a_comparison_is_measured_again(compared, comparison):
+    (compared / "seed-0" / "bench" / "mtbi.json").write_text("{")
+    assert again(compared) == 0
+    report = read_json(compared / "report.json")
+    assert report["claims"] == comparison["claims"]
+    assert report["scores"] == comparison["scores"]
+
+
+def test_records_of_other_settings_are_never_put_beside_each_other(compared, capsys):
+    assert again(compared, "--steps", "3") == 2
+    assert "steps was 2, now 3" in capsys.readouterr().err
+
+
+def test_a_recipe_that_spoils_the_benchmark_is_left_out_of_it():
+    class Spoiled:
+        def attempt(self, words, folder, name):
+            return "blsp" not in words[words.index("--recipes") + 1].split(",")
+
+    work = RunAll(CompareOptions(out="out"), Spoiled())
+    assert work.bench(OneRun("seed-0", (), 0), ["mtbi", "blsp"]) == ["text", "cascade", "mtbi"]
+
+
+def test_a_comparison_of_nothing_is_refused(tmp_path, capsys):
+    for recipes, why in (
+        ("text,cascade", "names no recipe that is trained"),
+        ("mtbi,nothing", "there is no recipe 'nothing'"),
+    ):
+        assert main(["compare", "--out", str(tmp_path), "--recipes", recipes]) == 2
+        assert why in capsys.readouterr().err
+
+
+def speakers_manifest(data, path, speakers):
+    """The first utterances of a data folder, as said by these speakers."""
+    lines = (data / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{**json.loads(line), "speaker": name} for line, name in zip(lines, speakers)]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_leaving_each_speaker_out_needs_speakers(data, tmp_path, capsys):
+    manifest = speakers_manifest(data, tmp_path / "one.jsonl", ["ann", "ann", "ann"])
+    words = ["compare", "--out", str(tmp_path / "out"), "--leave-one-speaker-out"]
+    assert main([*words, "--speech", str(manifest)]) == 2
+    assert "needs two or more" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "needs a JSONL manifest file" in capsys.readouterr().err
+
+
+def test_leaving_each_speaker_out_is_a_run_for_each(data, tmp_path):
+    manifest = speakers_manifest(data, tmp_path / "two.jsonl", ["ann b", "joe", "joe"])
+    options = CompareOptions(out="out", speech=str(manifest), leave_one_speaker_out=True)
+    assert [(run.name, run.prepare[-2:], run.seed) for run in runs_of(options)] == [
+        ("without-ann-b", ("--test-speakers", "ann b"), 0),
+        ("without-joe", ("--test-speakers", "joe"), 0),
+    ]
+    assert [run.seed for run in runs_of(CompareOptions(out="out"))] == [0, 1, 2]
+
+
+# ---- plan ----
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    [
+        ("qwen2.5-0.5b", 0.494),
+        ("qwen2.5-1.5b", 1.544),
+        ("qwen2.5-3b", 3.086),
+        ("qwen2.5-7b", 7.616),
+        ("qwen2.5-14b", 14.77),
+        ("llama-3.2-1b", 1.236),
+        ("llama-3.2-3b", 3.213),
+        ("llama-3.1-8b", 8.030),
+        ("smollm2-360m", 0.362),
+        ("smollm2-1.7b", 1.711),
+    ],
+)
+def test_the_shapes_have_as_many_parameters_as_the_published_models(name, billions):
+    llm, _ = llm_shape(find_config(name, "llm"), torch.bfloat16)
+    assert llm.num_parameters() / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_models_of_the_table_are_known_by_the_last_part_of_their_name():
+    assert full_name("qwen2.5-7b", "llm") == "Qwen/Qwen2.5-7B-Instruct"
+    assert full_name("whisper-tiny.en", "encoder") == "openai/whisper-tiny"
+    assert full_name("somebody/qwen2.5-7b", "llm") == "somebody/qwen2.5-7b"
+    assert full_name("unheard-of", "llm") == "unheard-of"
+
+
+def test_a_published_encoder_is_measured_from_its_configuration():
+    config = find_config("openai/whisper-large-v3", "encoder")
+    assert encoder_shape(config, "") == (636968960, 1280, 50.0)
+
+
+@pytest.mark.parametrize(
+    "family, width, rate",
+    [
+        ("wav2vec2-ctc", 32, 50.0),
+        ("parakeet", 32, 12.5),
+        ("parakeet-encoder", 32, 12.5),
+        ("whisper", 32, 50.0),
+        ("tiny", 192, 100 / 3),
+    ],
+)
+def test_an_encoder_in_a_folder_is_measured_from_its_configuration(family, width, rate, tmp_path):
+    name = family if family == "tiny" else str(save_encoder(tmp_path, family))
+    shape = encoder_shape(find_config(name, "encoder"), name)
+    assert shape.width == width
+    assert shape.frame_rate == pytest.approx(rate, rel=0.02)
+
+
+SMALL_QWEN = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 8000,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(bits, checkpointing, precision):
+    """On a CPU: the tensors that are alive in a real step, on real weights."""
+    config, dtype = transformers.Qwen2Config(**SMALL_QWEN), PRECISIONS[precision]
+    options = SimpleNamespace(batch_size=6, prompt_tokens=40, answer_tokens=30)
+    llm = lab.step.random_llm(config, bits, dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "llm")
+    model = SpeechLLM(llm, tokenizer, None, Connector("stack-mlp", 128, 256, 9, 1024))
+    if checkpointing:
+        model.checkpoint_gradients()
+    model.train()
+    optimizer = torch.optim.AdamW(model.trainable().values())
+    examples = lab.step.random_conversations(options, 128, 300)
+    lab.step.our_step(model, optimizer, examples, None)
+    measured = lab.step.peak_bytes(lab.step.our_step, model, optimizer, examples, None)
+    planned = estimate(
+        config,
+        128,
+        50.0,
+        bits=bits,
+        dtype=dtype,
+        seconds=6.0,
+        prompt=40,
+        answer=30,
+        batch=6,
+        checkpointing=checkpointing,
+    )
+    megabytes = {name: round(value / 1e6, 1) for name, value in planned.items()}
+    assert planned["peak"] == pytest.approx(measured, rel=0.15), megabytes
+
+
+def test_the_weights_are_estimated_to_the_percent(llm):
+    shape, _ = llm_shape(llm[0].config, torch.float32)
+    storages = [tensor.untyped_storage() for tensor in lab.step.tensors_of(load_llm("tiny", 4)[0])]
+    real = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    assert weight_bytes(shape, 4, torch.float32)[0] == pytest.approx(real, rel=0.02)
+
+
+def planned(capsys, *words):
+    """What `plan` says, and its table: {what: GB}."""
+    assert main(["plan", *words]) == 0
+    said, table = capsys.readouterr().out, {}
+    for line in said.splitlines():
+        if line.startswith("|") and not line.startswith(("| what", "|---")):
+            what, size = line.split("|")[1:3]
+            table[what.strip()] = float(size)
+    return said, table
+
+
+def commands_in(said):
+    """{command: its options} of the command lines that `plan` says."""
+    found = {}
+    for line in said.splitlines():
+        if line.startswith("  python mtbi.py"):
+            name, *words = shlex.split(line)[2:]
+            found[name] = parse_options(COMMANDS[name][0], words, name, "")
+    return found
+
+
+def test_what_is_said_to_fit_is_a_command_that_runs_and_more_memory_never_fits_less(capsys):
+    micro_batches = []
+    for vram in (8, 16, 80):
+        said, table = planned(capsys, "--vram", str(vram))
+        commands = commands_in(said)
+        assert commands["behaviors"].llm == "Qwen/Qwen2.5-7B-Instruct"
+        train = commands["train"]
+        assert train.batch_size * train.accumulate == 32
+        assert train.gradient_checkpointing == "on"
+        micro_batches.append(train.batch_size)
+        assert table["peak"] <= vram
+        of_the_step = list(table)[: list(table).index("peak")]
+        # the table adds up
+        assert sum(table[what] for what in of_the_step) == pytest.approx(table["peak"], abs=0.03)
+    assert micro_batches == sorted(micro_batches)
+    assert micro_batches[-1] > micro_batches[0]
+
+
+def test_what_does_not_fit_is_said_with_what_would_help(capsys):
+    said, _ = planned(capsys, "--llm", "qwen2.5-7b", "--vram", "4", "--batch-size", "4")
+    assert "It does not fit 4 GB" in said
+    assert "GB are needed" in said
+    assert "python mtbi.py train" not in said
+
+
+def test_what_is_no_llm_and_no_memory_is_refused(tmp_path, capsys):
+    assert main(["plan", "--llm", str(save_encoder(tmp_path, "whisper"))]) == 2
+    assert "is no causal LLM" in capsys.readouterr().err
+    assert main(["plan", "--vram", "-1"]) == 2
+    assert "--vram -1.0: is no number from" in capsys.readouterr().err
+
+
+def test_a_lora_adapter_and_other_connectors_are_counted(capsys):
+    models = ("--llm", "qwen2.5-0.5b", "--encoder", "whisper-small")
+
+    def trained(*words):
+        return planned(capsys, *models, *words)[1]["connector and optimizer"]
+
+    plain = trained()
+    with_adapter = trained("--lora", "16")
+    assert with_adapter == pytest.approx(plain + 8.8e6 * 16 / 1e9, abs=0.02)  # 8.8M, says PEFT
+    assert trained("--connector", "qformer") > plain
+
+
+# ---- the step benchmark, and a look at a batch ----
+
+
+def test_the_benchmark_of_a_step_runs_beside_the_baseline(tmp_path, capsys, monkeypatch):
+    words = ["--llm", str(TINY / "llm"), "--encoder", "whisper-tiny", "--steps", "2"]
+    words += ["--batch-size", "2", "--seconds", "3", "--out", str(tmp_path / "step.json")]
+    monkeypatch.setattr("sys.argv", ["step", *words])
+    assert lab.step.main() == 0
+    said = capsys.readouterr().out
+    assert "ours / plain" in said
+    assert "`plan` says" in said
+    keys = ("ours", "plain", "planned_peak_gb", "torch", "date")
+    result = read_json(tmp_path / "step.json", *keys)
+    assert result["ours"]["samples_s"] > result["plain"]["samples_s"] > 0
+    assert result["plain"]["peak_gb"] > result["ours"]["peak_gb"]
+    assert 0 < result["ours"]["share_of_flop_limit"] < 1
+
+
+def test_the_baseline_of_a_step_is_of_whisper_alone(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["step", "--llm", str(TINY / "llm"), "--encoder", "tiny"])
+    assert lab.step.main() == 2
+    assert "name a Whisper" in capsys.readouterr().err
+
+
+def test_a_look_at_a_batch_shows_its_parts_and_what_embed_makes_of_them(trained_world, capsys):
+    look(LookOptions(str(trained_world / "run"), step=1, show=2))
+    said = capsys.readouterr().out
+    for words in ("Text", "Speech", "Response", "speech tokens", "embed: embeddings (8, "):
+        assert words in said
+    assert said.count("Response") == 2
+
+
+# ---- info ----
+
+
+def test_info_tells_what_a_run_folder_is(trained_world, capsys):
+    assert main(["info", str(trained_world / "run")]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "tiny, 4 bits (NF4)",
+        "48 utterances",
+        "48 with word times",
+        "behaviors",
+        "asr",
+        "connector qformer (k 6, hidden 16), LoRA of rank 2",
+        "connector stack-mlp (k 6, hidden 32), LLM frozen",
+        "steps 2 of 2, 8 utterances each",
+        "not in the last report",
+        "report     none yet",
+    ):
+        assert words in said, (words, said)
+
+
+def test_info_tells_the_scores_of_the_last_report(benched_world, capsys):
+    run = benched_world / "run"
+    assert main(["info", str(run)]) == 0
+    said = capsys.readouterr().out
+    score = read_json(run / "report.json")["recipes"]["mtbi"]["quadrants"][QUADRANTS[0]]["score"]
+    assert f"seen × seen {percent(score)}" in said
+    assert "not in the last report" not in said
+    assert f"report     {run / 'report.md'}" in said
+
+
+def test_info_says_of_a_folder_that_it_is_no_run(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 2
+    assert "there is no folder made by `behaviors`" in capsys.readouterr().err

@@ -1,0 +1,1032 @@
+"""The support: files, options, run folders, kept frames and answers, damaged checkpoints."""
+
+import builtins
+import json
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar, get_type_hints
+
+import pytest
+import torch
+from checkpoints import save_encoder, save_llm
+from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
+from programs import begun_anew, free_port, one_line, program, python
+from safetensors.torch import load_file, save_file
+
+import mtbi
+import support.frames
+import train
+from data import load_audio, read_manifest, write_audio
+from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_llm
+from support.answers import answer_all, answer_in_memory
+from support.console import TIMES, timed
+from support.files import UserError, explained, fingerprint, fingerprint_of_file, mend_jsonl
+from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
+from support.frames import fingerprint_of_audio
+from support.hub import fingerprint_of_weights
+from support.options import bounds_in, command_words, parse_options
+from support.runs import alone, begin, fingerprint_of_training, finish, is_done, read_config
+from support.runs import recipe_folders
+
+SMALL = ["--steps", "2", "--batch-size", "4", "--hidden", "16"]
+
+
+@pytest.fixture(scope="module")
+def few(utterances, tmp_path_factory):
+    """A manifest of 12 training and 4 test utterances."""
+    folder = tmp_path_factory.mktemp("few")
+    rows = [u for u in utterances if u.split == "train"][:12]
+    rows += [u for u in utterances if u.split == "test"][:4]
+    write_jsonl(folder / "manifest.jsonl", [u.row(folder) for u in rows])
+    return folder
+
+
+def ask_few(few, out, *more):
+    """The command `behaviors`, in batches of 8."""
+    words = ["behaviors", few, "--out", out, "--per-utterance", 2, "--batch-size", 8, *more]
+    return mtbi.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def few_behaviors(few, tmp_path_factory):
+    run = tmp_path_factory.mktemp("few-behaviors") / "run"
+    assert ask_few(few, run) == 0
+    return run
+
+
+# ---- files ----
+
+
+def test_whole_files_are_whole_or_not_there(tmp_path):
+    with pytest.raises(RuntimeError):
+        with whole_file(tmp_path / "a.txt") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with whole_file(tmp_path / "new" / "a.txt") as temporary:
+        temporary.write_text("whole")
+    assert [p.read_text() for p in (tmp_path / "new").iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize(
+    "content, mended",
+    [
+        (b"", b""),
+        (b"{}\n", b"{}\n"),
+        (b'{}\n{"a', b"{}\n"),
+        (b'{"a', b""),
+        ('{}\n{"ñ'.encode()[:-1], b"{}\n"),
+    ],
+)
+def test_only_a_half_written_last_line_is_cut_off(tmp_path, content, mended):
+    (tmp_path / "a").write_bytes(content)
+    mend_jsonl(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == mended
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match="none.json: there is no such file"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "a.json").write_text("{half")
+    with pytest.raises(UserError, match="a.json: is no readable JSON"):
+        read_json(tmp_path / "a.json")
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json", "a") == {"a": 1}
+    with pytest.raises(UserError, match="a.json: is not what this program writes there"):
+        read_json(tmp_path / "a.json", "a", "b")
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[1]\n{\n"\\ud800"\n')
+    rows = list(read_jsonl(tmp_path / "a.jsonl"))
+    assert [number for number, _ in rows] == [1, 3, 4, 5] and rows[0][1] == {"a": 1}
+    assert all(row.startswith("is no JSON") for _, row in rows[1:])
+
+
+def test_errors_within_become_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"^it fails \(the first line\)$"):
+        with explained("it fails", ValueError):
+            raise ValueError("the first line\nand a second")
+    with pytest.raises(UserError, match=r"^it fails \(KeyError\)$"):
+        with explained("it fails", KeyError):
+            raise KeyError
+    with pytest.raises(KeyError), explained("it fails", ValueError):
+        raise KeyError
+
+
+def test_a_fingerprint_names_a_content(tmp_path):
+    assert fingerprint({"a": 1}) == fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert len(fingerprint([])) == 12
+    for name, content in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / name).write_text(content)
+    a, b, c = (fingerprint_of_file(tmp_path / name) for name in "abc")
+    assert a == b != c and len(a) == 12
+    with pytest.raises(UserError, match="none: cannot be read"):
+        fingerprint_of_file(tmp_path / "none")
+
+
+def test_paths_are_kept_relative_so_that_folders_can_be_moved_together(tmp_path):
+    assert relative(tmp_path / "data", tmp_path / "run") == "../data"
+
+
+def test_a_step_says_what_it_took_and_is_kept(capsys):
+    with timed("a step"):
+        time.sleep(0.01)
+    assert TIMES.pop("a step") >= 0.01 and capsys.readouterr().out == "a step: 0.0 s\n"
+
+
+# ---- options ----
+
+REQUIRED = {  # what a command cannot do without
+    "prepare": ["tiny", "--out", "x"],
+    "word-times": ["x"],
+    "encode": ["x"],
+    "behaviors": ["x", "--out", "x"],
+    "train": ["x"],
+    "bench": ["x"],
+    "generate": ["x", "x", "x"],
+    "info": ["x"],
+    "compare": ["--out", "x"],
+}
+
+
+def bounded_options(kind):
+    """(option, bounds) of the fields of a dataclass of options that have any."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        for bounds in bounds_in(hints[field.name]):
+            yield f"--{field.name.replace('_', '-')}", bounds
+
+
+@pytest.mark.parametrize("command", mtbi.COMMANDS)
+def test_every_option_error_of_a_command_is_one_line_and_exit_code_2(command, capsys):
+    kind, needed = mtbi.COMMANDS[command][0], [command, *REQUIRED.get(command, [])]
+    for words in ([*needed, "--nosuch", "1"], [*needed, "too", "many", "of", "them"]):
+        assert mtbi.main(words) == 2
+        one_line(capsys, "Unrecognized options", f"(see mtbi.py {command} --help)")
+    if command in REQUIRED:
+        assert mtbi.main([command]) == 2
+        one_line(capsys, f"Missing from mtbi.py {command}", "--help")
+    for option, bounds in bounded_options(kind):
+        for value in (bounds.low - 1, bounds.high + 1, "9" * 30):
+            assert mtbi.main([*needed, option, str(value)]) == 2
+            one_line(capsys, f"{option} ", "is no ", "number from ")
+        for value in ("x", ""):
+            assert mtbi.main([*needed, option, value]) == 2
+            one_line(capsys, option)
+
+
+def test_options_become_the_words_of_a_command_and_options_again():
+    options = train.TrainOptions("runs/a", steps=7, lora=0, precision="fp32")
+    words = command_words(options, "steps", "lora", "k", "batch_size", "precision")
+    assert words == "--steps 7 --lora 0 --batch-size 32 --precision fp32".split()
+    assert parse_options(train.TrainOptions, ["runs/a", *words], "train", "") == options
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ("nosuch", "there is no command 'nosuch'; there are prepare, "),
+        ("train {run} --recipe nosuch", "no recipe 'nosuch'"),
+        ("train {run} --connector nosuch", "no connector 'nosuch'; there are stack-mlp, conv"),
+        ("train {run} --loss nosuch", "no loss 'nosuch'; there are ce, kl"),
+        ("train {tmp}", "no config.json in it"),
+        ("train {run} --nosuch 1", "Unrecognized options: --nosuch"),
+        ("train {run} --steps x", "--steps"),
+        ("train {run} --steps 0", "--steps 0: is no whole number from 1 to"),
+        ("train {run} --lr nan", "--lr nan"),
+        ("train {run} --lr -1", "--lr -1"),
+        ("train {run} --precision fp8", "--precision"),
+        ("train {run} --recipe blsp --k 6", "power of two"),
+        ("train {run} --recipe vanilla-it --hidden 20", "multiple of 8"),
+        ("train {run} --encoder {tmp}", "speech encoder"),
+        ("train {run} --recipe mtbi-kl --batch-size 4000", "lower --batch-size"),
+        ("behaviors {data} --out {tmp}/r --llm {tmp}", "LLM"),
+        ("behaviors {data} --out {tmp}/r --bits 5", "--bits"),
+        ("behaviors {tmp} --out {tmp}/r", "manifest.jsonl"),
+        ("behaviors {data} --out {run} --bits 16", "bits was 4, now 16"),
+        ("behaviors {data} --out {tmp}/r --tasks {tmp}/no.toml", "no.toml"),
+        ("bench {tmp}", "config.json"),
+        ("bench {run} --recipes nosuch", "no recipe 'nosuch'"),
+        ("generate {tmp} a.wav Who?", "no trained recipe"),
+        ("info {tmp}", "config.json"),
+        ("encode {tmp}", "manifest.jsonl: there is no such file"),
+        ("word-times {tmp}", "manifest.jsonl: there is no such file"),
+        ("prepare {tmp}/none.jsonl --out {tmp}/d", "none.jsonl"),
+        ("prepare {tmp} --out {tmp}/d", "no speech in a form that is known"),
+        (
+            "prepare tiny --out {data} --train 7",
+            "train was 48, now 7); choose another folder, or --force",
+        ),
+        ("prepare tiny --out {tmp}/d --train -1", "--train -1"),
+        ("prepare tiny --out {tmp}/d --join 3:4", "are for recordings"),
+        ("prepare x.jsonl --join 6:3 --out {tmp}/d", "--join 6:3"),
+        ("prepare x.jsonl --join ²:3 --out {tmp}/d", "--join"),
+    ],
+)
+def test_bad_commands_end_with_one_line_and_code_2(words, reason, run, data, tmp_path, capsys):
+    assert mtbi.main(words.format(run=run, data=data, tmp=tmp_path).split()) == 2
+    one_line(capsys, reason)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_commands_that_cannot_be_shared_by_processes_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(mtbi, "WORLD", 2)
+    assert mtbi.main(["info", "runs/none"]) == 2
+    one_line(capsys, "info runs in one process; encode, behaviors, train, bench are what torchrun")
+
+
+# ---- config.json: which command made a folder, with what, and is it done? ----
+
+
+@dataclass
+class Options:
+    out: str
+    steps: int = 3
+    batch_size: int = 8
+    force: bool = False
+
+    CHANGES_NOTHING: ClassVar = ("out", "batch_size")
+
+
+def done(folder, options, content, command="try"):
+    return is_done(folder, command, options, content, "result.txt", half_way="half-*")
+
+
+def test_config_json_names_the_command_its_options_its_content_and_whether_it_is_done(tmp_path):
+    options, content = Options(str(tmp_path)), {"words": "abc"}
+    made = {"command": "try", "options": {"steps": 3}, "content": content}
+    begin(tmp_path, "try", options, content)
+    assert read_json(tmp_path / "config.json") == {**made, "done": False}
+    finish(tmp_path, "try", options, content)
+    assert read_json(tmp_path / "config.json") == {**made, "done": True}
+    assert read_config(tmp_path, "try", steps=int) == ({"steps": 3}, content, True)
+    for command, kinds in (("other", {}), ("try", {"steps": str}), ("try", {"nosuch": int})):
+        with pytest.raises(UserError, match=f"no folder made by `{command}`.*--force"):
+            read_config(tmp_path, command, **kinds)
+    with pytest.raises(UserError, match="no folder made by `try` .no config.json in it"):
+        read_config(tmp_path / "none", "try")
+
+
+def test_the_commands_write_their_names_into_config_json(data, run, few_behaviors, tmp_path):
+    assert read_json(data / "config.json")["command"] == "prepare"
+    config = read_json(run / "config.json")
+    assert config["command"] == "behaviors" and config["done"]
+    assert {"llm", "bits", "precision", "max_new_tokens", "tasks"} <= set(config["options"])
+    assert set(config["content"]) == {"llm", "task_table", "utterances"}
+    new = begun_anew(few_behaviors, tmp_path)
+    assert mtbi.main(["train", str(new), "--recipe", "asr", *SMALL]) == 0
+    config = read_json(new / "asr" / "config.json")
+    assert config["command"] == "train" and config["options"]["steps"] == 2
+    assert config["content"]["recipe"]["tasks"] == ["repeat"]
+
+
+def test_what_is_done_with_the_same_settings_is_not_done_again(tmp_path):
+    options, content = Options(str(tmp_path)), {"words": "abc"}
+    assert not done(tmp_path, options, content)
+    begin(tmp_path, "try", options, content)
+    assert not done(tmp_path, replace(options, steps=4), content), "nothing was kept of it"
+    finish(tmp_path, "try", options, content)
+    assert not done(tmp_path, options, content), "its result is lost"
+    (tmp_path / "result.txt").touch()
+    assert done(tmp_path, options, content)
+    assert done(tmp_path, Options("elsewhere", batch_size=1), content), "which changes nothing"
+    assert not done(tmp_path, replace(options, force=True), content)
+
+
+def test_work_of_other_settings_is_refused_and_what_changed_is_said(tmp_path):
+    options, content = Options(str(tmp_path)), {"words": "abc"}
+    begin(tmp_path, "try", options, content)
+    (tmp_path / "half-way").touch()
+    for _ in ("half-way", "done"):
+        for changed, said in (
+            ((replace(options, steps=4), content), "steps was 3, now 4"),
+            ((options, {"words": "abd"}), "words was abc, now abd"),
+            ((options, {"more": 1}), "more was None, now 1; words was abc, now None"),
+        ):
+            with pytest.raises(UserError, match=f"made with other settings .{said}.; choose"):
+                done(tmp_path, *changed)
+        finish(tmp_path, "try", options, content)
+    assert not done(tmp_path, replace(options, steps=4, force=True), content)
+
+
+def test_the_folder_of_another_command_is_refused_even_by_force(tmp_path):
+    begin(tmp_path, "try", Options("x"), {})
+    for force in (False, True):
+        with pytest.raises(UserError, match="was made by `try`; choose another folder"):
+            done(tmp_path, Options("x", force=force), {}, command="other")
+
+
+@pytest.mark.parametrize("content", ["{half", "[]", "{}", '{"settings": {}, "done": true}'])
+def test_a_damaged_config_is_refused_unless_by_force(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json: is no"):
+        done(tmp_path, Options("x"), {})
+    assert not done(tmp_path, Options("x", force=True), {})
+
+
+def test_no_command_overwrites_the_folder_of_another_not_even_by_force(data, run, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(run, tmp_path / "run")
+    for folder, words, owner in (
+        ("data", ["behaviors", str(data), "--out"], "prepare"),
+        ("run", ["prepare", "tiny", "--train", "1", "--test", "1", "--out"], "behaviors"),
+    ):
+        before = (tmp_path / folder / "config.json").read_bytes()
+        for more in ([], ["--force"]):
+            assert mtbi.main([*words, str(tmp_path / folder), *more]) == 2
+            one_line(capsys, f"was made by `{owner}`")
+        assert (tmp_path / folder / "config.json").read_bytes() == before
+
+
+def test_a_folder_of_the_wrong_kind_is_no_run_folder(data, few_behaviors, capsys):
+    for command in ("train", "bench", "info"):
+        assert mtbi.main([command, str(data)]) == 2
+        one_line(capsys, "no folder made by `behaviors`")
+    assert mtbi.main(["generate", str(few_behaviors), "a.wav", "Who?"]) == 2
+    one_line(capsys, "holds no trained recipe")
+
+
+def test_the_recipes_of_a_run_come_in_the_order_of_the_table(tmp_path):
+    for name in ("mtbi@30", "asr", "strange", "mtbi", "mtbi@1"):
+        write_json(tmp_path / name / "config.json", {})
+    (tmp_path / "text").mkdir()
+    found = recipe_folders(tmp_path, ["text", "mtbi", "asr"])
+    assert list(found) == ["mtbi", "mtbi@1", "mtbi@30", "asr"]
+    assert found["asr"] == tmp_path / "asr"
+
+
+# ---- locks ----
+
+HOLDS = """
+import sys, time
+from contextlib import ExitStack
+from support.runs import alone
+with ExitStack() as locks:
+    for folder in sys.argv[1:]:
+        locks.enter_context(alone(folder))
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_for_one_process_at_a_time(few, few_behaviors, tmp_path, capsys):
+    new, behaviors = begun_anew(few_behaviors, tmp_path), tmp_path / "behaviors"
+    argv = ["train", str(new), *SMALL]
+    other = python(HOLDS, new / "mtbi", behaviors, wait=False)
+    while other.stdout.readline() != "in\n":
+        assert other.poll() is None
+    assert mtbi.main(argv) == 2
+    one_line(capsys, "another process is at work in this folder")
+    assert ask_few(few, behaviors) == 2
+    one_line(capsys, "another process is at work in this folder")
+    other.kill()
+    other.communicate()
+    assert mtbi.main(argv) == 0, "a lock dies with its process"
+
+
+def test_who_may_wait_says_so_and_waits(tmp_path, capsys):
+    entered = threading.Event()
+
+    def enter():
+        with alone(tmp_path, "encodes speech"):
+            entered.set()
+
+    with ThreadPoolExecutor(1) as pool, alone(tmp_path):
+        with pytest.raises(UserError, match="another process is at work in this folder"):
+            with alone(tmp_path):
+                pytest.fail("two at once")
+        waiting = pool.submit(enter)
+        assert not entered.wait(0.2)
+        assert "waiting for another process, which encodes speech" in capsys.readouterr().out
+        # the lock is let go when this block ends, before the pool waits for its thread
+    waiting.result()
+    assert entered.is_set()
+
+
+# ---- kept frames ----
+
+
+@pytest.fixture
+def copies(utterances, tmp_path):
+    """Three recordings under names of their own."""
+    rows = []
+    for i, u in enumerate(utterances[:3]):
+        rows.append(replace(u, audio=tmp_path / f"{i}.wav", id=str(i)))
+        shutil.copy(u.audio, rows[-1].audio)
+    return rows
+
+
+class Hearing:
+    """What the encoder hears; interrupted once it has heard so many."""
+
+    def __init__(self):
+        self.files, self.stop_after, self.real = [], None, HuggingFaceEncoder.forward
+
+    def __call__(self, encoder, samples, name=""):
+        if len(self.files) == self.stop_after:
+            raise KeyboardInterrupt
+        self.files.append(str(name))
+        return self.real(encoder, samples, name)
+
+
+@pytest.fixture
+def heard(encoder, monkeypatch):
+    hearing = Hearing()
+    monkeypatch.setattr(HuggingFaceEncoder, "forward", lambda *args: hearing(*args))
+    return hearing
+
+
+def test_a_recording_is_encoded_once_whatever_its_name_and_again_when_it_changes(
+    encoder, copies, heard, tmp_path
+):
+    first = encode_all(encoder, copies, tmp_path / "features")
+    again = encode_all(encoder, copies, tmp_path / "features")
+    assert len(heard.files) == 3 and len(first) == 3
+    assert all(torch.equal(first[u.id], again[u.id]) for u in copies)
+
+    moved = replace(copies[0], audio=tmp_path / "elsewhere.wav", id="elsewhere")
+    shutil.copy(copies[0].audio, moved.audio)
+    frames = encode_all(encoder, [moved], tmp_path / "features")
+    assert torch.equal(frames["elsewhere"], first["0"]) and len(heard.files) == 3
+
+    before = fingerprint_of_audio(copies, tmp_path / "features")
+    shutil.copy(copies[1].audio, copies[0].audio)
+    os.utime(copies[0].audio, (1, 1))
+    frames = encode_all(encoder, copies, tmp_path / "features")
+    assert torch.equal(frames["0"], first["1"]) and len(heard.files) == 3
+    assert fingerprint_of_audio(copies, tmp_path / "features") != before
+    write_audio(copies[2].audio, load_audio(copies[2].audio) / 2)
+    encode_all(encoder, copies, tmp_path / "features")
+    assert heard.files[3:] == [str(copies[2].audio)]
+
+
+def test_another_encoder_has_another_fingerprint(encoder):
+    other = HuggingFaceEncoder("tiny")
+    assert other.fingerprint == encoder.fingerprint
+    other = HuggingFaceEncoder("tiny")  # a fingerprint is taken once
+    with torch.no_grad():
+        other.model.encoder.layers[0].ffn1.intermediate_dense.weight += 1.0
+    assert other.fingerprint != encoder.fingerprint
+
+
+@pytest.mark.parametrize("keep", ["disk", "ram", "off"])
+def test_kept_on_disk_in_ram_or_not_at_all_the_frames_are_the_same(
+    encoder, copies, heard, tmp_path, keep
+):
+    frames = encode_all(encoder, copies, tmp_path / "features", keep)
+    alone = {u.id: encoder(load_audio(u.audio), u.audio) for u in copies}
+    heard.files.clear()
+    for _ in range(2):
+        assert all(torch.equal(frames[u.id], alone[u.id]) for u in copies)
+    assert len(heard.files) == (6 if keep == "off" else 0)
+    assert (tmp_path / "features" / encoder.fingerprint).exists() == (keep == "disk")
+
+
+def test_frames_on_disk_are_taken_into_memory_where_that_is_asked_for(
+    encoder, copies, heard, tmp_path
+):
+    on_disk = encode_all(encoder, copies[:2], tmp_path / "features")
+    in_ram = encode_all(encoder, copies, tmp_path / "features", "ram")
+    assert len(heard.files) == 3, "what is on disk is not encoded again"
+    assert all(torch.equal(in_ram[u.id], on_disk[u.id]) for u in copies[:2])
+
+
+def test_interrupted_encoding_goes_on_from_the_last_whole_file(
+    encoder, copies, heard, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(support.frames, "SHARD", 1)  # a file for each recording
+    heard.stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        encode_all(encoder, copies, tmp_path / "features")
+    assert len(list((tmp_path / "features" / encoder.fingerprint).iterdir())) == 2
+    heard.stop_after = None
+    encode_all(encoder, copies, tmp_path / "features")
+    assert len(heard.files) == 3
+
+
+def test_a_command_waits_for_another_that_encodes_the_same_speech_and_takes_its_frames(
+    encoder, copies, heard, tmp_path, capsys, monkeypatch
+):
+    real, begun = support.frames.write_shards, threading.Event()
+
+    def slowly(*args):
+        if not begun.is_set():
+            begun.set()
+            time.sleep(0.5)
+        real(*args)
+
+    monkeypatch.setattr(support.frames, "write_shards", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(encode_all, encoder, copies, tmp_path / "features")
+        assert begun.wait(10)
+        second = encode_all(encoder, copies, tmp_path / "features")
+        assert len(first.result()) == len(second) == 3
+    assert len(heard.files) == 3 and "waiting for another process" in capsys.readouterr().out
+
+
+def resident():
+    """Bytes of memory that this process uses now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measured as Linux tells it")
+def test_frames_on_disk_are_mapped_not_read(tmp_path):
+    """A data set larger than the memory: of 100 MB of frames on disk one utterance is read."""
+    frames = {f"{i}": torch.zeros(1000, 1000, dtype=torch.float16) for i in range(50)}
+    save_file(frames, tmp_path / "a.safetensors")
+    del frames
+    before = resident()
+    shards = support.frames.kept_shards(tmp_path)
+    assert len(shards) == 50 and shards["7"].get_tensor("7").sum() == 0
+    assert resident() - before < 25e6
+
+
+def test_a_disk_without_room_is_noticed_before_the_work(
+    encoder, copies, heard, tmp_path, monkeypatch, capsys
+):
+    full = SimpleNamespace(free=10)
+    monkeypatch.setattr(support.frames.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(UserError, match="make room, or say --cache-features ram"):
+        encode_all(encoder, copies, tmp_path / "features")
+    assert "values x 2 bytes" in capsys.readouterr().out and not heard.files
+
+
+def test_damaged_frames_are_named(encoder, copies, tmp_path):
+    encode_all(encoder, copies, tmp_path / "features")
+    path = next((tmp_path / "features" / encoder.fingerprint).iterdir())
+    shutil.copy(path, tmp_path / "whole")
+    save_file({name: t[:, :5].clone() for name, t in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="0.wav: its kept frames are damaged .*DATA/features"):
+        encode_all(encoder, copies, tmp_path / "features")["0"]
+    path.write_bytes((tmp_path / "whole").read_bytes()[:1000])
+    with pytest.raises(UserError, match="delete it and run again"):
+        encode_all(encoder, copies, tmp_path / "features")
+
+
+def test_encode_makes_beforehand_what_training_and_benchmark_need(few, few_behaviors, tmp_path):
+    shutil.copytree(few, tmp_path / "few")
+    rows = read_manifest(few / "manifest.jsonl")
+    write_jsonl(tmp_path / "few" / "manifest.jsonl", [u.row(tmp_path / "few") for u in rows])
+    shutil.rmtree(tmp_path / "few" / "features", ignore_errors=True)
+    assert mtbi.main(["encode", str(tmp_path / "few")]) == 0
+    made = sorted((tmp_path / "few" / "features").rglob("*.safetensors"))
+    assert sum(len(load_file(path)) for path in made) == 16
+    assert mtbi.main(["encode", str(tmp_path / "few")]) == 0
+    assert sorted((tmp_path / "few" / "features").rglob("*.safetensors")) == made
+
+
+# ---- answers: each kept as soon as it is there ----
+
+
+class Answering:
+    """The batches that an LLM answers; interrupted once it has answered so many."""
+
+    def __init__(self):
+        self.sizes, self.stop_after, self.real = [], None, SpeechLLM.generate_rows
+
+    def __call__(self, model, rows, max_new_tokens=64):
+        if len(self.sizes) == self.stop_after:
+            raise KeyboardInterrupt
+        self.sizes.append(len(rows))
+        return self.real(model, rows, max_new_tokens)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    answering = Answering()
+    monkeypatch.setattr(SpeechLLM, "generate_rows", lambda *args: answering(*args))
+    return answering
+
+
+def test_behaviors_interrupted_go_on_from_the_last_batch_and_mend_a_half_written_line(
+    few, few_behaviors, tmp_path, asked, capsys
+):
+    asked.stop_after = 2
+    assert ask_few(few, tmp_path) == 130
+    part = tmp_path / "behaviors.part-0.jsonl"
+    assert len(part.read_text().splitlines()) == 16
+    assert not (tmp_path / "behaviors.jsonl").exists()
+    with open(part, "a") as file:  # killed while it wrote
+        file.write('{"asked": "' + "0" * 12 + '", "questi')
+    asked.stop_after = None
+    asked.sizes.clear()
+    capsys.readouterr()
+    assert ask_few(few, tmp_path) == 0
+    whole = list(read_jsonl(few_behaviors / "behaviors.jsonl"))
+    one_turn = sum(not row["earlier"] for _, row in whole)
+    said = capsys.readouterr().out
+    assert f"16 of {one_turn} answers are there already" in said
+    assert sum(asked.sizes) == len(whole) - 16
+    assert (tmp_path / "behaviors.jsonl").read_bytes() == (
+        few_behaviors / "behaviors.jsonl"
+    ).read_bytes()
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_half_done_behaviors_of_other_settings_are_refused_and_force_begins_anew(
+    few, few_behaviors, tmp_path, asked, capsys
+):
+    asked.stop_after = 1
+    assert ask_few(few, tmp_path) == 130
+    asked.stop_after = None
+    capsys.readouterr()
+    assert ask_few(few, tmp_path, "--max-new-tokens", 5) == 2
+    one_line(capsys, "max_new_tokens was 64, now 5")
+    asked.sizes.clear()
+    assert ask_few(few, tmp_path, "--max-new-tokens", 5, "--force") == 0
+    assert "answers are there already" not in capsys.readouterr().out
+    assert sum(asked.sizes) == len(list(read_jsonl(few_behaviors / "behaviors.jsonl")))
+
+
+class Parrot:
+    """Answers a question with itself."""
+
+    def __init__(self, memory=99):
+        self.memory, self.sizes = memory, []
+
+    def generate_rows(self, rows, max_new_tokens):
+        if len(rows) > self.memory:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried …")
+        self.sizes.append(len(rows))
+        return [(f"{row}!", True) for row in rows]
+
+
+def parrot_answers(parrot, kept, asked="a"):
+    questions = ["ccc", "a", "dddd", "bb", "eeeee"]
+    size = {"batch_size": 2, "max_new_tokens": 4}
+    return answer_all(
+        parrot, questions, list(map(len, questions)), "", kept=kept, asked=asked, **size
+    )
+
+
+def test_answers_come_in_the_order_of_their_questions_and_only_what_lacks_is_asked(tmp_path):
+    parrot, kept = Parrot(), tmp_path / "new" / "answers"
+    expected = [(f"{q}!", True) for q in ("ccc", "a", "dddd", "bb", "eeeee")]
+    assert parrot_answers(parrot, kept) == expected == parrot_answers(parrot, kept)
+    assert parrot.sizes == [2, 2, 1]
+    assert parrot_answers(parrot, kept, asked="b") == expected and len(parrot.sizes) == 6
+    part = next(kept.parent.iterdir())
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(line for line in lines if '"question": 1,' not in line))
+    assert parrot_answers(parrot, kept) == expected
+    assert parrot.sizes[6:] == [2], "whole batches, whose rounding is that of a run never cut off"
+
+
+def test_where_the_memory_does_not_suffice_half_as_many_are_asked_at_once(capsys):
+    parrot = Parrot(memory=2)
+    assert answer_in_memory(parrot, list("abcdefg"), 4) == [(f"{q}!", True) for q in "abcdefg"]
+    assert max(parrot.sizes) <= 2 and "out of memory with 7 questions" in capsys.readouterr().err
+    with pytest.raises(UserError, match="one question at a time is still too much for this GPU"):
+        answer_in_memory(Parrot(memory=0), list("ab"), 4)
+
+
+def test_behaviors_record_who_gave_them_and_another_llm_is_noticed(few_behaviors, tmp_path, capsys):
+    new = begun_anew(few_behaviors, tmp_path)
+    rows = [row for _, row in read_jsonl(new / "behaviors.jsonl")]
+    assert len({row["llm"] for row in rows}) == 1
+    assert all(len(row["llm"]) == 12 and row["prompt"] for row in rows)
+    write_jsonl(new / "behaviors.jsonl", [{**row, "llm": "0" * 12} for row in rows])
+    assert mtbi.main(["train", str(new), *SMALL]) == 2
+    one_line(capsys, "was answered by another LLM (000000000000)")
+
+
+def in_two_processes(file):
+    """A program in two processes, as launchers start it; what the first one says."""
+    processes, port = [], free_port()
+    for rank in (0, 1):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(program([file], {**place, **address}, wait=False))
+    first, second = processes
+    said = first.communicate()[0]
+    if first.returncode:
+        second.kill()  # it would wait for the first one
+    said_too = second.communicate()[0]
+    assert (first.returncode, second.returncode) == (0, 0), said + said_too
+    assert "report" not in said_too, "the first one talks"
+    return said
+
+
+def test_two_processes_write_the_behaviors_and_the_report_of_one(few, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    ask = ["--tasks", str(FEW_TASKS), "--per-utterance", "1", "--batch-size", "8"]
+    assert mtbi.main(["behaviors", str(few), "--out", str(one), *ask]) == 0
+    assert mtbi.main(["train", str(one), *SMALL]) == 0
+    assert mtbi.main(["bench", str(one), *A_SMALL_BENCH]) == 0
+    both = tmp_path / "both.py"
+    both.write_text(f"""
+import shutil, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import mtbi
+from support.processes import MAIN, wait
+one, two = Path({str(one)!r}), Path({str(two)!r})
+assert mtbi.main(["behaviors", {str(few)!r}, "--out", str(two), *{ask}]) == 0
+if MAIN:
+    shutil.move(two / "behaviors.jsonl", two / "of-two.jsonl")
+    shutil.copy(one / "behaviors.jsonl", two)
+    shutil.copytree(one / "mtbi", two / "mtbi")
+wait()
+assert mtbi.main(["bench", str(two), *{A_SMALL_BENCH}]) == 0
+""")
+    said = in_two_processes(both)
+
+    asked = []
+    for file in (one / "behaviors.jsonl", two / "of-two.jsonl"):
+        rows = [row for _, row in read_jsonl(file)]
+        asked.append(sorted((row["utterance"], row["prompt"], row["response"]) for row in rows))
+    assert asked[0] == asked[1]
+    assert said.count(f"behaviors.jsonl: {len(asked[0])} behaviors") == 1
+    assert said.count("\nreport:") == 1 and not list(two.rglob("*.part-*"))
+
+    reports = [read_json(run / "report.json")["recipes"] for run in (one, two)]
+    for name, entry in reports[0].items():
+        other = reports[1][name]
+        for inside in (entry, other):  # sums of floats, which round by the number of threads
+            inside.pop("seconds")
+            inside["gap"] = {"gap": inside.pop("behavior_gap")["score"]}
+        for kind in ("attention", "gap"):
+            ours, theirs = entry.pop(kind), other.pop(kind)
+            for key in ours or ():
+                assert theirs[key] == pytest.approx(ours[key], abs=1e-4)
+    assert reports[0] == reports[1]
+
+
+# ---- checkpoints: damaged, foreign, half ----
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return folder
+
+
+def without(*lost):
+    """Leave out the tensors whose names hold one of these."""
+
+    def change(tensors):
+        return {k: v for k, v in tensors.items() if not any(name in k for name in lost)}
+
+    return change
+
+
+def no_numbers(tensors):
+    return {
+        k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("lost", ["layers.1", "embed_tokens", "lm_head"])
+def test_an_llm_whose_weights_are_not_whole_is_refused(tmp_path, lost):
+    change_weights(save_llm(tmp_path, "qwen2"), without(lost))
+    for bits in (4, 16):
+        with pytest.raises(UserError, match=f"weights are not whole: .*{lost}"):
+            load_llm(tmp_path, bits)
+
+
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2-ctc", "wavlm", "parakeet"])
+def test_an_encoder_whose_weights_are_not_whole_or_not_numbers_is_refused(tmp_path, kind):
+    whole = load_file(save_encoder(tmp_path, kind) / "model.safetensors")
+    change_weights(tmp_path, without("layers.1"))
+    with pytest.raises(UserError, match="weights are not whole"):
+        HuggingFaceEncoder(tmp_path)
+    change_weights(tmp_path, lambda _: no_numbers(whole))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        HuggingFaceEncoder(tmp_path)
+
+
+def test_what_wav2vec2_needs_for_pre_training_only_may_be_missing(tmp_path):
+    change_weights(save_encoder(tmp_path, "wav2vec2-ctc"), without("masked_spec_embed"))
+    assert HuggingFaceEncoder(tmp_path).can_transcribe
+
+
+def test_an_extractor_of_another_model_is_refused(tmp_path):
+    from transformers import Wav2Vec2FeatureExtractor
+
+    Wav2Vec2FeatureExtractor().save_pretrained(save_encoder(tmp_path, "whisper"))
+    with pytest.raises(UserError, match="do not fit together"):
+        HuggingFaceEncoder(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_refused_in_words(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
+    with pytest.raises(UserError, match="speech encoder .*cannot be loaded"):
+        HuggingFaceEncoder(tmp_path)
+    with pytest.raises(UserError, match="LLM .*cannot be loaded"):
+        load_llm(tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    weights = save_llm(tmp_path, "qwen2") / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_llm(tmp_path, 16)
+
+
+def test_code_in_a_checkpoint_is_never_run_even_if_the_user_says_yes(tmp_path, monkeypatch):
+    config = read_json(save_llm(tmp_path, "qwen2") / "config.json")
+    evil = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    write_json(tmp_path / "config.json", {**config, "model_type": "evil", "auto_map": evil})
+    it_ran = tmp_path / "it-ran"
+    (tmp_path / "evil.py").write_text(f"open({str(it_ran)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr(builtins, "input", lambda *question: "y")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_llm(tmp_path, 16)
+    assert not it_ran.exists()
+
+
+def test_weights_have_a_fingerprint(tmp_path):
+    save_llm(tmp_path / "one", "qwen2")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    one = fingerprint_of_weights(tmp_path / "one", "llm")
+    assert fingerprint_of_weights(tmp_path / "other", "llm") == one
+    change_weights(tmp_path / "other", lambda tensors: {k: v + 1e-3 for k, v in tensors.items()})
+    assert fingerprint_of_weights(tmp_path / "other", "llm") != one
+    assert fingerprint_of_weights("tiny", "llm") != fingerprint_of_weights("tiny", "encoder")
+
+
+def test_the_fingerprint_of_a_hub_model_is_its_revision(few, tmp_path, monkeypatch, capsys):
+    """A model in the cache of the Hugging Face hub, as a download leaves it; offline."""
+    import huggingface_hub.constants as constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--tiny-llm"
+    shutil.copytree(ROOT / "tiny" / "llm", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    of_the_hub = ["--llm", "someone/tiny-llm", "--tasks", str(ROOT / "tiny" / "tasks.toml")]
+    assert ask_few(few, tmp_path / "run", *of_the_hub, "--max-new-tokens", 2) == 0
+    assert read_json(tmp_path / "run" / "config.json")["content"]["llm"] == commit
+
+
+# ---- chat templates and conversations ----
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "",
+        "hello",
+        "{{ 1 / 0 }}",
+        "{% for m in messages %}{{ m['content'][:3] }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}",
+        "{% broken",
+    ],
+)
+def test_a_template_that_cannot_say_what_is_asked_is_refused_with_the_models_name(
+    tmp_path, template
+):
+    save_llm(tmp_path, "qwen2")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=f"LLM {tmp_path}: .*(chat template)"):
+        load_llm(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        ["hi"],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "audio"}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}],
+    ],
+)
+def test_a_conversation_that_is_none_is_explained(model, messages):
+    with pytest.raises(UserError, match="no message like"):
+        model.answer(messages)
+
+
+# ---- trained folders: damaged, edited, begun anew ----
+
+
+@pytest.fixture(scope="module")
+def trained(few_behaviors, tmp_path_factory):
+    """A run with a trained recipe that has an adapter."""
+    new = begun_anew(few_behaviors, tmp_path_factory.mktemp("trained"))
+    assert mtbi.main(["train", str(new), *SMALL, "--lora", "2"]) == 0
+    return new
+
+
+@pytest.fixture
+def copy_of_trained(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_damaged_models_are_explained(copy_of_trained, encoder, few, capsys):
+    folder, llm = copy_of_trained / "mtbi", load_llm("tiny", 4)
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    connector, about = folder / "connector.safetensors", folder / "model.json"
+    whole = {path: path.read_bytes() for path in (adapter, connector, about)}
+
+    def refused(reason):
+        with pytest.raises(UserError, match=reason) as error:
+            SpeechLLM.from_pretrained(folder, llm, encoder)
+        assert "\n" not in str(error.value)
+        for path, content in whole.items():
+            path.write_bytes(content)
+
+    save_file(dict(list(load_file(adapter).items())[:3]), adapter)
+    audio = read_manifest(few / "manifest.jsonl")[0].audio
+    assert mtbi.main(["generate", str(copy_of_trained), str(audio), "Who did it?"]) == 2
+    one_line(capsys, "its adapter is not whole", "--force")
+    refused("its adapter is not whole.*--force")
+    adapter.write_bytes(adapter.read_bytes()[:100])
+    refused("is no readable safetensors file.*--force")
+    save_file(no_numbers(load_file(connector)), connector)
+    refused("NaN or infinite.*--force")
+    save_file(dict(list(load_file(connector).items())[:3]), connector)
+    refused("the connector cannot be loaded.*--force")
+    for key, value in (("k", "6"), ("k", -1), ("hidden", "x"), ("lora", "x")):
+        write_json(about, {**json.loads(whole[about]), key: value})
+        refused("model.json: is not what training writes there.*--force")
+    write_json(about, {**json.loads(whole[about]), "connector": []})
+    refused("")
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("config.json", {"options": 5}),
+        ("config.json", {"options": {}}),
+        ("mtbi/config.json", {"options": []}),
+        ("mtbi/config.json", {"content": []}),
+        ("mtbi/log.jsonl", None),
+        ("report.json", {"recipes": {"mtbi": 5}, "meta": {}}),
+        ("mtbi/model.json", {"k": None}),
+    ],
+)
+def test_info_explains_files_that_are_not_its_own(copy_of_trained, capsys, file, change):
+    path = copy_of_trained / file
+    if change is None:
+        path.write_text('{"step": "a", "loss": "b", "seconds": null}\n')
+    else:
+        before = read_json(path) if path.exists() else {}
+        changed = {**before, **change}
+        write_json(path, {name: value for name, value in changed.items() if value is not None})
+    assert mtbi.main(["info", str(copy_of_trained)]) == 2
+    one_line(capsys, "--force")
+
+
+def interrupted(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_a_training_begun_anew_forgets_the_old_one(copy_of_trained, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", interrupted)
+    argv = ["train", str(copy_of_trained), "--steps", "50", *SMALL[2:], "--force"]
+    assert mtbi.main(argv) == 130
+    assert sorted(path.name for path in (copy_of_trained / "mtbi").iterdir()) == [
+        ".lock",
+        "config.json",
+    ]
+    capsys.readouterr()
+    assert mtbi.main(["info", str(copy_of_trained)]) == 0
+    assert "steps 0 of 50" in capsys.readouterr().out
+
+
+def test_the_same_recipe_with_an_adapter_resumes_bit_for_bit(trained, copy_of_trained, monkeypatch):
+    saved, calls = train.save_state, []
+
+    def dies(*args):
+        saved(*args)
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    argv = ["train", str(copy_of_trained), *SMALL, "--lora", "2", "--save-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_state", dies)
+        assert mtbi.main([*argv, "--force"]) == 130 and calls
+    assert mtbi.main(argv) == 0
+    assert fingerprint_of_training(copy_of_trained / "mtbi") == fingerprint_of_training(
+        trained / "mtbi"
+    )
+    for name in ("connector.safetensors", "adapter/adapter_model.safetensors"):
+        again = load_file(copy_of_trained / "mtbi" / name)
+        for key, tensor in load_file(trained / "mtbi" / name).items():
+            assert torch.equal(again[key], tensor), (name, key)
+    (copy_of_trained / "mtbi" / "adapter" / "adapter_model.safetensors").write_bytes(b"other")
+    assert fingerprint_of_training(copy_of_trained / "mtbi") != fingerprint_of_training(
+        trained / "mtbi"
+    )
+
+
+# ---- documents ----
+
+
+@pytest.mark.parametrize("folder", ["", "docs", "tiny"])
+def test_documents_hold_no_placeholders(folder):
+    for path in (ROOT / folder).glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        for word in ("RUNTIME", "LOSSA", "LOSSB", "DEMOTIME", "TODO", "TBD", "XXX"):
+            assert word not in text, path

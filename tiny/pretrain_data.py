@@ -1,0 +1,183 @@
+"""What the tiny world's two models are trained on: conversations and rendered speech.
+
+The LLM reads the conversations, the encoder hears the speech. Both are drawn from a seed; the
+benchmark's sentences (world.is_held_out) and voices (speech.TEST_VARIANTS) are in neither.
+"""
+
+import random
+import re
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from . import speech, world
+
+HESITATIONS = ["uh", "um", "er"]
+IGNORED = -100  # the label that carries no loss
+
+
+# ---- conversations ----
+
+
+def applies(task, utterance):
+    """Whether the task of tasks.toml is for such a transcript."""
+    return re.fullmatch(task.get("transcripts", ".*"), utterance.words) is not None
+
+
+def hesitate(rng, words):
+    """`words` with up to 3 hesitations before, between and after them.
+
+    Speech takes a varying number of tokens a word; an LLM that has only read clean text copies by
+    position and cannot follow it.
+    """
+    most = rng.randint(1, 3)
+    spoken = []
+    for word in words.split():
+        spoken += rng.choices(HESITATIONS, k=rng.randint(0, most))
+        spoken.append(word)
+    spoken += rng.choices(HESITATIONS, k=rng.randint(0, most))
+    return " ".join(spoken)
+
+
+def conversation(rng, tasks, utterance, clean=False, weights=None):
+    """One training conversation about the utterance: one question and answer, or follow-ups too.
+
+    clean: without hesitations. weights: {task: how often it is asked about, the others 1}.
+
+    Returns messages, [{"role", "content"}, ...], of which the last is an answer.
+    """
+    weights = weights or {}
+    names = [name for name, task in tasks.items() if applies(task, utterance)]
+    chances = [weights.get(name, 1) for name in names]
+
+    if clean or rng.random() < 0.4:
+        transcript = utterance.words
+    else:
+        transcript = hesitate(rng, utterance.words)
+
+    messages = []
+    if rng.random() < 0.15:
+        messages.append({"role": "system", "content": rng.choice(world.SYSTEM_TURNS)})
+
+    for turn in range(rng.choice([1, 1, 1, 2, 2, 3])):
+        name = rng.choices(names, chances)[0]
+        question = rng.choice(tasks[name]["prompts"] + tasks[name]["unseen_prompts"])
+        # Only the first question comes with the transcript, mostly before it.
+        if turn == 0:
+            transcript_first = rng.random() < 0.15
+            parts = [transcript, question] if transcript_first else [question, transcript]
+            question = "\n".join(parts)
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": world.ANSWERS[name](utterance)})
+    return messages
+
+
+def tokenize(tokenizer, messages):
+    """(token ids, labels) of a conversation: only the answers and their <|im_end|> carry loss."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    pieces = re.split(r"(?<=assistant\n)(.*?<\|im_end\|>)", text)  # odd pieces are answers
+
+    ids, labels = [], []
+    for i, piece in enumerate(pieces):
+        tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        if i % 2:
+            labels += tokens
+        else:
+            labels += [IGNORED] * len(tokens)
+    return ids, labels
+
+
+def conversation_batches(tokenizer, tasks, seed, batch_size, weights, bucket=16):
+    """Endless batches, each batch_size rows (token ids, labels) of similar length.
+
+    `bucket` batches are drawn at a time and sorted by length. weights: see conversation().
+    """
+    rng = random.Random(seed)
+    stream = world.draws(f"llm-{seed}", held_out=False)
+    while True:
+        rows = []
+        for _ in range(bucket * batch_size):
+            messages = conversation(rng, tasks, next(stream), weights=weights)
+            rows.append(tokenize(tokenizer, messages))
+        rows.sort(key=lambda row: len(row[0]))
+
+        starts = list(range(0, len(rows), batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield rows[start : start + batch_size]
+
+
+def pad_conversations(rows, pad_token_id, device):
+    """(token ids, labels, mask), each (B, T), of rows as tokenize() returns them.
+
+    Labels are padded with -100.
+    """
+    ids = [torch.tensor(row_ids) for row_ids, _ in rows]
+    labels = [torch.tensor(row_labels) for _, row_labels in rows]
+    mask = [torch.ones(len(row_ids), dtype=torch.long) for row_ids, _ in rows]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device),
+        pad_sequence(mask, batch_first=True).to(device),
+    )
+
+
+# ---- speech ----
+
+
+def render_utterances(extractor, tokenizer, split, seed, n, desc, echo=0.0):
+    """n utterances of a split, rendered in its voices and sorted by length.
+
+    extractor, tokenizer: see pretrain_models.build_processors. desc names the progress bar.
+    echo: share of the training utterances with an echo (speech.render).
+
+    Returns rows (features (T, 240) in half precision, label ids, words); T is in frames of 30 ms.
+    """
+    rng = random.Random(f"speech-{split}-{seed}")
+    stream = world.draws(f"speech-{seed}", held_out=split == "test")
+    rows = []
+    for _ in tqdm(range(n), desc=desc):
+        words = next(stream).words
+        audio, _, _ = speech.render(words, rng, split, echo)
+        features = extract(extractor, audio)["input_features"][0]  # (T, 240)
+        rows.append((features.half(), tokenizer(words)["input_ids"], words))
+    return sorted(rows, key=lambda row: len(row[0]))
+
+
+def extract(extractor, audio):
+    """The encoder's inputs for one rendered utterance: {"input_features": (1, T, 240), ...}."""
+    return extractor(
+        audio, sampling_rate=speech.SAMPLE_RATE, return_tensors="pt", pad_to_multiple_of=3
+    )
+
+
+def pad_speech(rows, device):
+    """(features (B, T, 240), mask (B, T), labels (B, L)) of rows; labels are padded with -100."""
+    features = [row[0] for row in rows]
+    mask = [torch.ones(len(row[0]), dtype=torch.long) for row in rows]
+    labels = [torch.tensor(row[1]) for row in rows]
+    return (
+        pad_sequence(features, batch_first=True).float().to(device),
+        pad_sequence(mask, batch_first=True).to(device),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device),
+    )
+
+
+def mask_bands(rng, features, mask):
+    """SpecAugment (arXiv 1904.08779, section 2), in place: features (B, T, 240), mask (B, T).
+
+    Every utterance gets two time masks of up to 0.2 s and two masks of up to 12 mel bins.
+    """
+    bins = features.view(*features.shape[:2], 3, 80)  # (B, T, 240) -> (B, T, 3 stacked, 80 bins)
+    for b, length in enumerate(mask.sum(1).tolist()):
+        for _ in range(2):
+            width = rng.randint(0, 6)
+            start = rng.randrange(length)
+            bins[b, start : start + width] = 0
+
+            width = rng.randint(0, 12)
+            start = rng.randrange(80)
+            bins[b, :, :, start : start + width] = 0
+    return features

@@ -1,0 +1,171 @@
+"""The tiny world's two models before training, and what stands before them.
+
+A tokenizer and a Qwen2; a feature extractor, a character tokenizer and a Wav2Vec2-BERT.
+transformers is imported where it is used: it takes seconds.
+"""
+
+import json
+import re
+
+import torch
+
+from . import world
+from .pretrain_data import HESITATIONS, applies
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+# ---- the LLM ----
+
+
+def world_words(tasks):
+    """Every word and punctuation mark of the world's prompts, answers and chat roles, sorted."""
+    lines = list(world.SYSTEM_TURNS)
+    for task in tasks.values():
+        lines += task["prompts"] + task["unseen_prompts"]
+
+    # The answers are known by drawing: 2000 utterances say every word of the grammar.
+    stream = world.draws("tokenizer", held_out=False)
+    for _ in range(2000):
+        utterance = next(stream)
+        for name, answer in world.ANSWERS.items():
+            if applies(tasks[name], utterance):
+                lines.append(answer(utterance))
+
+    words = {"system", "user", "assistant", *HESITATIONS}
+    for line in lines:
+        words.update(re.findall(r"\w+|[^\w\s]", line))
+    return sorted(words)
+
+
+def build_tokenizer(tasks):
+    """Byte-level BPE, each word of the world one token, with and without a space before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    )
+    texts = []
+    for word in world_words(tasks):
+        texts += [word, " " + word]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def build_llm(tokenizer):
+    """A Qwen2 of 2 million random weights, 4 layers of width 192; its embeddings are tied."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    llm = Qwen2ForCausalLM(config).to(DEVICE)
+    llm.generation_config.do_sample = False
+    return llm
+
+
+class RoundToNF4(torch.nn.Module):
+    """Straight-through rounding to NF4, the 4-bit grid the LLM is later loaded in.
+
+    Trained with it, the LLM loses nothing by being loaded in 4 bits. NF4: arXiv 2305.14314, section
+    3, as bitsandbytes has it, with double quantization; straight-through: arXiv 1308.3432.
+    """
+
+    def forward(self, weight):
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        with torch.no_grad():
+            quantized, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            rounded = dequantize_4bit(quantized, state)
+        return weight + (rounded - weight).detach()
+
+
+# ---- the encoder ----
+
+
+def build_processors(folder):
+    """(feature extractor, character tokenizer) of the encoder, saved to `folder`.
+
+    The extractor stacks 3 frames of 10 ms with 80 mel bins each: 240 features every 30 ms.
+    """
+    from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2CTCTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    characters = ["<pad>", "<unk>", "|", "'", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = Wav2Vec2CTCTokenizer(
+        str(folder / "vocab.json"),
+        unk_token="<unk>",
+        pad_token="<pad>",
+        word_delimiter_token="|",
+        bos_token=None,
+        eos_token=None,
+    )
+    extractor = SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, stride=3)
+    tokenizer.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    return extractor, tokenizer
+
+
+def build_encoder(tokenizer):
+    """A Wav2Vec2-BERT of 2 million random weights, 4 conformer layers of width 192, a CTC head."""
+    from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+
+    config = Wav2Vec2BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=384,
+        feature_projection_input_dim=240,
+        position_embeddings_type="rotary",
+        conv_depthwise_kernel_size=15,
+        max_source_positions=1000,
+        add_adapter=False,
+        apply_spec_augment=False,  # pretrain_data.mask_bands does it
+        hidden_dropout=0.05,
+        attention_dropout=0.05,
+        activation_dropout=0.05,
+        feat_proj_dropout=0.0,
+        conformer_conv_dropout=0.05,
+        final_dropout=0.0,
+        layerdrop=0.0,
+        ctc_loss_reduction="mean",
+        ctc_zero_infinity=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Wav2Vec2BertForCTC(config).to(DEVICE)
