@@ -144,3 +144,7 @@ def test_functions_of_the_five_fit_a_screen(module):
             if node.end_lineno - start > 45:
                 long.append((node.name, node.end_lineno - start))
     assert long == []
+
+
+def test_the_readme_has_at_most_1000_words():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
