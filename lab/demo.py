@@ -14,8 +14,8 @@ from support.options import Seed
 
 @dataclass
 class DemoOptions:
-    out: str = "runs/demo"
-    """the run folder"""
+    out: str | None = None
+    """the run folder; default: runs/demo, or runs/short with --short"""
     short: bool = False
     """a few steps only, to see that everything runs"""
     profile: bool = False
@@ -38,7 +38,7 @@ class Demo:
 
     def __init__(self, options, run_command):
         self.options, self.run_command = options, run_command
-        self.out = Path(options.out)
+        self.out = Path(options.out or ("runs/short" if options.short else "runs/demo"))
         self.jobs = Jobs(None, run_command, tiny=True)
 
     def words(self, *words):
@@ -90,8 +90,7 @@ class Demo:
 def show_demo(options, run_command):
     """Prepare; behaviors and frames; two connectors; the benchmark. Says what to try next."""
     start, demo = time.perf_counter(), Demo(options, run_command)
-    out = options.out
-    data = str(Path(out) / "data")
+    out, data = str(demo.out), str(demo.out / "data")
     with timed("== prepare"):
         demo.alone("prepare", "tiny", "--out", data)
     with timed("== behaviors, encode"):
@@ -102,12 +101,12 @@ def show_demo(options, run_command):
     with timed("== bench"):
         demo.shared("bench", out, "--data", data)
     if demo.jobs.at_once > 1:
-        show(read_json(Path(out) / "report.json"), Path(out))
+        show(read_json(demo.out / "report.json"), demo.out)
     shortened = " (shortened: the scores mean nothing)" if options.short else ""
     print(f"\ndemo: {time.perf_counter() - start:.0f} s{shortened}")
     if options.profile:
         show_times()
-    show_next(Path(out))
+    show_next(demo.out)
 
 
 def show_times():
