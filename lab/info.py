@@ -12,6 +12,8 @@ def describe_run(run, table):
     report, reported = run.folder / "report.json", {}
     if report.exists():
         reported = read_json(report, "recipes", "meta")["recipes"]
+        if not isinstance(reported, dict):
+            raise UserError(f"{report}: is not what `bench` writes; run `bench` again with --force")
     bits = {4: "4 bits (NF4)", 8: "8 bits", 16: "not quantized"}.get(run.options["bits"], "")
     yield f"run        {run.folder}, seed {run.options['seed']}"
     yield f"LLM        {run.options['llm']}, {bits}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from data import Examples, Recipe, Response, Speech, open_run, read_behaviors
 from model import SpeechLLM, encode_all
-from support.files import UserError, ceil_div
+from support.files import UserError, ceil_div, explained
 from support.options import Count, RunFolder, parse_options
 from support.runs import read_config
 
@@ -29,7 +29,10 @@ def look(options):
     """Print some conversations of one batch as parts, and the shapes that embed gives."""
     run = open_run(options.run)
     folder = run.folder / options.recipe
-    trained, content, _ = read_config(folder, "train", steps=int, batch_size=int, seed=int)
+    kinds = {"steps": int, "batch_size": int, "accumulate": int, "seed": int}
+    trained, content, _ = read_config(folder, "train", **kinds)
+    with explained(f"{folder / 'config.json'}: its recipe is none", TypeError):
+        recipe = Recipe(about="", **content["recipe"])
     model = SpeechLLM.from_pretrained(folder)
     utterances = [u for u in run.utterances if u.split == "train"]
     examples = Examples(
@@ -37,7 +40,7 @@ def look(options):
         utterances,
         read_behaviors(run.folder / "behaviors.jsonl"),
         encode_all(model.encoder, utterances, run.data / "features"),
-        Recipe(about="", **content["recipe"]),
+        recipe,
         k=model.connector.k,
         steps=trained["steps"],
         batch_size=trained["batch_size"],
@@ -67,4 +70,5 @@ if __name__ == "__main__":
     try:
         look(parse_options(LookOptions, sys.argv[1:], "python -m lab.look", look.__doc__))
     except UserError as error:
-        sys.exit(f"look: {error}")
+        print(f"look: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -5,7 +5,8 @@ import inspect
 import io
 import re
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -75,31 +76,40 @@ def in_one_line(box):
 
 
 def check(options):
-    """UserError if a field's value is out of the bounds, or none of the choices, of its type."""
+    """UserError if a field's value is not of its type, none of its choices, or out of its bounds.
+
+    tyro sees to types and choices of what is typed; not to those of a config.json.
+    """
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
-        value, hint = getattr(options, field.name), hints[field.name]
-        name = f"--{field.name.replace('_', '-')}"
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise UserError(f"{name} {value}: is none of {', '.join(map(str, get_args(hint)))}")
-        for bounds in bounds_in(hint):
-            is_number = isinstance(value, (int, float))
-            if value is None or (is_number and bounds.low <= value <= bounds.high):
-                continue
-            what = "whole number" if isinstance(value, int) else "number"
-            raise UserError(
-                f"{name} {value}: is no {what} from {bounds.low:.12g} to {bounds.high:.12g}"
-            )
+        value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        problem = what_is_wrong(value, hints[field.name])
+        if problem:
+            raise UserError(f"{name} {value}: is {problem}")
 
 
-def bounds_in(hint):
-    """The Between marks of a type, also of one that may be None."""
+def what_is_wrong(value, hint):
+    """Why a value is none of a type, in words; "" if it is one."""
+    if get_origin(hint) in (Union, UnionType):
+        wrong = [what_is_wrong(value, part) for part in get_args(hint)]
+        return "" if "" in wrong else wrong[0]
+    if get_origin(hint) is Literal:
+        choices = ", ".join(map(str, get_args(hint)))
+        return "" if value in get_args(hint) else f"none of {choices}"
+    bounds = None
     if get_origin(hint) is Annotated:
-        return [mark for mark in hint.__metadata__ if isinstance(mark, Between)]
-    found = []
-    for part in get_args(hint):
-        found += bounds_in(part)
-    return found
+        bounds = next((mark for mark in hint.__metadata__ if isinstance(mark, Between)), None)
+        hint = get_args(hint)[0]
+    kind, is_flag = (int, float) if hint is float else hint, isinstance(value, bool)
+    of_kind = isinstance(value, kind) and is_flag == (hint is bool)
+    if not bounds:
+        return "" if of_kind else f"no {WORDS.get(hint, 'value')} of this option"
+    if of_kind and bounds.low <= value <= bounds.high:
+        return ""
+    return f"no {WORDS[hint]} from {bounds.low:.12g} to {bounds.high:.12g}"
+
+
+WORDS = {int: "whole number", float: "number", str: "text", bool: "switch"}
 
 
 def command_words(options, *names):

@@ -73,6 +73,12 @@ def refuse_changes(folder, old, new, advice):
         raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); {advice}")
 
 
+CONTENT = {  # what a command's folder was made from, as far as others ask for it
+    "behaviors": {"utterances": str, "llm": str, "task_table": str},
+    "train": {"recipe": dict, "behaviors": str},
+}
+
+
 def read_config(folder, command, **kinds):
     """(options, content, done) of a folder that `command` made; `kinds`: types of some options."""
     path = Path(folder) / "config.json"
@@ -80,13 +86,20 @@ def read_config(folder, command, **kinds):
         raise UserError(f"{folder}: there is no folder made by `{command}` (no config.json in it)")
     config = read_json(path, "command", "options", "content", "done")
     options, content = config["options"], config["content"]
-    whole = config["command"] == command and isinstance(options, dict) and isinstance(content, dict)
-    if not whole or not all(isinstance(options.get(name), kind) for name, kind in kinds.items()):
+    whole = config["command"] == command and has(options, kinds)
+    if not whole or not has(content, CONTENT.get(command, {})):
         raise UserError(
             f"{path}: this is no folder made by `{command}`; name one, or, if this was one and is "
             "damaged, make it again with --force"
         )
     return options, content, bool(config["done"])
+
+
+def has(found, kinds):
+    """Is it a dictionary with values of these types?"""
+    if not isinstance(found, dict):
+        return False
+    return all(isinstance(found.get(name), kind) for name, kind in kinds.items())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, get_type_hints
+from typing import get_args, ClassVar, get_type_hints
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from support.files import UserError, explained, fingerprint, fingerprint_of_file
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
 from support.frames import fingerprint_of_audio
 from support.hub import fingerprint_of_weights
-from support.options import bounds_in, command_words, parse_options
+from support.options import Between, command_words, parse_options
 from support.runs import alone, begin, fingerprint_of_training, finish, is_done, read_config
 from support.runs import recipe_folders
 
@@ -151,6 +151,14 @@ REQUIRED = {  # what a command cannot do without
     "info": ["x"],
     "compare": ["--out", "x"],
 }
+
+
+def bounds_in(hint):
+    """The Between marks of an option's type, also of one that may be None."""
+    found = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Between)]
+    for part in get_args(hint):
+        found += bounds_in(part)
+    return found
 
 
 def bounded_options(kind):
@@ -318,6 +326,14 @@ def test_the_folder_of_another_command_is_refused_even_by_force(tmp_path):
     for force in (False, True):
         with pytest.raises(UserError, match="was made by `try`; choose another folder"):
             done(tmp_path, Options("x", force=force), {}, command="other")
+
+
+@pytest.mark.parametrize("command", ["behaviors", "train"])
+def test_a_config_without_what_others_ask_for_is_refused(tmp_path, command):
+    whole = {"command": command, "options": {}, "done": True}
+    write_json(tmp_path / "config.json", {**whole, "content": {"recipe": None, "llm": 5}})
+    with pytest.raises(UserError, match=f"no folder made by `{command}`"):
+        read_config(tmp_path, command)
 
 
 @pytest.mark.parametrize("content", ["{half", "[]", "{}", '{"settings": {}, "done": true}'])

@@ -437,6 +437,12 @@ def test_the_state_of_a_training_with_other_settings_is_not_resumed(
         ("hidden", -3),
         ("batch_size", 0),
         ("lr", -1.0),
+        ("steps", None),
+        ("accumulate", 1.5),
+        ("k", 2.5),
+        ("loss", []),
+        ("connector", 5),
+        ("pad_whisper", "no"),
     ],
 )
 def test_what_is_resumed_is_checked_like_any_other_options(run, tmp_path, capsys, name, value):
@@ -444,7 +450,8 @@ def test_what_is_resumed_is_checked_like_any_other_options(run, tmp_path, capsys
     (new / "mtbi" / "state").mkdir(parents=True)
     (new / "mtbi" / "state" / "00000001.safetensors").write_bytes(b"")
     options = {"recipe": "mtbi", "encoder": "tiny", "steps": 6, "batch_size": 8, name: value}
-    config = {"command": "train", "options": options, "content": {}, "done": False}
+    content = {"recipe": {}, "behaviors": ""}
+    config = {"command": "train", "options": options, "content": content, "done": False}
     write_json(new / "mtbi" / "config.json", config)
     assert main(["train", str(new), "--resume"]) == 2
     one_line(capsys, f"--{name.replace('_', '-')} {value}")
