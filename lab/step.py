@@ -22,6 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import logging
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at its import, of an option
+
 import bitsandbytes
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,6 @@ from support.processes import DEVICE
 from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, update
 
 # bitsandbytes warns of an optional kernel package
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 FRAME_RATE = 50.0  # encoder frames a second, of Whisper
 PADDED_MEL_FRAMES = 3000  # 30 s, as Whisper pads

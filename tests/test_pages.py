@@ -77,7 +77,7 @@ def test_the_python_of_the_pages_runs(
 
 def test_the_readme_asks_a_trained_model_in_three_lines_of_python():
     [snippet] = blocks_of(ROOT / "README.md", "python")
-    assert len(snippet.split("\n\n")) <= 2 and len(snippet.replace("\n\n", "\n").splitlines()) == 3
+    assert len([line for line in snippet.splitlines() if line]) == 3
     assert "SpeechLLM.from_pretrained" in snippet
 
 
