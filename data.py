@@ -111,7 +111,9 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None):
     rows: [(line number or name, row)]. A bad row is a UserError naming file and line; or, if
     `skipped` is a list, it goes there. check_audio: read every file, and measure its duration.
     """
-    path, utterances, lines = Path(path), [], {}
+    path = Path(path)
+    utterances = []
+    lines = {}
     folder = path if path.is_dir() else path.parent
     rows = list(read_jsonl(path)) if rows is None else rows
     bar = progress_bar(rows, desc="check audio", unit="utt") if check_audio else rows
@@ -278,7 +280,8 @@ class Behavior:
 
 def read_behaviors(path):
     """The behaviors that stage 1 wrote; UserError names the line that is none."""
-    texts, behaviors = ("utterance", "task", "prompt", "response"), []
+    texts = ("utterance", "task", "prompt", "response")
+    behaviors = []
     for number, row in read_jsonl(path):
         if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in texts):
             raise UserError(f"{path}:{number}: is no behavior; run `behaviors` again with --force")
@@ -351,7 +354,8 @@ def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
     begin = rendered.find(instruction) if instruction else -1
     end = begin + len(instruction) if begin >= 0 else begin
 
-    parts, audio = [Text([])], list(audio)
+    parts = [Text([])]
+    audio = list(audio)
     for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
         inside = begin <= start < end
         if token == mark:
@@ -394,7 +398,8 @@ def random_spans(rng, n, share, mean):
     if share >= 1:
         return [True for _ in range(n)]
     enter = share / (mean * (1 - share))
-    flag, flags = rng.random() < share, []
+    flag = rng.random() < share
+    flags = []
     for _ in range(n):
         flags.append(flag)
         flag = rng.random() >= 1 / mean if flag else rng.random() < enter
@@ -410,7 +415,8 @@ def interleave(tokenizer, utterance, frames, as_text):
     """
     ids, words = tokens_and_words(tokenizer, utterance.text)
     cuts = frame_cuts(utterance, len(frames))
-    parts, first = [], 0
+    parts = []
+    first = 0
     for last in range(1, len(as_text) + 1):
         if last < len(as_text) and as_text[last] == as_text[first]:
             continue
@@ -555,7 +561,8 @@ class Examples:
         chosen = self.epoch_order(epoch)[first : first + BUCKET * self.batch_size]
         before = epoch * (len(self.utterances) // self.batch_size) + number * BUCKET  # batches
         done = before / (self.steps * self.accumulate)
-        rng, examples = random.Random(f"bucket-{self.seed}-{epoch}-{number}"), []
+        rng = random.Random(f"bucket-{self.seed}-{epoch}-{number}")
+        examples = []
         for utterance in chosen:
             examples.append(self.conversation(*self.draw(rng, utterance, done)))
 
@@ -573,7 +580,8 @@ class Examples:
 
         What is left over when the batches are full differs from epoch to epoch.
         """
-        rng, n = random.Random(f"epoch-{self.seed}-{epoch}"), len(self.utterances)
+        rng = random.Random(f"epoch-{self.seed}-{epoch}")
+        n = len(self.utterances)
         order = rng.sample(self.utterances, n // self.batch_size * self.batch_size)
         if epoch == 0:
             longest = max(self.utterances, key=lambda u: u.duration)
@@ -584,7 +592,8 @@ class Examples:
     def conversation(self, behavior, audio):
         """The Example of a behavior; audio: the parts that stand for each of its utterances."""
         response = response_tokens(self.tokenizer, behavior.response, behavior.ended).ids
-        messages, text = behavior.messages(), None
+        messages = behavior.messages()
+        text = None
         if self.with_text:
             transcripts = [self.read(self.by_id[i]) for i in behavior.utterances()]
             text = chat_parts(self.tokenizer, messages, transcripts, response)
@@ -636,7 +645,8 @@ class Examples:
 
     def listen(self, rng, utterance):
         """Its speech, or speech and text interleaved."""
-        frames, recipe = self.frames[utterance.id], self.recipe
+        frames = self.frames[utterance.id]
+        recipe = self.recipe
         if not utterance.words or rng.random() >= recipe.interleave:
             return [Speech(frames)]
         as_text = random_spans(rng, len(utterance.words), recipe.text_words, recipe.span)

@@ -213,7 +213,9 @@ class Cascade(System):
 
     def __init__(self, name, fingerprint, model, transcriber, encode):
         super().__init__(name, fingerprint, model)
-        self.transcriber, self.encode, self.hypotheses = transcriber, encode, {}
+        self.transcriber = transcriber
+        self.encode = encode
+        self.hypotheses = {}
 
     def load(self):
         self.frames = self.encode(self.transcriber)
@@ -248,7 +250,8 @@ def systems_of(bench, llm, reader):
 
     llm: the (LLM, tokenizer) that the frozen recipes share; reader: the SpeechLLM of these alone.
     """
-    options, trained = bench.options, bench.asked["trained"]
+    options = bench.options
+    trained = bench.asked["trained"]
     same = {name: bench.asked[name] for name in bench.asked if name not in ("trained", "asr")}
 
     def encode(encoder):
@@ -312,7 +315,8 @@ class Case:
 
 def draw_cases(tasks, utterances, per_prompt, seed):
     """For every prompt of every task `per_prompt` utterances; the same ones for every system."""
-    rng, cases = random.Random(f"bench-{seed}"), []
+    rng = random.Random(f"bench-{seed}")
+    cases = []
     for task in tasks.values():
         fitting = [u for u in utterances if task.applies(u.text)]
         known = "seen" if task.split == "train" else "unseen"
@@ -330,7 +334,9 @@ def draw_dialogues(cases, answers, n, seed):
 
     The first turn is answered as the text LLM answered it.
     """
-    rng, drawn, about = random.Random(f"dialogues-{seed}"), [], {}
+    rng = random.Random(f"dialogues-{seed}")
+    drawn = []
+    about = {}
     for i, case in enumerate(cases):
         about.setdefault(case.utterance.id, []).append(i)
     everything = range(len(cases))
@@ -341,7 +347,9 @@ def draw_dialogues(cases, answers, n, seed):
         fitting = [i for i in everything if len(firsts[i]) > 1]
         for i in rng.sample(fitting, min(n, len(fitting))):
             first = rng.choice([j for j in firsts[i] if j != i])
-            before, case, spoken = cases[first], cases[i], kind != "text_then_speech"
+            before = cases[first]
+            case = cases[i]
+            spoken = kind != "text_then_speech"
             earlier = (before.prompt, before.utterance, spoken, answers[first])
             drawn.append(Case(case.utterance, case.task, case.prompt, kind, earlier, again))
     return drawn
@@ -351,7 +359,8 @@ class Questions:
     """The questions, the top line's answers to them, and the record of each system."""
 
     def __init__(self, bench, tasks, top_line):
-        options, self.kept = bench.options, bench.folder / "bench"
+        options = bench.options
+        self.kept = bench.folder / "bench"
         self.batch_size, self.max_new_tokens = options.batch_size, options.max_new_tokens
         self.top_line = top_line
         cases = draw_cases(tasks, bench.utterances, options.per_prompt, options.seed)
@@ -363,7 +372,8 @@ class Questions:
         self.references = {"questions": answers, "dialogues": spoken, "text": answers}
 
         # the questions on which we look inside
-        rng, n = random.Random(f"probes-{options.seed}"), min(options.probes, len(cases))
+        rng = random.Random(f"probes-{options.seed}")
+        n = min(options.probes, len(cases))
         self.probes = sorted(rng.sample(range(len(cases)), n))
 
     def answers_of_text(self, part):
@@ -371,7 +381,8 @@ class Questions:
 
         They are asked for once, and kept.
         """
-        path, cases = self.kept / f"text-{part}.answers.json", self.cases[part]
+        path = self.kept / f"text-{part}.answers.json"
+        cases = self.cases[part]
         kept = read_record(path, self.top_line.fingerprint, "answers", "ended")
         if not kept:
             found = self.ask(self.top_line, part) if cases else []
@@ -402,7 +413,8 @@ class Questions:
 
         Taken from bench/NAME.json if it was measured before.
         """
-        path, start = self.kept / f"{system.name}.json", time.perf_counter()
+        path = self.kept / f"{system.name}.json"
+        start = time.perf_counter()
         record = read_record(path, system.fingerprint, "rows", "attention", "seconds")
         if record:
             return record
@@ -567,7 +579,9 @@ def behavior_gap(system, top_line, cases, responses, batch_size=32):
         rows = list(zip(cases[at : at + batch_size], responses[at : at + batch_size]))
         hears = system.model.logits([case.parts(system, ids) for case, ids in rows])[0]  # (R, V)
         reads = top_line.model.logits([case.parts(top_line, ids) for case, ids in rows])[0]
-        hears, reads = hears.log_softmax(-1), reads.log_softmax(-1)  # (R, V)
+        # (R, V)
+        hears = hears.log_softmax(-1)
+        reads = reads.log_softmax(-1)
         kl = (reads.exp() * (reads - hears)).sum(-1)  # (R,)
         for of_case in kl.split([len(ids) for _, ids in rows]):
             gaps.append(of_case.mean().item())
@@ -593,7 +607,8 @@ def attention_shares(system, cases, responses):
     falls on the instruction and on what stands for the utterance; the rest falls on the chat
     template and on the answer itself.
     """
-    model, shares = system.model, []
+    model = system.model
+    shares = []
     with attention_weights(model.llm.get_base_model() if model.lora else model.llm):
         for case, response in zip(cases, responses):
             spoken = system.parts(case.utterance)

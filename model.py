@@ -105,7 +105,8 @@ class HuggingFaceEncoder(nn.Module):
 
     def __init__(self, name, pad_whisper=False):
         super().__init__()
-        self.name, self.pad_whisper = str(name), pad_whisper
+        self.name = str(name)
+        self.pad_whisper = pad_whisper
         where = located(name, "encoder")
         self.config = load_or_explain(AutoConfig, where, "speech encoder")
         self.extractor = load_or_explain(AutoFeatureExtractor, where, "speech encoder")
@@ -309,7 +310,8 @@ class QFormer(ConnectorBody):
                 f"multiple of {self.HEADS}, not {hidden}"
             )
         self.k = k
-        self.norm, self.enter = nn.LayerNorm(width_in), nn.Linear(width_in, hidden)
+        self.norm = nn.LayerNorm(width_in)
+        self.enter = nn.Linear(width_in, hidden)
         # of a frame in its window: attention alone knows no order
         self.position = nn.Parameter(0.02 * torch.randn(k, hidden))
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, hidden))
@@ -344,7 +346,8 @@ class Connector(nn.Module):
 
     def __init__(self, kind, width_in, width_out, k, hidden, embedding_rms=1.0):
         super().__init__()
-        self.k, self.body = k, connector_class(kind)(width_in, width_out, k, hidden)
+        self.k = k
+        self.body = connector_class(kind)(width_in, width_out, k, hidden)
         self.scale = nn.Parameter(torch.full((width_out,), float(embedding_rms)))
 
     def forward(self, spans):
@@ -528,7 +531,8 @@ class SpeechLLM(nn.Module):
         super().__init__()
         self.llm, self.tokenizer = llm, tokenizer
         self.encoder, self.connector = encoder, connector
-        self.lora, self.checkpointed = lora, []
+        self.lora = lora
+        self.checkpointed = []
         self.fingerprint = fingerprint_of_llm(llm, tokenizer)
         self.eot = end_of_turn(tokenizer)
 
@@ -587,7 +591,9 @@ class SpeechLLM(nn.Module):
         speech = self.connector(spans) if spans else []  # one (N, D) for each span
 
         # Part by part they take their places again.
-        rows, text_at, speech_at = [], 0, 0
+        rows = []
+        text_at = 0
+        speech_at = 0
         for parts in batch:
             row = []
             for part in parts:

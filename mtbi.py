@@ -211,7 +211,8 @@ def ask_behaviors(options):
     table = options.tasks or PROJECT / (
         "tiny/tasks.toml" if options.llm == "tiny" else "tasks.toml"
     )
-    tasks, utterances = load_tasks(table), read_manifest(data / "manifest.jsonl")
+    tasks = load_tasks(table)
+    utterances = read_manifest(data / "manifest.jsonl")
     options = replace(
         options,
         data=relative(data, out),  # so that both can be moved together
@@ -249,7 +250,8 @@ def ask_behaviors(options):
 
 def ask_llm(model, tasks, utterances, options, asked):
     """The behaviors: first of one turn, then, with these as first turns, of two."""
-    texts, kept = {u.id: u.text for u in utterances}, Path(options.out) / "behaviors"
+    texts = {u.id: u.text for u in utterances}
+    kept = Path(options.out) / "behaviors"
     questions = draw_questions(tasks, utterances, options.per_utterance, options.seed)
     print(
         f"{len(questions)} questions about {len(utterances)} transcripts: {' and '.join(ALWAYS)}, "
@@ -288,7 +290,8 @@ def answer_in_text(model, questions, texts, options, kept, asked):
 
 def show_behaviors(out, found, utterances, options):
     """How many there are, and three of them."""
-    cut, texts = sum(not b.ended for b in found), {u.id: u.text for u in utterances}
+    cut = sum(not b.ended for b in found)
+    texts = {u.id: u.text for u in utterances}
     said = f"{out / 'behaviors.jsonl'}: {len(found)} behaviors"
     if cut:
         said += (
@@ -307,7 +310,8 @@ def training_tasks(tasks, utterance):
 
 def draw_questions(tasks, utterances, per_utterance, seed):
     """Behaviors that lack their response: training tasks and training prompts only."""
-    rng, questions = random.Random(f"imitate-{seed}"), []
+    rng = random.Random(f"imitate-{seed}")  # the name stays, so that the draws stay
+    questions = []
     for u in utterances:
         fitting = training_tasks(tasks, u)
         always = [t for t in fitting if t.name in ALWAYS]
@@ -322,7 +326,8 @@ def draw_second_questions(tasks, utterances, behaviors, per_utterance, seed):
 
     Half of them are about the utterance of the first turn once more, half about a new one.
     """
-    rng, questions = random.Random(f"dialogues-{seed}"), []
+    rng = random.Random(f"dialogues-{seed}")
+    questions = []
     about = {}  # utterance id -> the behaviors about it
     for b in behaviors:
         about.setdefault(b.utterance, []).append(b)
@@ -330,7 +335,8 @@ def draw_second_questions(tasks, utterances, behaviors, per_utterance, seed):
         fitting = training_tasks(tasks, u)
         if not fitting:
             continue
-        again, task = rng.random() < 0.5, rng.choice(fitting)
+        again = rng.random() < 0.5
+        task = rng.choice(fitting)
         first = rng.choice(about.get(u.id, behaviors) if again else behaviors)
         questions.append(
             Behavior(

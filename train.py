@@ -157,7 +157,8 @@ def options_as_before(options, folder):
     if not saved_states(folder):
         raise UserError(f"{folder}: there is no saved state to resume from; train without --resume")
     with explained(f"{folder}: its config.json holds options that are none", TypeError):
-        options = replace(options, **before, force=False)
+        before |= {"run": options.run, "resume": True, "force": False}
+        options = replace(options, **before)
         check(options)
     return options
 
@@ -188,6 +189,7 @@ def made_from(run, utterances, recipe, options):
     return {
         "recipe": row,
         "llm": llm,
+        "bits": run.options["bits"],
         "encoder": fingerprint_of_encoder(options.encoder),
         "audio": fingerprint_of_audio(utterances, run.data / "features"),
         "behaviors": fingerprint_of_file(run.folder / "behaviors.jsonl"),
@@ -291,7 +293,8 @@ def checkpoint_if_large(model, choice):
 
 def explain(model, examples):
     """Print how much speech there is, what a step is, and how much is trained."""
-    n, seconds = len(examples.utterances), sum(u.duration for u in examples.utterances)
+    n = len(examples.utterances)
+    seconds = sum(u.duration for u in examples.utterances)
     rate, k = model.encoder.frame_rate, model.connector.k
     print(
         f"speech: {n} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s / k = "
@@ -481,7 +484,8 @@ def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, m
     every `save_every` steps and when it is interrupted, a state. UserError if there is no finite
     gradient any more.
     """
-    folder, steps = Path(folder), examples.steps
+    folder = Path(folder)
+    steps = examples.steps
     parameters = model.trainable()
     optimizer = adam_w(parameters, lr)
     progress = load_state(folder, parameters, optimizer, made_with)

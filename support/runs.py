@@ -19,24 +19,31 @@ CHOOSE_ANOTHER = "choose another folder, or --force to redo it"
 
 
 def settings_of(options, content):
-    """What config.json keeps: the options that change the result, and the fingerprints."""
+    """What the result depends on: the options that change it, and the fingerprints."""
     kept = asdict(options)
-    for name in ("force", *getattr(options, "CHANGES_NOTHING", ())):
+    for name in without_effect(options):
         kept.pop(name, None)
     return json.loads(json.dumps({"options": kept, "content": content}))
 
 
+def without_effect(options):
+    """The names of the options that change nothing in the result."""
+    return ("force", *getattr(options, "CHANGES_NOTHING", ()))
+
+
 def begin(folder, command, options, content):
     """Write into the folder what its work is made with; `finish` writes it again at the end."""
-    wait()
-    config = {"command": command, "done": False, **settings_of(options, content)}
-    write_json(Path(folder) / "config.json", config)
+    write_config(folder, command, options, content, done=False)
 
 
 def finish(folder, command, options, content):
     """The same with done: true, once every process has come so far."""
+    write_config(folder, command, options, content, done=True)
+
+
+def write_config(folder, command, options, content, done):
     wait()
-    config = {"command": command, "done": True, **settings_of(options, content)}
+    config = {"command": command, "done": done, "options": asdict(options), "content": content}
     write_json(Path(folder) / "config.json", config)
 
 
@@ -57,17 +64,17 @@ def is_done(folder, command, options, content, output, *, half_way, advice=CHOOS
         return False
     if not old["done"] and not any(Path(folder).glob(half_way)):
         return False  # nothing was kept of it
-    refuse_changes(folder, old, settings_of(options, content), advice)
+    refuse_changes(folder, old, settings_of(options, content), without_effect(options), advice)
     return bool(old["done"]) and (Path(folder) / output).exists()
 
 
-def refuse_changes(folder, old, new, advice):
-    """UserError that names every setting in which the two differ."""
+def refuse_changes(folder, old, new, ignored, advice):
+    """UserError that names every setting in which the two differ, but for those ignored."""
     changed = []
     for part in ("options", "content"):
         before = old[part] if isinstance(old[part], dict) else {}
         for name in sorted({*before, *new[part]}):
-            if before.get(name) != new[part].get(name):
+            if name not in ignored and before.get(name) != new[part].get(name):
                 changed.append(f"{name} was {before.get(name)}, now {new[part].get(name)}")
     if changed:
         raise UserError(f"{folder}: was made with other settings ({'; '.join(changed)}); {advice}")

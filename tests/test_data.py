@@ -567,3 +567,22 @@ def test_nothing_of_the_benchmark_is_in_the_training_data(utterances, run):
         assert b.utterance in trained
         assert tasks[b.task].split == "train"
         assert b.prompt in tasks[b.task].prompts
+
+
+def test_batches_are_filled_to_95_percent_of_their_positions(tokenizer):
+    """Conversations of 2 to 100 frames and answers of many lengths, 24 batches of 8 a bucket."""
+    rng, utterances, behaviors, frames = random.Random(0), [], [], {}
+    for i in range(400):
+        n = rng.randint(2, 100)
+        utterances.append(Utterance("x.wav", "red", n / 10, id=str(i)))
+        said = " ".join(["red" for _ in range(rng.randint(1, 12))])
+        behaviors.append(Behavior(str(i), "repeat", "Say it again.", said))
+        frames[str(i)] = torch.zeros(n, 1)
+    sizes = {"k": 2, "steps": 48, "batch_size": 8}
+    examples = Examples(tokenizer, utterances, behaviors, frames, Recipe(""), **sizes)
+    used, taken = 0, 0
+    for step in range(48):
+        lengths = [example.positions(2) for example in examples.batch(step)]
+        used += sum(lengths)
+        taken += len(lengths) * max(lengths)
+    assert used / taken >= 0.95

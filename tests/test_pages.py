@@ -81,6 +81,11 @@ def test_the_readme_asks_a_trained_model_in_three_lines_of_python():
     assert "SpeechLLM.from_pretrained" in snippet
 
 
+def test_each_extension_takes_at_most_twenty_lines():
+    for snippet in blocks_of(ROOT / "docs" / "extend.md", "python"):
+        assert len([line for line in snippet.splitlines() if line]) <= 20
+
+
 def test_extending_it_shows_a_recipe_a_task_a_connector_a_loss_and_an_encoder():
     text = "\n".join(blocks_of(ROOT / "docs" / "extend.md", "python"))
     for table in ("RECIPES[", "CONNECTORS[", "LOSSES[", "ENCODERS[", "tasks.toml"):

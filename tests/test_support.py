@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, ClassVar, get_type_hints
@@ -266,12 +266,13 @@ def done(folder, options, content, command="try"):
 
 def test_config_json_names_the_command_its_options_its_content_and_whether_it_is_done(tmp_path):
     options, content = Options(str(tmp_path)), {"words": "abc"}
-    made = {"command": "try", "options": {"steps": 3}, "content": content}
+    whole = asdict(options)
+    made = {"command": "try", "options": whole, "content": content}
     begin(tmp_path, "try", options, content)
     assert read_json(tmp_path / "config.json") == {**made, "done": False}
     finish(tmp_path, "try", options, content)
     assert read_json(tmp_path / "config.json") == {**made, "done": True}
-    assert read_config(tmp_path, "try", steps=int) == ({"steps": 3}, content, True)
+    assert read_config(tmp_path, "try", steps=int) == (whole, content, True)
     for command, kinds in (("other", {}), ("try", {"steps": str}), ("try", {"nosuch": int})):
         with pytest.raises(UserError, match=f"no folder made by `{command}`.*--force"):
             read_config(tmp_path, command, **kinds)

@@ -784,3 +784,14 @@ def test_two_processes_get_the_loss_and_the_weights_of_one(
     losses = losses_in(one / "mtbi")
     assert losses == pytest.approx(losses_in(two / "mtbi"), abs=1e-5)
     assert len(losses) == 3
+
+
+def test_a_training_on_an_llm_of_other_bits_is_another_training(run, tmp_path, capsys):
+    new = begun_anew(run, tmp_path)
+    argv = ["train", str(new), "--recipe", "asr", *SMALL, "--steps", "2"]
+    assert main(argv) == 0
+    config = read_json(new / "config.json")
+    config["options"]["bits"] = 16
+    write_json(new / "config.json", config)
+    assert main(argv) == 2
+    one_line(capsys, "bits was 4, now 16")
