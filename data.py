@@ -323,6 +323,11 @@ class Response:
     ids: list
 
 
+def positions_of(part, k):
+    """How many positions a part takes in the LLM, with k frames a speech token."""
+    return ceil_div(len(part.frames), k) if isinstance(part, Speech) else len(part.ids)
+
+
 def transcript_tokens(tokenizer, text):
     return Text(tokenize_in_context(tokenizer, text)[0])
 
@@ -462,11 +467,7 @@ class Example:
 
     def positions(self, k):
         """How many positions it takes in the LLM, with k frames a speech token."""
-        total = 0
-        for part in self.speech:
-            n = ceil_div(len(part.frames), k) if isinstance(part, Speech) else len(part.ids)
-            total += n
-        return total
+        return sum(positions_of(part, k) for part in self.speech)
 
 
 def fewer(utterances, share):
@@ -544,10 +545,14 @@ class Examples:
         if recipe.mixed and not self.dialogues:
             print("mixed-modal turns are off: `behaviors` asked no questions of two turns")
 
+    @property
+    def per_epoch(self):
+        """Batches an epoch."""
+        return len(self.utterances) // self.batch_size
+
     def batch(self, step, micro=0):
         """The examples of micro-batch `micro` of step `step`."""
-        per_epoch = len(self.utterances) // self.batch_size
-        epoch, at = divmod(step * self.accumulate + micro, per_epoch)
+        epoch, at = divmod(step * self.accumulate + micro, self.per_epoch)
         number, at = divmod(at, BUCKET)
         return self.bucket(epoch, number)[at]
 
@@ -559,7 +564,7 @@ class Examples:
         """
         first = number * BUCKET * self.batch_size
         chosen = self.epoch_order(epoch)[first : first + BUCKET * self.batch_size]
-        before = epoch * (len(self.utterances) // self.batch_size) + number * BUCKET  # batches
+        before = epoch * self.per_epoch + number * BUCKET  # batches
         done = before / (self.steps * self.accumulate)
         rng = random.Random(f"bucket-{self.seed}-{epoch}-{number}")
         examples = []
@@ -581,8 +586,7 @@ class Examples:
         What is left over when the batches are full differs from epoch to epoch.
         """
         rng = random.Random(f"epoch-{self.seed}-{epoch}")
-        n = len(self.utterances)
-        order = rng.sample(self.utterances, n // self.batch_size * self.batch_size)
+        order = rng.sample(self.utterances, self.per_epoch * self.batch_size)
         if epoch == 0:
             longest = max(self.utterances, key=lambda u: u.duration)
             others = [u for u in order if u is not longest]

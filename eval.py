@@ -12,7 +12,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from data import Run, Speech, Utterance, ask, chat_parts, dialogue, load_tasks, normalize
-from data import open_run, read_manifest, response_tokens, transcript_tokens
+from data import open_run, positions_of, read_manifest, response_tokens, transcript_tokens
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import load_encoder, shared_llm
 from support.answers import answer_all, forget_records, keep_record
 from support.console import say_device, timed
-from support.files import PROJECT, UserError, ceil_div, fingerprint, fingerprint_of_file
+from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json, read_json_if_whole, write_json
 from support.frames import fingerprint_of_audio
 from support.hub import named
@@ -271,17 +271,16 @@ def systems_of(bench, llm, reader):
     first = next(iter(trained))
     transcriber = load_encoder(named(options.asr)) if options.asr else encoder_of(first)
     if transcriber.can_transcribe:
-        name = fingerprint([same, None, transcriber.fingerprint])
-        systems["cascade"] = Cascade("cascade", name, reader, transcriber, encode)
+        mark = fingerprint([same, None, transcriber.fingerprint])
+        systems["cascade"] = Cascade("cascade", mark, reader, transcriber, encode)
     else:
         print(
             f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to "
             "transcribe with"
         )
     for recipe in trained:
-        name = fingerprint([same, trained[recipe], ""])
-        load = lambda recipe=recipe: load_model(recipe)
-        systems[recipe] = Trained(recipe, name, load, encode)
+        mark = fingerprint([same, trained[recipe], ""])
+        systems[recipe] = Trained(recipe, mark, partial(load_model, recipe), encode)
     return systems
 
 
@@ -519,10 +518,6 @@ def word_error_rate(reference, answer):
     return jiwer.wer(reference, answer) if reference else float(bool(answer))
 
 
-def word_accuracy(reference, answer):
-    return max(0.0, 1.0 - word_error_rate(reference, answer))
-
-
 def chrf(reference, answer):
     """sacrebleu; chrF of Popović 2015."""
     from sacrebleu import sentence_chrf
@@ -537,12 +532,10 @@ def bleu(reference, answer):
     return sentence_bleu(answer, [reference]).score / 100 if reference else float(not answer)
 
 
-# what a task's score is made of, by its metric: all from 0 to 1
-SCORES = {"exact": exact_match, "wer": word_accuracy, "chrf": chrf}
-
-
 def score(metric, reference, answer):
-    return SCORES[metric](reference, answer)
+    """From 0 to 1, by the metric of a task; for "wer" it is the word accuracy."""
+    found = all_metrics(reference, answer)
+    return max(0.0, 1.0 - found["wer"]) if metric == "wer" else found[metric]
 
 
 @lru_cache(maxsize=2**16)  # many answers are the same
@@ -633,10 +626,7 @@ def shares_of_parts(attention, parts, spoken, model):
     """attention (layers, L) summed over the positions of the instruction and of the utterance."""
     instruction, utterance, at = 0, 0, 0
     for part in parts:
-        if isinstance(part, Speech):
-            n = ceil_div(len(part.frames), model.connector.k)
-        else:
-            n = len(part.ids)
+        n = positions_of(part, model.connector.k if model.connector else None)
         falls_on_part = attention[:, at : at + n].sum(1)  # (layers,)
         if any(part is p for p in spoken):
             utterance = utterance + falls_on_part

@@ -70,7 +70,7 @@ def load_encoder(name, pad_whisper=False):
     return shared_encoder(name, pad_whisper)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # it would tell f(name) from f(name, False)
 def shared_encoder(name, pad_whisper):
     if name in ENCODERS:
         return ENCODERS[name]()
@@ -529,18 +529,17 @@ class SpeechLLM(nn.Module):
 
     def __init__(self, llm, tokenizer, encoder=None, connector=None, lora=0):
         super().__init__()
-        self.llm, self.tokenizer = llm, tokenizer
+        self.fingerprint = fingerprint_of_llm(llm, tokenizer)  # before it has an adapter
+        self.llm, self.tokenizer = with_lora(llm, lora), tokenizer
         self.encoder, self.connector = encoder, connector
         self.lora = lora
         self.checkpointed = []
-        self.fingerprint = fingerprint_of_llm(llm, tokenizer)
         self.eot = end_of_turn(tokenizer)
 
         # an answer is over where the chat template, the tokenizer or the checkpoint ends it
         ends = llm.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({self.eot, tokenizer.eos_token_id, *ends} - {None})
-        self.llm = with_lora(llm, lora)
 
     def train(self, mode=True):
         """The LLM and the encoder stay in eval mode whatever happens."""

@@ -173,21 +173,31 @@ def write_comparison(out, report):
     write_json(out / "report.json", {key: report[key] for key in report if key not in too_long})
 
 
+def title_of(meta):
+    runs = len(meta["runs"])
+    title = f"{', '.join(meta['recipes'])}: {runs} run{'s' if runs > 1 else ''}"
+    return title + (", shortened" if meta["quick"] else "")
+
+
+def failure_list(failures):
+    """What failed and why, as markdown; nothing if nothing did."""
+    if not failures:
+        return ""
+    rows = "\n".join(f"- {name}: {why}" for name, why in failures.items())
+    return f"\n**Failed:**\n{rows}\n"
+
+
 def comparison_as_markdown(report):
-    meta, failures = report["meta"], report["meta"]["failures"]
+    meta = report["meta"]
     several = len(meta["runs"]) > 1
-    title = f"{', '.join(meta['recipes'])}: {len(meta['runs'])} run{'s' if several else ''}"
-    title += ", shortened" if meta["quick"] else ""
     over = "runs and utterances" if several else "utterances"
-    failed = "\n".join(f"- {name}: {why}" for name, why in failures.items())
-    failed = f"\n**Failed:**\n{failed}\n" if failures else ""
     spread = "The same, in brackets the lowest and the highest run instead of an interval:\n\n"
     spread = spread + spread_table(report) + "\n" if several else ""
     curve = "![unseen tasks by share of the speech](curve.png)"
     if not curve_points(report):
         curve = "Not measured: no recipe was trained on a part of the speech."
     made = "\n".join(f"- {key}: {value}" for key, value in meta.items() if key != "failures")
-    return f"""# {title}
+    return f"""# {title_of(meta)}
 
 On held-out speakers and sentences; in percent, the behavior gap in nats a token; in brackets 95% \
 bootstrap intervals over {over}.
@@ -199,7 +209,7 @@ bootstrap intervals over {over}.
 {claims_table(report)}
 
 The rule, written before the run: {report["rule"]} Runs: {", ".join(meta["runs"])}.
-{failed}
+{failure_list(meta["failures"])}
 ## The quality bar
 
 {bar_table(report)}

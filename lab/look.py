@@ -6,9 +6,9 @@ For the reader: what `Examples.batch` gives, and what `SpeechLLM.embed` makes of
 import sys
 from dataclasses import dataclass
 
-from data import Examples, Recipe, Response, Speech, open_run, read_behaviors
+from data import Examples, Recipe, Response, Speech, open_run, positions_of, read_behaviors
 from model import SpeechLLM, encode_all
-from support.files import UserError, ceil_div, explained
+from support.files import UserError, explained
 from support.options import Count, RunFolder, parse_options
 from support.runs import read_config
 
@@ -60,7 +60,7 @@ def look(options):
 
 def describe_part(part, model):
     if isinstance(part, Speech):
-        n = ceil_div(len(part.frames), model.connector.k)
+        n = positions_of(part, model.connector.k)
         return f"  Speech    {len(part.frames)} frames -> {n} speech tokens"
     name = "Response" if isinstance(part, Response) else "Text"
     return f"  {name:<9} {len(part.ids)} ids  {model.tokenizer.decode(part.ids)!r}"

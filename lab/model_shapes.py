@@ -3,6 +3,7 @@ device, where tensors have a shape and no content. Nothing is downloaded that st
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from support.hub import KINDS, load_or_explain, located
 # ---- the table: as the published configurations say ----
 
 
-def qwen_config(hidden, ffn, layers, heads, kv_heads, tied=True, vocab=151936):
-    return transformers.Qwen2Config(
+def llm_config(kind, hidden, ffn, layers, heads, kv_heads, tied=True, *, vocab):
+    return kind(
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
@@ -29,16 +30,8 @@ def qwen_config(hidden, ffn, layers, heads, kv_heads, tied=True, vocab=151936):
     )
 
 
-def llama_config(hidden, ffn, layers, heads, kv_heads, tied=True, vocab=128256):
-    return transformers.LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-    )
+qwen_config = partial(llm_config, transformers.Qwen2Config, vocab=151936)
+llama_config = partial(llm_config, transformers.LlamaConfig, vocab=128256)
 
 
 def whisper_config(width, layers, heads, mels=80):
