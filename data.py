@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from transformers import AddedToken
 
-from support.chat_template import AUDIO_MARK, audio_mark_id, end_of_turn, flatten, render_chat
-from support.chat_template import tokenize_in_context
-from support.checks import audio_name, check_task, check_words, checked_row, is_turn
+from support.chat_template import render_chat
+from support.checks import check_task, is_turn
 from support.console import progress_bar
 from support.files import UserError, ceil_div, fingerprint, read_jsonl, relative, whole_file
+from support.recordings import audio_name, check_words, checked_row, read_sound
 from support.runs import read_config
-from support.sound import read_sound
 
 SAMPLE_RATE = 16000  # Hz; everything is resampled to it
 MIN_SECONDS = 0.1  # less gives some encoders not one frame
@@ -303,6 +303,79 @@ def read_behaviors(path):
     return behaviors
 
 
+# ---- tokens: what is said is text, and never a control token ----
+
+AUDIO_MARK = (
+    "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where audio goes in a rendered conversation
+)
+BREAK = "\N{INTERLINEAR ANNOTATION SEPARATOR}"  # within text that looks like a control token
+
+
+@lru_cache(maxsize=8)  # by tokenizer: it is asked for every text
+def marks_of(tokenizer):
+    """{AUDIO_MARK: its token id, BREAK: its token id}, each a token of its own.
+
+    Text beside a mark is tokenized as in the middle of a conversation, and the cut is exact. The
+    LLM never reads them: their ids lie beyond its vocabulary.
+    """
+    marks = (AUDIO_MARK, BREAK)
+    tokenizer.add_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
+    return {mark: tokenizer.convert_tokens_to_ids(mark) for mark in marks}
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer):
+    """A pattern that finds what the tokenizer would make a control token of, like <|im_end|>."""
+    names = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or token.content.startswith("<"):
+            names.append(token.content)
+    names = sorted({*names, *tokenizer.all_special_tokens} - {AUDIO_MARK, BREAK})
+    return re.compile("|".join(re.escape(name) for name in names if len(name) > 1) or r"(?!)")
+
+
+def as_plain_text(tokenizer, text):
+    """The text with a BREAK in everything that would become a control token, and no mark else."""
+    text = text.encode(errors="replace").decode()  # a lone surrogate is no text
+    text = text.replace(AUDIO_MARK, " ").replace(BREAK, " ")
+    control = control_tokens(tokenizer)
+    while control.search(text):
+        text = control.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+    return text
+
+
+def tokenize_in_context(tokenizer, text):
+    """(token ids, the character each begins at) of a text in the middle of a conversation.
+
+    At the start of a string some tokenizers add a space.
+    """
+    marks = marks_of(tokenizer)
+    marked = AUDIO_MARK + as_plain_text(tokenizer, text)
+    encoded = tokenizer(marked, add_special_tokens=False, return_offsets_mapping=True)
+    ids, starts = [], []
+    n_marks = 0  # so far: each is a character that is not in `text`
+    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        if token in marks.values():
+            n_marks += 1
+            continue
+        ids.append(token)
+        starts.append(start - n_marks)
+    return ids, starts
+
+
+@lru_cache(maxsize=8)
+def end_of_turn(tokenizer):
+    """The token the chat template puts after an answer: the first of its special tokens there."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
+    after = render_chat(tokenizer, turns, add_generation_prompt=False).rsplit(AUDIO_MARK, 1)[1]
+    marks_of(tokenizer)
+    ids = tokenizer(AUDIO_MARK + after, add_special_tokens=False)["input_ids"][1:]
+    for i in ids:
+        if i in tokenizer.added_tokens_decoder:
+            return i
+    return ids[0] if ids else tokenizer.eos_token_id
+
+
 # ---- parts: what a conversation is made of before it becomes embeddings ----
 
 
@@ -347,23 +420,32 @@ def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
     interleaved). response: token ids of the answer, or None to leave the conversation open for
     generation. instruction: a text in it whose tokens are to be a Text of their own, marked.
     """
-    turns = [{"role": m["role"], "content": flatten(m["content"])} for m in messages]
+    turns = []
+    for message in messages:
+        content = flatten(tokenizer, message["content"])
+        turns.append({"role": message["role"], "content": content})
     rendered = render_chat(tokenizer, turns)
     if rendered.count(AUDIO_MARK) != len(audio):
         raise UserError(
             f"the conversation names {rendered.count(AUDIO_MARK)} audio entries, but {len(audio)} "
             "were given"
         )
-    mark = audio_mark_id(tokenizer)
-    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    begin = rendered.find(instruction) if instruction else -1
-    end = begin + len(instruction) if begin >= 0 else begin
+    begin = end = -1
+    if instruction:
+        instruction = as_plain_text(tokenizer, instruction.strip())
+        begin = rendered.find(instruction)
+        end = begin + len(instruction)
 
+    # Token by token: a mark makes room for the parts of its utterance.
+    marks = marks_of(tokenizer)
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     parts = [Text([])]
     audio = list(audio)
     for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
         inside = begin <= start < end
-        if token == mark:
+        if token == marks[BREAK]:
+            continue
+        if token == marks[AUDIO_MARK]:
             parts += [*audio.pop(0), Text([])]
             continue
         if inside != parts[-1].is_instruction:
@@ -373,6 +455,17 @@ def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
     if response is not None:
         parts.append(Response(response))
     return parts
+
+
+def flatten(tokenizer, content):
+    """What a message says as one text, with AUDIO_MARK where audio goes."""
+    if isinstance(content, str):
+        return as_plain_text(tokenizer, content)
+    pieces = []
+    for entry in content:
+        is_text = entry["type"] == "text"
+        pieces.append(as_plain_text(tokenizer, entry["text"]) if is_text else AUDIO_MARK)
+    return "\n".join(pieces)
 
 
 def ask(prompt, audio=None):

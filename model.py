@@ -22,8 +22,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM,
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import SAMPLE_RATE, Response, Speech, ask, chat_parts, load_audio
-from support.chat_template import end_of_turn
+from data import SAMPLE_RATE, Response, Speech, ask, chat_parts, end_of_turn, load_audio
 from support.checks import check_messages
 from support.console import timed
 from support.files import UserError, ceil_div, explained, first_line
