@@ -4,7 +4,8 @@ How a sample travels:
 
     manifest row -> Utterance -> (stage 1) Behavior -> parts [Text, Speech, Text, Response] -> batch
 
-The chapters below follow it: audio, utterances, tasks, behaviors, parts, interleaving, examples.
+The chapters below follow it: audio, utterances, tasks and recipes, behaviors, tokens, parts,
+interleaving, examples. The last is what stage 1 leaves for the training and the benchmark.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import os
 import random
 import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -491,10 +492,12 @@ def dialogue(earlier, prompt, again=False):
 def random_spans(rng, n, share, mean):
     """n flags, a share of them True in runs of `mean` words on average.
 
-    A two-state Markov chain: a run of True ends with probability 1 / mean.
+    A two-state Markov chain: a run of True ends with probability 1 / mean. Between two runs is a
+    word at least, so that a large share makes them longer.
     """
     if share >= 1:
         return [True for _ in range(n)]
+    mean = max(mean, share / (1 - share))
     enter = share / (mean * (1 - share))
     flag = rng.random() < share
     flags = []
@@ -555,12 +558,12 @@ BUCKET = 24  # batches drawn together and sorted by length: 95% or more of their
 class Example:
     """One conversation that ends in a Response."""
 
-    speech: list  # its parts, with what is spoken as speech
-    text: list | None  # the same with every transcript as text, for a loss that has a teacher
+    parts: list  # what the LLM hears and reads, and the Response
+    teacher: list | None  # the same with every transcript as text, for a loss that has a teacher
 
     def positions(self, k):
         """How many positions it takes in the LLM, with k frames a speech token."""
-        return sum(positions_of(part, k) for part in self.speech)
+        return sum(positions_of(part, k) for part in self.parts)
 
 
 def fewer(utterances, share):
@@ -570,6 +573,7 @@ def fewer(utterances, share):
     return [u for u in utterances if u.id in kept]
 
 
+@dataclass(eq=False)
 class Examples:
     """The training set of a run.
 
@@ -578,35 +582,32 @@ class Examples:
     is the same on any number of processes.
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        utterances,
-        behaviors,
-        frames,  # {utterance id: frames (T, D_encoder)}
-        recipe,
-        *,
-        k,  # frames a speech token
-        steps,
-        batch_size,
-        accumulate=1,
-        seed=0,
-        with_text=False,  # does the loss have a teacher that reads the transcripts?
-    ):
-        self.tokenizer, self.frames, self.recipe = tokenizer, frames, recipe
-        self.steps, self.batch_size, self.accumulate = steps, batch_size, accumulate
-        self.k, self.seed, self.with_text = k, seed, with_text
-        self.by_id = {u.id: u for u in fewer(utterances, recipe.speech)}
-        self.sort_behaviors(behaviors)
-        self.utterances = [self.by_id[i] for i in self.behaviors]
+    tokenizer: object
+    utterances: list  # those of the training split; after `check`, those that are trained on
+    behaviors: list
+    frames: object  # {utterance id: frames (T, D_encoder)}
+    recipe: Recipe
+    _: KW_ONLY
+    k: int  # frames a speech token: what is of similar length shares a batch
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    seed: int = 0
+    with_teacher: bool = False  # does the loss have a teacher, which reads the transcripts?
+
+    def __post_init__(self):
+        self.by_id = {u.id: u for u in fewer(self.utterances, self.recipe.speech)}
+        self.sort_behaviors()
+        self.utterances = [self.by_id[i] for i in self.about]
         self.check()
+        # A step asks for one batch of a bucket, and the next step for its neighbour.
         self.bucket = lru_cache(maxsize=2)(self.draw_bucket)
 
-    def sort_behaviors(self, behaviors):
+    def sort_behaviors(self):
         """Which behaviors an example may imitate: about speech, in text alone, in two turns."""
-        self.behaviors = {}  # utterance id -> {"repeat": [..], "other": [..]}
+        self.about = {}  # utterance id -> {"repeat": [..], "other": [..]}
         self.in_text, self.dialogues = [], []
-        for b in behaviors:
+        for b in self.behaviors:
             about = [b.utterance, *b.utterances()]
             if any(i not in self.by_id for i in about):
                 continue
@@ -616,7 +617,7 @@ class Examples:
                 continue
             self.in_text.append(b)
             if self.recipe.trains_on(b.task):
-                kinds = self.behaviors.setdefault(b.utterance, {"repeat": [], "other": []})
+                kinds = self.about.setdefault(b.utterance, {"repeat": [], "other": []})
                 kinds["repeat" if b.task == "repeat" else "other"].append(b)
 
     def check(self):
@@ -652,8 +653,9 @@ class Examples:
     def draw_bucket(self, epoch, number):
         """BUCKET batches of an epoch: examples of similar length share one, in random order.
 
-        The very first batch of a training is the longest of its bucket, with the longest utterance
-        of all: if the memory does not suffice, the first step shows it.
+        The first batch of a training is the longest of its bucket, and the longest utterance is
+        in it unless its turn is taken by one in text: if the memory does not suffice, the first
+        step most likely shows it.
         """
         first = number * BUCKET * self.batch_size
         chosen = self.epoch_order(epoch)[first : first + BUCKET * self.batch_size]
@@ -690,11 +692,11 @@ class Examples:
         """The Example of a behavior; audio: the parts that stand for each of its utterances."""
         response = response_tokens(self.tokenizer, behavior.response, behavior.ended).ids
         messages = behavior.messages()
-        text = None
-        if self.with_text:
+        teacher = None
+        if self.with_teacher:
             transcripts = [self.read(self.by_id[i]) for i in behavior.utterances()]
-            text = chat_parts(self.tokenizer, messages, transcripts, response)
-        return Example(chat_parts(self.tokenizer, messages, audio, response), text)
+            teacher = chat_parts(self.tokenizer, messages, transcripts, response)
+        return Example(chat_parts(self.tokenizer, messages, audio, response), teacher)
 
     # -- which behavior, and how its utterances are put before the LLM --
 
@@ -713,7 +715,7 @@ class Examples:
 
     def draw_about(self, rng, utterance, done):
         """A behavior about the utterance; how often it is "repeat", the recipe says."""
-        kinds = self.behaviors[utterance.id]
+        kinds = self.about[utterance.id]
         want = "repeat" if rng.random() < self.recipe.repeat_share(done) else "other"
         return rng.choice(kinds[want] or kinds["repeat"] or kinds["other"])
 

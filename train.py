@@ -6,35 +6,32 @@ goes on and ends with the very same weights.
     python train.py RUN --recipe mtbi
 """
 
-import json
 import math
 import random
-import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import Examples, Speech, open_run, read_behaviors
 from model import LOSSES, SpeechLLM, compute_precision, connector_class, encode_all
 from model import fingerprint_of_encoder, load_encoder, load_llm, shared_llm
 from support.console import progress_bar, say_device, stop_signals, timed
-from support.files import UserError, explained, fingerprint, fingerprint_of_file
-from support.files import first_line, whole_file
+from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
 from support.frames import fingerprint_of_audio
 from support.hub import fingerprint_of_weights, named
 from support.logs import Log
 from support.options import Count, FramesAToken, Rank, Rate, RunFolder, Seed, check
-from support.processes import add_up, add_up_gradients, first_process, my_micro_batches
+from support.processes import add_up, add_up_gradients, anyone, my_micro_batches
 from support.runs import alone, begin, finish, is_done, read_config, settings_of
+from support.states import clear, load_state, save_state, saved_states
 
 PEAK_AT_192 = 4e-3  # the best peak learning rate for the tiny LLM; see docs/notes.md
 CHECKPOINT_FROM = 2.5e9  # parameters; "3B" models count 3.1e9
+FIRST_SCALE = 2.0**14  # of the loss in fp16
 SKIPS_ALLOWED = 20  # steps in a row without a finite gradient; after them the training stops
 
 
@@ -66,9 +63,10 @@ class TrainOptions:
 
     # what is trained; None: as the recipe has it, or derived, which is printed with its reason
     connector: str | None = None
-    """stack-mlp, conv or qformer; default: the recipe's"""
+    """a key of CONNECTORS in model.py, like stack-mlp; default: the recipe's"""
     loss: str | None = None
-    """ce (the LLM's answer) or kl (its whole distribution); default: the recipe's"""
+    """a key of LOSSES in model.py, like ce (the LLM's answer) or kl (its whole distribution);
+    default: the recipe's"""
     lora: Rank | None = None
     """rank of a LoRA adapter on the LLM, 0 for none; default: the recipe's"""
     k: FramesAToken | None = None
@@ -233,7 +231,7 @@ def build(run, utterances, recipe, options):
         batch_size=options.batch_size,
         accumulate=options.accumulate,
         seed=options.seed,
-        with_text=LOSSES[recipe.loss].has_teacher,
+        with_teacher=LOSSES[recipe.loss].has_teacher,
     )
     explain(model, examples)
     return model, spec, examples
@@ -329,7 +327,7 @@ class Progress:
     halvings: int = 0  # how often the micro-batch was halved for want of memory
     skipped: int = 0  # steps left out because their loss or gradient was not finite,
     in_a_row: int = 0  # of these the last ones in a row
-    loss_scale: float = 2.0**14  # fp16: the loss times this, so that small gradients do not vanish,
+    loss_scale: float = 1.0  # fp16: the loss times this, so that small gradients do not vanish,
     scale_steps: int = 0  # and for how many steps it has held
 
     def advance(self, finite):
@@ -356,43 +354,39 @@ def learning_rate(step, steps, peak, warmup):
 
 @dataclass
 class Piece:
-    """What goes through the model at once: examples, and the seed of their dropout."""
+    """Conversations that go through the model at once, and what their dropout is drawn by."""
 
     examples: list
-    seed: int
-
-    def loss(self, model, loss):
-        """Summed over the response tokens of the piece."""
-        torch.manual_seed(self.seed)
-        batch = [example.speech for example in self.examples]
-        return model(batch, [example.text for example in self.examples], loss)
+    name: str
 
     def tokens(self):
         """How many response tokens carry loss."""
-        return sum(len(example.speech[-1].ids) for example in self.examples)
+        return sum(len(example.parts[-1].ids) for example in self.examples)
 
     def frames(self):
         """How many encoder frames are heard."""
         frames = 0
         for example in self.examples:
-            frames += sum(len(part.frames) for part in example.speech if isinstance(part, Speech))
+            frames += sum(len(part.frames) for part in example.parts if isinstance(part, Speech))
         return frames
+
+    def split(self, size):
+        """The same in pieces of at most `size` conversations."""
+        pieces = [Piece(self.examples[:size], self.name)]
+        for at in range(size, len(self.examples), size):
+            pieces.append(Piece(self.examples[at : at + size], f"{self.name}-{at}"))
+        return pieces
 
 
 def pieces_of_step(examples, progress):
     """This process's share of a step, in pieces that fit the memory.
 
-    The step as a whole stays what it is, however it is divided.
+    The loss stays a mean over the step, however it is divided; only its dropout is drawn anew.
     """
     pieces = []
-    micro_batches = my_micro_batches(
-        examples.accumulate, lambda micro: examples.batch(progress.step, micro)
-    )
-    for name, rows in micro_batches:
-        size = max(1, len(rows) >> progress.halvings)
-        for at in range(0, len(rows), size):
-            seed = f"dropout-{examples.seed}-{progress.step}-{name}" + (f"-{at}" if at else "")
-            pieces.append(Piece(rows[at : at + size], random.Random(seed).getrandbits(62)))
+    for name, micro_batch in my_micro_batches(examples, progress.step):
+        whole = Piece(micro_batch, f"dropout-{examples.seed}-{progress.step}-{name}")
+        pieces += whole.split(max(1, len(micro_batch) >> progress.halvings))
     return pieces
 
 
@@ -403,7 +397,10 @@ def accumulate_gradients(model, pieces, tokens, loss="ce", scale=1.0):
     """
     mean = 0.0
     for piece in pieces:
-        summed = piece.loss(model, loss)
+        torch.manual_seed(random.Random(piece.name).getrandbits(62))
+        batch = [example.parts for example in piece.examples]
+        teacher = [example.teacher for example in piece.examples]
+        summed = model(batch, teacher, loss)  # over the response tokens of the piece
         (summed * (scale / tokens)).backward()
         mean += summed.item() / tokens
     return mean
@@ -412,8 +409,8 @@ def accumulate_gradients(model, pieces, tokens, loss="ce", scale=1.0):
 def step_gradients(model, examples, progress):
     """The gradients of a step, over all processes: (loss, response tokens, encoder frames).
 
-    Where a GPU's memory does not suffice, once more in micro-batches of half the size, and so from
-    then on.
+    Where a GPU's memory does not suffice, once more in pieces of half the size, and so from then
+    on.
     """
     pieces = pieces_of_step(examples, progress)
     counts = [sum(p.tokens() for p in pieces), sum(p.frames() for p in pieces)]
@@ -426,15 +423,15 @@ def step_gradients(model, examples, progress):
             break
         except torch.OutOfMemoryError as error:
             why = first_line(error)
-        halve_micro_batches(model, examples.batch_size, progress, why)
+        halve_pieces(model, pieces, progress, why)
         pieces = pieces_of_step(examples, progress)
     add_up_gradients(model.trainable().values())
     return add_up([loss])[0], tokens, frames
 
 
-def halve_micro_batches(model, batch_size, progress, why):
-    """After a step that found no memory; UserError if a micro-batch is one utterance already."""
-    size = batch_size >> progress.halvings
+def halve_pieces(model, pieces, progress, why):
+    """After a step that found no memory; UserError if a piece is one conversation already."""
+    size = max(len(piece.examples) for piece in pieces)
     if size <= 1:
         raise UserError(
             f"one utterance at a time is still too much for this GPU ({why}); `plan` says what "
@@ -445,7 +442,7 @@ def halve_micro_batches(model, batch_size, progress, why):
     torch.cuda.empty_cache()
     tqdm.write(
         f"out of memory with micro-batches of {size}: from step {progress.step} on {size // 2} at "
-        "a time and twice the accumulation; the step stays the same",
+        "a time and twice the accumulation; the step stays the same but for its dropout",
         file=sys.stderr,
     )
 
@@ -488,15 +485,15 @@ def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, m
     steps = examples.steps
     parameters = model.trainable()
     optimizer = adam_w(parameters, lr)
-    progress = load_state(folder, parameters, optimizer, made_with)
     fp16 = next(model.llm.parameters()).dtype == torch.float16
-    if not fp16:
-        progress.loss_scale = 1.0
+    start = Progress(loss_scale=FIRST_SCALE if fp16 else 1.0)
+    progress = load_state(folder, parameters, optimizer, start, made_with)
+    progress.in_a_row = 0  # after a stop for want of finite gradients it may try as often again
     log = Log(folder / "log.jsonl", progress.step)
     bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
 
     model.train()
-    with stop_signals() as asked, bar:
+    with stop_signals() as wants_to_stop, bar:
         while progress.step < steps:
             # The rate follows from the step alone, so that it need not be saved.
             rate = learning_rate(progress.step, steps, lr, warmup)
@@ -517,7 +514,7 @@ def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, m
             bar.update()
 
             # Save now and then, at the end, and when somebody wants to stop.
-            stop = add_up([float(bool(asked))])[0] > 0
+            stop = anyone(wants_to_stop)
             stuck = progress.in_a_row == SKIPS_ALLOWED
             if progress.step % save_every == 0 or progress.step == steps or stop or stuck:
                 log.write()  # first: what it is ahead of the state is dropped on resuming
@@ -553,96 +550,6 @@ def explain_skips(folder, progress):
         f"{folder}: the last {SKIPS_ALLOWED} steps gave no finite loss and gradient; the weights "
         "from before them are saved; lower --lr and train again with --force"
     )
-
-
-# ---- what is saved: the last two states ----
-
-
-@first_process
-def clear(folder, anew):
-    """Delete what an earlier training left; its log and states only if this one begins anew."""
-    files, folders = ["model.json", "connector.safetensors"], ["adapter"]
-    if anew:
-        files, folders = [*files, "log.jsonl"], [*folders, "state"]
-    for name in files:
-        (folder / name).unlink(missing_ok=True)
-    for name in folders:
-        shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def saved_states(folder):
-    """The saved states of a training, newest first."""
-    return sorted((Path(folder) / "state").glob("[0-9]*.safetensors"), reverse=True)
-
-
-@first_process
-def save_state(folder, parameters, optimizer, progress, made_with=""):
-    """One safetensors file: trainable weights, both Adam moments, and the progress.
-
-    The last two are kept.
-    """
-    tensors = {}
-    for name, p in parameters.items():
-        tensors[f"weight.{name}"] = p.detach().contiguous()
-        for moment, value in optimizer.state[p].items():
-            tensors[f"{moment}.{name}"] = value.contiguous()
-    about = {"progress": json.dumps(asdict(progress)), "made_with": made_with}
-    with whole_file(Path(folder) / "state" / f"{progress.step:08d}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata=about)
-    for old in saved_states(folder)[2:]:
-        old.unlink(missing_ok=True)
-
-
-@first_process
-def forget_half_written(folder):
-    """Delete the state that a process was writing when it was killed."""
-    for half_written in (Path(folder) / "state").glob(".*"):
-        half_written.unlink(missing_ok=True)
-
-
-def load_state(folder, parameters, optimizer, made_with=""):
-    """Put the newest whole state back; returns the progress, at step 0 if there is no state."""
-    forget_half_written(folder)
-    states = saved_states(folder)
-    for path in states:
-        try:
-            progress = restore(path, parameters, optimizer, made_with)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            print(f"{path}: is no state of this training ({first_line(error)})")
-            continue
-        print(f"resuming at step {progress.step}")
-        return progress
-    if states:
-        raise UserError(
-            f"{folder / 'state'}: holds no state that can be read; --force starts again"
-        )
-    return Progress()
-
-
-def restore(path, parameters, optimizer, made_with):
-    """Weights and moments from one state file, all of them or none; returns its progress."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        about = file.metadata()
-    if about["made_with"] != made_with:
-        raise ValueError("it was saved by a training with other settings")
-    progress = Progress(**json.loads(about["progress"]))
-    # after a stop for want of finite gradients it may try as often again
-    progress.in_a_row = 0
-    moments = {}
-    for name, p in parameters.items():
-        if tensors[f"weight.{name}"].shape != p.shape:
-            raise ValueError(f"{name} has another shape")
-        moments[p] = {}  # none, if every step so far was skipped
-        for moment in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors.get(f"{moment}.{name}")
-            if value is not None:
-                moments[p][moment] = value if moment == "step" else value.to(p.device)
-    for name, p in parameters.items():
-        p.data.copy_(tensors[f"weight.{name}"])
-        if moments[p]:
-            optimizer.state[p] = moments[p]
-    return progress
 
 
 if __name__ == "__main__":  # the same as `python mtbi.py train`

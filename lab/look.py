@@ -47,7 +47,7 @@ def look(options):
         accumulate=trained["accumulate"],
         seed=trained["seed"],
     )
-    batch = [example.speech for example in examples.batch(options.step)]
+    batch = [example.parts for example in examples.batch(options.step)]
     for parts in batch[: options.show]:
         print()
         for part in parts:

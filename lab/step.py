@@ -201,7 +201,7 @@ def random_whisper(config):
 
 def our_step(model, optimizer, examples, _):
     """The step of train.py."""
-    piece = Piece(examples, seed=0)
+    piece = Piece(examples, "step")
     loss = accumulate_gradients(model, [piece], piece.tokens())
     update(optimizer, list(model.trainable().values()), loss, Progress(loss_scale=1.0), clip=1.0)
 
@@ -217,7 +217,7 @@ def plain_step(model, optimizer, examples, encoder):
     speech = model.connector(list(frames))  # [(N, D)]
     embeds = embed_plainly(model, examples, speech)  # (B, L, D)
 
-    answers = torch.tensor([example.speech[-1].ids for example in examples], device=DEVICE)
+    answers = torch.tensor([example.parts[-1].ids for example in examples], device=DEVICE)
     unanswered = embeds.shape[1] - answers.shape[1]
     labels = F.pad(answers, (unanswered, 0), value=IGNORE)  # (B, L)
 
@@ -238,7 +238,7 @@ def embed_plainly(model, examples, speech):
     rows = []
     for example, spoken in zip(examples, speech):
         row = []
-        for part in example.speech:
+        for part in example.parts:
             if isinstance(part, Speech):
                 row.append(spoken.to(table.weight.dtype))  # (N, D)
             else:

@@ -49,14 +49,18 @@ def mine(items):
     return items[RANK::WORLD]
 
 
-def my_micro_batches(accumulate, batch):
-    """This process's share of a step: [(its name, its rows)]; batch(micro): rows of a micro-batch.
+def my_micro_batches(examples, step):
+    """This process's share of a step: [(its name, its rows)], of a data.Examples.
 
     Whole micro-batches, if every process can have as many; else a part of each.
     """
-    if accumulate % WORLD == 0:
-        return [(str(micro), batch(micro)) for micro in range(RANK, accumulate, WORLD)]
-    return [(f"{micro}-{RANK}", mine(batch(micro))) for micro in range(accumulate)]
+    mine_alone = []
+    for micro in range(examples.accumulate):
+        if examples.accumulate % WORLD:
+            mine_alone.append((f"{micro}-{RANK}", mine(examples.batch(step, micro))))
+        elif micro % WORLD == RANK:
+            mine_alone.append((str(micro), examples.batch(step, micro)))
+    return mine_alone
 
 
 def add_up(values):
@@ -67,6 +71,11 @@ def add_up(values):
     if isinstance(values, torch.Tensor):
         return reduce(values, "sum")
     return reduce(torch.tensor(values, dtype=torch.float64, device=DEVICE), "sum").tolist()
+
+
+def anyone(flag):
+    """Is it true in any process?"""
+    return add_up([float(bool(flag))])[0] > 0
 
 
 def add_up_gradients(parameters):

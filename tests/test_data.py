@@ -526,7 +526,7 @@ def heard_in(batch):
     """[(which utterance, its frames)] of the examples that numbered_examples gives."""
     heard = []
     for example in batch:
-        (frames,) = [part.frames for part in example.speech if isinstance(part, Speech)]
+        (frames,) = [part.frames for part in example.parts if isinstance(part, Speech)]
         heard.append((frames[0].item(), len(frames)))
     return heard
 
@@ -574,7 +574,7 @@ def test_examples_interleave_as_often_as_the_recipe_says_and_start_with_repeat(
     examples = examples_of(mtbi.RECIPES["mtbi"], tokenizer, utterances, run, frames)
     batch = examples.batch(0)
     assert len(batch) == 8
-    assert all(example.text is None for example in batch), "no teacher, no transcripts"
+    assert all(example.teacher is None for example in batch), "no teacher, no transcripts"
     about, tasks = examples.utterances[0], {}
     for done in (0, 1):
         tasks[done] = [examples.draw_about(random.Random(i), about, done).task for i in range(50)]
@@ -583,7 +583,7 @@ def test_examples_interleave_as_often_as_the_recipe_says_and_start_with_repeat(
     mixed = []
     for step in range(6):
         for example in examples.batch(step):
-            asked_about = example.speech[:-1]  # beside the response
+            asked_about = example.parts[:-1]  # beside the response
             mixed.append(len(asked_about) > 3)  # more than text, speech, text
     assert len(mixed) == 48
     assert 0.1 < sum(mixed) / 48 < 0.7
@@ -595,7 +595,7 @@ def test_every_example_has_speech_to_learn_from(tokenizer, utterances, run, fram
     examples = examples_of(recipe, tokenizer, utterances, run, frames)
     for step in range(3):
         for example in examples.batch(step):
-            assert any(isinstance(part, Speech) for part in example.speech)
+            assert any(isinstance(part, Speech) for part in example.parts)
 
 
 def test_nothing_of_the_benchmark_is_in_the_training_data(utterances, run):

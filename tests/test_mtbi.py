@@ -51,7 +51,7 @@ def examples_of(llm, utterances, run, frames):
 
 
 def spoken_in(example):
-    return [part for part in example.speech if isinstance(part, Speech)]
+    return [part for part in example.parts if isinstance(part, Speech)]
 
 
 def all_examples(examples):

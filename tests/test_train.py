@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import model as model_module
 import support.processes
+import support.states
 import train as train_module
 from data import Example, Examples, Recipe, Speech, ask, chat_parts, read_behaviors
 from data import response_tokens
@@ -24,8 +25,9 @@ from mtbi import RECIPES, main
 from support.files import UserError, read_json, write_json
 from support.hub import fingerprint_of_weights
 from support.logs import read_log
-from train import Piece, Progress, accumulate_gradients, learning_rate, pieces_of_step
-from train import saved_states, train
+from support.states import saved_states
+from train import Piece, Progress, accumulate_gradients, halve_pieces, learning_rate
+from train import pieces_of_step, train
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--hidden", "16"]
 
@@ -59,7 +61,7 @@ def repeats(model, utterances, frames, n=8):
 
 
 def piece_of(rows):
-    return Piece([Example(parts, text=None) for parts in rows], seed=0)
+    return Piece([Example(parts, teacher=None) for parts in rows], "dropout")
 
 
 def weights(model):
@@ -108,7 +110,7 @@ def test_every_example_alone_has_a_gradient_even_where_the_recipe_wants_all_word
     examples = examples_of(Recipe("", interleave=1.0, text_words=1.0))
     for example in examples.batch(0)[:4]:
         model.zero_grad()
-        accumulate_gradients(model, [Piece([example], 0)], 100)
+        accumulate_gradients(model, [Piece([example], "dropout")], 100)
         assert all(p.grad.isfinite().all() for p in model.trainable().values())
         assert model.connector.scale.grad.abs().sum() > 0
 
@@ -270,7 +272,7 @@ def test_killed_while_a_state_is_written_resumes_from_the_one_before(
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "save_file", half_written)
+        patch.setattr(support.states, "save_file", half_written)
         with pytest.raises(Killed):
             go(fresh(), steps_of_two, tmp_path)
     assert [path.stem for path in saved_states(tmp_path)] == ["00000002"]
@@ -320,9 +322,10 @@ def test_where_every_state_is_damaged_it_does_not_begin_anew_by_itself(
 KILLS_ITSELF = """
 import os, signal, sys, threading
 import mtbi, train
+from support import states
 
 step, seconds = int(sys.argv[1]), float(sys.argv[2])
-real_step, real_save, written = train.step_gradients, train.save_file, []
+real_step, real_save, written = train.step_gradients, states.save_file, []
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -339,16 +342,16 @@ def killed_in_a_state(tensors, path, metadata=None):
         os.truncate(path, os.path.getsize(path) // 2)
         kill()
 
-def die(name, killed_there):
+def die(module, name, killed_there):
     child = os.fork()  # with everything imported
     if not child:
-        setattr(train, name, killed_there)
+        setattr(module, name, killed_there)
         os._exit(mtbi.main(sys.argv[3:]))
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
 
-die("step_gradients", killed_in_a_step)
-die("save_file", killed_in_a_state)
+die(train, "step_gradients", killed_in_a_step)
+die(states, "save_file", killed_in_a_state)
 """
 
 
@@ -702,7 +705,7 @@ def test_gradient_checkpointing_changes_the_memory_and_not_the_gradients(
 
 def read_in(example):
     """The token ids of its parts, as a text."""
-    return repr([part.ids for part in example.speech if not isinstance(part, Speech)])
+    return repr([part.ids for part in example.parts if not isinstance(part, Speech)])
 
 
 @pytest.mark.parametrize("processes, accumulate", [(2, 4), (3, 1)])
@@ -721,13 +724,27 @@ def test_any_number_of_processes_shares_the_same_step(
         return found
 
     def what(pieces):
-        seeds = [piece.seed if accumulate > 1 else 0 for piece in pieces]
         rows = []
-        for seed, piece in zip(seeds, pieces):
-            rows += [(seed, read_in(example)) for example in piece.examples]
+        for piece in pieces:
+            name = piece.name if accumulate > 1 else ""
+            rows += [(name, read_in(example)) for example in piece.examples]
         return sorted(rows)
 
     assert what(shares(processes)) == what(shares(1))
+
+
+def test_out_of_memory_halves_what_a_process_really_had(examples_of, fresh, monkeypatch):
+    """A third of a micro-batch of 12 is 4 conversations, whose half is 2."""
+    monkeypatch.setattr(support.processes, "WORLD", 3)
+    examples, progress, model = examples_of(RECIPES["asr"], batch_size=12), Progress(), fresh()
+    found = []
+    for _ in range(2):
+        pieces = pieces_of_step(examples, progress)
+        found.append([len(piece.examples) for piece in pieces])
+        halve_pieces(model, pieces, progress, "too little")
+    assert found == [[4], [2, 2]]
+    with pytest.raises(UserError, match="one utterance at a time is still too much"):
+        halve_pieces(model, pieces_of_step(examples, progress), progress, "too little")
 
 
 WITHOUT_DROPOUT = """

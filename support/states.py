@@ -1,0 +1,97 @@
+"""The states of a training: what it goes on from after it was interrupted or killed.
+
+A state is one safetensors file, RUN/RECIPE/state/STEP.safetensors; the last two are kept.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support.files import UserError, first_line, whole_file
+from support.processes import first_process
+
+
+@first_process
+def clear(folder, anew):
+    """Delete what an earlier training left; its log and states only if this one begins anew."""
+    files, folders = ["model.json", "connector.safetensors"], ["adapter"]
+    if anew:
+        files, folders = [*files, "log.jsonl"], [*folders, "state"]
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
+    for name in folders:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def saved_states(folder):
+    """The saved states of a training, newest first."""
+    return sorted((Path(folder) / "state").glob("[0-9]*.safetensors"), reverse=True)
+
+
+@first_process
+def save_state(folder, parameters, optimizer, progress, made_with=""):
+    """Write trainable weights, both Adam moments, and the progress (a dataclass with a step)."""
+    tensors = {}
+    for name, p in parameters.items():
+        tensors[f"weight.{name}"] = p.detach().contiguous()
+        for moment, value in optimizer.state[p].items():
+            tensors[f"{moment}.{name}"] = value.contiguous()
+    about = {"progress": json.dumps(asdict(progress)), "made_with": made_with}
+    with whole_file(Path(folder) / "state" / f"{progress.step:08d}.safetensors") as temporary:
+        save_file(tensors, temporary, metadata=about)
+    for old in saved_states(folder)[2:]:
+        old.unlink(missing_ok=True)
+
+
+@first_process
+def forget_half_written(folder):
+    """Delete the state that a process was writing when it was killed."""
+    for half_written in (Path(folder) / "state").glob(".*"):
+        half_written.unlink(missing_ok=True)
+
+
+def load_state(folder, parameters, optimizer, start, made_with=""):
+    """Put the newest whole state back; returns its progress, or `start` if there is no state."""
+    forget_half_written(folder)
+    states = saved_states(folder)
+    for path in states:
+        try:
+            progress = restore(path, parameters, optimizer, start, made_with)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            print(f"{path}: is no state of this training ({first_line(error)})")
+            continue
+        print(f"resuming at step {progress.step}")
+        return progress
+    if states:
+        raise UserError(
+            f"{folder / 'state'}: holds no state that can be read; --force starts again"
+        )
+    return start
+
+
+def restore(path, parameters, optimizer, start, made_with):
+    """Weights and moments from one state file, all of them or none; returns its progress."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        about = file.metadata()
+    if about["made_with"] != made_with:
+        raise ValueError("it was saved by a training with other settings")
+    progress = replace(start, **json.loads(about["progress"]))
+    moments = {}
+    for name, p in parameters.items():
+        if tensors[f"weight.{name}"].shape != p.shape:
+            raise ValueError(f"{name} has another shape")
+        moments[p] = {}  # none, if every step so far was skipped
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"{moment}.{name}")
+            if value is not None:
+                moments[p][moment] = value if moment == "step" else value.to(p.device)
+    for name, p in parameters.items():
+        p.data.copy_(tensors[f"weight.{name}"])
+        if moments[p]:
+            optimizer.state[p] = moments[p]
+    return progress
