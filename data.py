@@ -788,6 +788,8 @@ def open_run(folder):
         raise UserError(
             f"{folder}: its behaviors are not complete; run `behaviors … --out {folder}` first"
         )
+    if options["bits"] not in (4, 8, 16):
+        raise UserError(f"{folder / 'config.json'}: bits is {options['bits']}, not 4, 8 or 16")
     data = folder / options["data"]
     utterances = read_manifest(data / "manifest.jsonl")
     if fingerprint_of_utterances(utterances) != content["utterances"]:

@@ -12,7 +12,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -85,7 +85,14 @@ class BenchOptions:
     cache_features: Literal["disk", "ram", "off"] = "disk"
     """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use"""
 
-    ASKED: ClassVar = ("per_prompt", "dialogues", "probes", "seed", "max_new_tokens", "precision")
+    CHANGE_ANSWERS: ClassVar = (
+        "per_prompt",
+        "dialogues",
+        "probes",
+        "seed",
+        "max_new_tokens",
+        "precision",
+    )
 
 
 # ---- the command: load, ask, score ----
@@ -98,10 +105,25 @@ class Bench:
     options: BenchOptions
     run: Run
     data: Path
-    folder: Path  # where its report goes; its answers are kept in folder/bench
+    folder: Path  # where its report goes; what is measured is kept in folder/bench
     utterances: list  # the held-out ones
     trained: dict  # {recipe: the options it was trained with}
-    asked: dict  # what is asked of whom: all that the answers depend on
+    settings: dict  # all that the answers depend on
+
+    def encode(self, encoder):
+        """{utterance id: frames (T, D_encoder)} of the held-out speech."""
+        keep = self.options.cache_features
+        return encode_all(encoder, self.utterances, self.data / "features", keep)
+
+    def encoder_of(self, recipe):
+        """The speech encoder with which a recipe was trained."""
+        options = self.trained[recipe]
+        return load_encoder(options["encoder"], options["pad_whisper"])
+
+    def fingerprint_of(self, trained="", transcriber=""):
+        """Names what the answers of one system depend on."""
+        same = {**self.settings, "trained": trained, "asr": transcriber}
+        return fingerprint(same)
 
 
 @dataclass
@@ -117,23 +139,30 @@ class Measured:
 
 
 def plan_bench(options, table):
-    """The Bench that is asked for; table: the names of all recipes, in order. Loads nothing."""
+    """The Bench that is asked for; table: the names of all recipes, in order.
+
+    Loads and writes nothing. UserError if there is nothing that could be asked.
+    """
     run = open_run(options.run)
     options = replace(options, precision=compute_precision(options.precision))
-    trained_on = {normalize(u.text) for u in run.utterances if u.split == "train"}
     data, utterances = run.data, run.utterances
     if options.data and Path(options.data).resolve() != run.data.resolve():
         data = Path(options.data)
         utterances = read_manifest(data / "manifest.jsonl")
-    tested = [u for u in utterances if u.split == "test" and normalize(u.text) not in trained_on]
+    tested = held_out_of(run, utterances)
+    if not tested:
+        raise UserError(
+            f"{data / 'manifest.jsonl'}: has no row of split test whose words were not trained on; "
+            "`prepare --test-only` makes a test set of other recordings"
+        )
     trained = recipes_to_bench(run.folder, options.recipes, table)
     if fingerprint_of_file(PROJECT / run.options["tasks"]) != run.content["task_table"]:
         raise UserError(
             f"{PROJECT / run.options['tasks']}: has changed since `behaviors`; run `behaviors` "
             "again with --force"
         )
-    asked = {name: getattr(options, name) for name in options.ASKED}
-    asked |= {
+    settings = {name: getattr(options, name) for name in options.CHANGE_ANSWERS}
+    settings |= {
         "manifest": fingerprint_of_file(data / "manifest.jsonl"),
         "audio": fingerprint_of_audio(tested, data / "features"),
         "tasks": run.content["task_table"],
@@ -143,9 +172,26 @@ def plan_bench(options, table):
         "trained": {name: fingerprint_of_training(run.folder / name) for name in trained},
     }
     if options.asr:
-        asked["asr"] = [options.asr, fingerprint_of_encoder(named(options.asr))]
-    folder = report_folder(run, data)
-    return Bench(options, run, data, folder, tested, trained, asked)
+        settings["asr"] = [options.asr, fingerprint_of_encoder(named(options.asr))]
+    return Bench(options, run, data, report_folder(run, data), tested, trained, settings)
+
+
+def held_out_of(run, utterances):
+    """Those for testing whose words no training utterance of the run has."""
+    trained_on = {normalize(u.text) for u in run.utterances if u.split == "train"}
+    return [u for u in utterances if u.split == "test" and normalize(u.text) not in trained_on]
+
+
+def report_folder(run, data):
+    """Where the report goes: the run folder for its own data, a place of its own for any other."""
+    if data.resolve() == run.data.resolve():
+        return run.folder
+    whole = str(data.resolve())
+    folder = run.folder / "on" / data.resolve().name
+    known = read_json_if_whole(folder / "data.json", "data")
+    if known and known["data"] != whole:  # another folder of the same name
+        folder = folder.with_name(f"{folder.name}-{fingerprint(whole)}")
+    return folder
 
 
 def measure_all(bench):
@@ -153,14 +199,16 @@ def measure_all(bench):
     options, run = bench.options, bench.run
     say_device()
     llm = shared_llm(run.options["llm"], run.options["bits"], options.precision)
-    reader = SpeechLLM(*llm)
-    systems = systems_of(bench, llm, reader)
+    systems = systems_of(bench, llm)
     tasks = load_tasks(PROJECT / run.options["tasks"])
     kept = bench.folder / "bench"
     with alone(kept):
+        if bench.folder != run.folder:
+            write_json(bench.folder / "data.json", {"data": str(bench.data.resolve())})
         if options.force:
             forget_records(kept)
-        questions = Questions(bench, tasks, systems["text"])
+        questions = Questions(bench, tasks)
+        questions.ask_top_line(systems["text"])
         records = {name: questions.record(system) for name, system in systems.items()}
     rows = []
     for record in records.values():
@@ -173,19 +221,6 @@ def measure_all(bench):
         seconds={name: record["seconds"] for name, record in records.items()},
         llm_is_4_bit=bool(getattr(llm[0], "is_loaded_in_4bit", False)),
     )
-
-
-def report_folder(run, data):
-    """Where the report goes: the run folder for its own data, a place of its own for any other."""
-    if data.resolve() == run.data.resolve():
-        return run.folder
-    whole = str(data.resolve())
-    folder = run.folder / "on" / data.resolve().name
-    known = read_json_if_whole(folder / "data.json", "data")
-    if known and known["data"] != whole:  # another folder of the same name
-        folder = folder.with_name(f"{folder.name}-{fingerprint(whole)}")
-    write_json(folder / "data.json", {"data": whole})
-    return folder
 
 
 # ---- systems ----
@@ -211,14 +246,14 @@ class System:
 class Cascade(System):
     """A CTC model transcribes, and the LLM reads that."""
 
-    def __init__(self, name, fingerprint, model, transcriber, encode):
-        super().__init__(name, fingerprint, model)
-        self.transcriber = transcriber
-        self.encode = encode
+    def __init__(self, bench, reader, transcriber):
+        own = bench.fingerprint_of(transcriber=transcriber.fingerprint)
+        super().__init__("cascade", own, reader)
+        self.bench, self.transcriber = bench, transcriber
         self.hypotheses = {}
 
     def load(self):
-        self.frames = self.encode(self.transcriber)
+        self.frames = self.bench.encode(self.transcriber)
 
     def parts(self, utterance):
         if utterance.id not in self.hypotheses:
@@ -230,13 +265,21 @@ class Cascade(System):
 class Trained(System):
     """A trained recipe: the LLM hears speech tokens."""
 
-    def __init__(self, name, fingerprint, load_model, encode):
-        super().__init__(name, fingerprint, None)
-        self.load_model, self.encode = load_model, encode
+    def __init__(self, bench, recipe, llm):
+        own = bench.fingerprint_of(trained=bench.settings["trained"][recipe])
+        super().__init__(recipe, own, model=None)
+        self.bench, self.llm = bench, llm
 
     def load(self):
-        self.model = self.load_model()
-        self.frames = self.encode(self.model.encoder)
+        folder = self.bench.run.folder / self.name
+        has_own_llm = read_json(folder / "model.json", "lora")["lora"] > 0  # with its adapter
+        self.model = SpeechLLM.from_pretrained(
+            folder,
+            None if has_own_llm else self.llm,
+            self.bench.encoder_of(self.name),
+            self.bench.options.precision,
+        )
+        self.frames = self.bench.encode(self.model.encoder)
 
     def unload(self):
         self.model = self.frames = None
@@ -245,42 +288,25 @@ class Trained(System):
         return [Speech(self.frames[utterance.id])]
 
 
-def systems_of(bench, llm, reader):
+def systems_of(bench, llm):
     """{name: System}: the top line, the cascade if there is a transcriber, each trained recipe.
 
-    llm: the (LLM, tokenizer) that the frozen recipes share; reader: the SpeechLLM of these alone.
+    llm: the (LLM, tokenizer) that the frozen recipes share.
     """
-    options = bench.options
-    trained = bench.asked["trained"]
-    same = {name: bench.asked[name] for name in bench.asked if name not in ("trained", "asr")}
-
-    def encode(encoder):
-        features = bench.data / "features"
-        return encode_all(encoder, bench.utterances, features, options.cache_features)
-
-    def encoder_of(recipe):
-        return load_encoder(bench.trained[recipe]["encoder"], bench.trained[recipe]["pad_whisper"])
-
-    def load_model(recipe):
-        folder = bench.run.folder / recipe
-        own_llm = read_json(folder / "model.json", "lora")["lora"] > 0
-        shared = None if own_llm else llm
-        return SpeechLLM.from_pretrained(folder, shared, encoder_of(recipe), options.precision)
-
-    systems = {"text": System("text", fingerprint([same, None, ""]), reader)}
-    first = next(iter(trained))
-    transcriber = load_encoder(named(options.asr)) if options.asr else encoder_of(first)
+    reader = SpeechLLM(*llm)
+    systems = {"text": System("text", bench.fingerprint_of(), reader)}
+    asr = bench.options.asr
+    first = next(iter(bench.trained))
+    transcriber = load_encoder(named(asr)) if asr else bench.encoder_of(first)
     if transcriber.can_transcribe:
-        mark = fingerprint([same, None, transcriber.fingerprint])
-        systems["cascade"] = Cascade("cascade", mark, reader, transcriber, encode)
+        systems["cascade"] = Cascade(bench, reader, transcriber)
     else:
         print(
             f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to "
             "transcribe with"
         )
-    for recipe in trained:
-        mark = fingerprint([same, trained[recipe], ""])
-        systems[recipe] = Trained(recipe, mark, partial(load_model, recipe), encode)
+    for recipe in bench.trained:
+        systems[recipe] = Trained(bench, recipe, llm)
     return systems
 
 
@@ -357,53 +383,58 @@ def draw_dialogues(cases, answers, n, seed):
 class Questions:
     """The questions, the top line's answers to them, and the record of each system."""
 
-    def __init__(self, bench, tasks, top_line):
-        options = bench.options
+    def __init__(self, bench, tasks):
+        self.options = bench.options
         self.kept = bench.folder / "bench"
-        self.batch_size, self.max_new_tokens = options.batch_size, options.max_new_tokens
-        self.top_line = top_line
-        cases = draw_cases(tasks, bench.utterances, options.per_prompt, options.seed)
-        self.cases = {"questions": cases, "dialogues": [], "text": cases}
+        cases = draw_cases(tasks, bench.utterances, self.options.per_prompt, self.options.seed)
+        self.cases = {"questions": cases, "dialogues": [], "text": cases}  # by SETS
+
+        # the questions on which we look inside
+        rng = random.Random(f"probes-{self.options.seed}")
+        n = min(self.options.probes, len(cases))
+        self.probes = sorted(rng.sample(range(len(cases)), n))
+
+    def ask_top_line(self, system):
+        """The text LLM's own answers: the references, and the first turns of the dialogues."""
+        self.top_line = system
+        cases = self.cases["questions"]
         answers, self.ended = self.answers_of_text("questions")
-        dialogues = draw_dialogues(cases, answers, options.dialogues, options.seed)
-        self.cases["dialogues"] = dialogues
+        drawn = draw_dialogues(cases, answers, self.options.dialogues, self.options.seed)
+        self.cases["dialogues"] = drawn
         spoken, _ = self.answers_of_text("dialogues")
         self.references = {"questions": answers, "dialogues": spoken, "text": answers}
 
-        # the questions on which we look inside
-        rng = random.Random(f"probes-{options.seed}")
-        n = min(options.probes, len(cases))
-        self.probes = sorted(rng.sample(range(len(cases)), n))
-
-    def answers_of_text(self, part):
+    def answers_of_text(self, which):
         """(the text LLM's answers to the transcripts, which of them ended by themselves).
 
-        They are asked for once, and kept.
+        which: one of SETS. They are asked for once, and kept.
         """
-        path = self.kept / f"text-{part}.answers.json"
-        cases = self.cases[part]
+        path = self.kept / f"text-{which}.answers.json"
         kept = read_record(path, self.top_line.fingerprint, "answers", "ended")
         if not kept:
-            found = self.ask(self.top_line, part) if cases else []
+            found = self.ask(self.top_line, which) if self.cases[which] else []
             kept = {
                 "fingerprint": self.top_line.fingerprint,
                 "answers": [answer for answer, _ in found],
                 "ended": [ended for _, ended in found],
             }
-            keep_record(path, kept, [self.kept / f"text-{part}"])
+            keep_record(path, kept, [self.kept / f"text-{which}"])
         return kept["answers"], kept["ended"]
 
-    def ask(self, system, part, of=None):
-        """[(answer, did it end by itself)] of a system; of: who puts the utterances before it."""
-        cases = self.cases[part]
+    def ask(self, system, which, hearing=None):
+        """[(answer, did it end by itself)] of a system to one of SETS.
+
+        hearing: who puts the utterances before it, if not the system itself.
+        """
+        cases = self.cases[which]
         return answer_all(
             system.model,
-            [case.parts(of or system) for case in cases],
+            [case.parts(hearing or system) for case in cases],
             [(case.task.name, case.utterance.duration) for case in cases],
-            f"bench {system.name}" + ("" if part == "questions" else f", {part}"),
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-            kept=self.kept / f"{system.name}-{part}",
+            f"bench {system.name}" + ("" if which == "questions" else f", {which}"),
+            batch_size=self.options.batch_size,
+            max_new_tokens=self.options.max_new_tokens,
+            kept=self.kept / f"{system.name}-{which}",
             asked=system.fingerprint,
         )
 
@@ -419,7 +450,7 @@ class Questions:
             return record
         with timed(f"bench {system.name}"):
             system.load()
-            answers = {part: self.answers_of(system, part) for part in SETS}
+            answers = {which: self.answers_of(system, which) for which in SETS}
             cases = [self.cases["questions"][i] for i in self.probes]
             responses = self.probe_responses(system.model.tokenizer)
             gaps = behavior_gap(system, self.top_line, cases, responses)
@@ -431,19 +462,19 @@ class Questions:
             "attention": mean_by_layer(attention),
             "seconds": round(time.perf_counter() - start, 1),
         }
-        keep_record(path, record, [self.kept / f"{system.name}-{part}" for part in SETS])
+        keep_record(path, record, [self.kept / f"{system.name}-{which}" for which in SETS])
         return record
 
-    def answers_of(self, system, part):
+    def answers_of(self, system, which):
         """The texts of a system's answers; what cannot differ from the references is not asked."""
         if system is self.top_line:
-            return self.references[part]
-        if part != "text":
-            return [answer for answer, _ in self.ask(system, part)]
+            return self.references[which]
+        if which != "text":
+            return [answer for answer, _ in self.ask(system, which)]
         if not system.model.lora:  # a frozen LLM answers to text as ever
-            return self.references[part]
+            return self.references[which]
         reads = System(system.name, system.fingerprint, system.model)
-        return [answer for answer, _ in self.ask(system, part, of=reads)]
+        return [answer for answer, _ in self.ask(system, which, hearing=reads)]
 
     def probe_responses(self, tokenizer):
         """The token ids of the text LLM's own answers to the probes."""
@@ -455,17 +486,18 @@ class Questions:
 
     def rows(self, name, answers, gaps, attention):
         """One row of the table for each answer."""
-        rows = []
-        for part in SETS:
+        rows = {which: [] for which in SETS}
+        for which in SETS:
             for case, reference, answer in zip(
-                self.cases[part], self.references[part], answers[part]
+                self.cases[which], self.references[which], answers[which]
             ):
-                rows.append(row_of(name, part, case, reference, answer))
+                rows[which].append(row_of(name, which, case, reference, answer))
         for i, gap, shares in zip(self.probes, gaps, attention):
-            rows[i]["behavior_gap"] = round(gap, 6)
+            probed = rows["questions"][i]
+            probed["behavior_gap"] = round(gap, 6)
             for kind, by_layer in shares.items():
-                rows[i][f"attention_on_{kind}"] = round(float(np.mean(by_layer)), 6)
-        return rows
+                probed[f"attention_on_{kind}"] = round(float(np.mean(by_layer)), 6)
+        return [*rows["questions"], *rows["dialogues"], *rows["text"]]
 
 
 def read_record(path, fingerprint, *keys):
@@ -477,15 +509,15 @@ def read_record(path, fingerprint, *keys):
 # ---- scores ----
 
 
-def row_of(name, part, case, reference, answer):
+def row_of(name, which, case, reference, answer):
     """A row of the table of answers: who was asked what, and how the answer scores."""
     metrics = all_metrics(reference, answer)
     ignored = None
-    if part == "questions" and case.task.name != "repeat":
+    if which == "questions" and case.task.name != "repeat":
         ignored = float(repeats_instead(case, reference, answer))
     return {
         "system": name,
-        "set": part,
+        "set": which,
         "cell": case.cell,
         "task": case.task.name,
         "task_seen": case.task.split == "train",
@@ -562,22 +594,18 @@ def repeats_instead(case, reference, answer):
 
 
 @torch.no_grad()
-def behavior_gap(system, top_line, cases, responses, batch_size=32):
+def behavior_gap(system, top_line, cases, responses):
     """KL(LLM reading text || model hearing speech) over the LLM's own answer, nats per token.
 
-    responses: the token ids of these answers. One number per case.
+    responses: the token ids of these answers. One number per case, and one case at a time: the
+    whole vocabulary at every token of many answers would need more memory than answering did.
     """
     gaps = []
-    for at in range(0, len(cases), batch_size):
-        rows = list(zip(cases[at : at + batch_size], responses[at : at + batch_size]))
-        hears = system.model.logits([case.parts(system, ids) for case, ids in rows])[0]  # (R, V)
-        reads = top_line.model.logits([case.parts(top_line, ids) for case, ids in rows])[0]
-        # (R, V)
-        hears = hears.log_softmax(-1)
-        reads = reads.log_softmax(-1)
+    for case, ids in zip(cases, responses):
+        hears = system.model.logits([case.parts(system, ids)])[0].log_softmax(-1)  # (R, V)
+        reads = top_line.model.logits([case.parts(top_line, ids)])[0].log_softmax(-1)  # (R, V)
         kl = (reads.exp() * (reads - hears)).sum(-1)  # (R,)
-        for of_case in kl.split([len(ids) for _, ids in rows]):
-            gaps.append(of_case.mean().item())
+        gaps.append(kl.mean().item())
     return gaps
 
 
@@ -624,10 +652,12 @@ def attention_shares(system, cases, responses):
 
 def shares_of_parts(attention, parts, spoken, model):
     """attention (layers, L) summed over the positions of the instruction and of the utterance."""
-    instruction, utterance, at = 0, 0, 0
+    instruction = torch.zeros(len(attention))  # (layers,)
+    utterance = torch.zeros(len(attention))
+    at = 0  # positions so far
     for part in parts:
         n = positions_of(part, model.connector.k if model.connector else None)
-        falls_on_part = attention[:, at : at + n].sum(1)  # (layers,)
+        falls_on_part = attention[:, at : at + n].sum(1).cpu()  # (layers,)
         if any(part is p for p in spoken):
             utterance = utterance + falls_on_part
         elif getattr(part, "is_instruction", False):

@@ -49,7 +49,7 @@ class SpeechEncoder(Protocol):
     width: int  # D_encoder
     frame_rate: float  # frames a second
     fingerprint: str  # names what determines the frames
-    can_transcribe: bool  # has it a CTC head? then also ctc(frames) and transcribe(frames)
+    can_transcribe: bool  # has it a CTC head? then it is a CTCEncoder, too
 
     def __call__(self, samples, name="the audio"):
         """float32 samples at SAMPLE_RATE -> frames (T, D_encoder), half precision, on the CPU.
@@ -59,6 +59,19 @@ class SpeechEncoder(Protocol):
 
     def to(self, device):
         """Move the weights to a device."""
+
+
+class CTCEncoder(SpeechEncoder, Protocol):
+    """What the cascade and `word-times` ask of an encoder beside."""
+
+    ctc_tokenizer: object  # of the head's vocabulary, with a pad token, which is the blank
+    ctc_delay: float  # seconds from when a letter was said to when the head names it; 0: not known
+
+    def ctc(self, frames):
+        """frames (T, D_encoder) -> log-probabilities (T, V_ctc)."""
+
+    def transcribe(self, frames):
+        """frames (T, D_encoder) -> text."""
 
 
 ENCODERS = {}  # name -> a class whose objects are SpeechEncoders; docs/extend.md adds one
@@ -178,6 +191,11 @@ class HuggingFaceEncoder(nn.Module):
     @property
     def can_transcribe(self):
         return self.head is not None
+
+    @property
+    def ctc_delay(self):
+        """As measured on espeak-ng's own word times and recorded in the tiny encoder's config."""
+        return getattr(self.config, "ctc_delay", 0.0)
 
     @torch.no_grad()
     def ctc(self, frames):
@@ -353,7 +371,8 @@ class Connector(nn.Module):
         """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)], N_i = T_i / k rounded up.
 
         The last token's missing frames are zeros. Spans of as many tokens go through together:
-        nothing is padded beyond that, so a span's tokens do not depend on its batch.
+        nothing is padded beyond that, so a span's tokens, but for dropout, do not depend on its
+        batch.
         """
         by_length = {}  # N -> which spans have so many tokens
         for i, frames in enumerate(spans):
@@ -529,7 +548,8 @@ class SpeechLLM(nn.Module):
     def __init__(self, llm, tokenizer, encoder=None, connector=None, lora=0):
         super().__init__()
         self.fingerprint = fingerprint_of_llm(llm, tokenizer)  # before it has an adapter
-        self.llm, self.tokenizer = with_lora(llm, lora), tokenizer
+        self.llm = with_lora(llm, lora)
+        self.tokenizer = tokenizer
         self.encoder, self.connector = encoder, connector
         self.lora = lora
         self.checkpointed = []
@@ -621,7 +641,13 @@ class SpeechLLM(nn.Module):
         The vocabulary projection runs at no other position.
         """
         embeds, mask, labels = self.embed(batch)
+
+        # Positions are counted from a row's own first token, so that a row is the same however
+        # much padding stands before it; the padding itself, masked, may have any: 0.
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+
+        # The last hidden states are thinned out before they are projected to the vocabulary: of
+        # 150,000 numbers a position only those where an answer is predicted are ever needed.
         answered = labels[:, 1:] != IGNORE  # one position predicts the next
 
         def answers_alone(head, args):
@@ -650,6 +676,7 @@ class SpeechLLM(nn.Module):
     def generate_rows(self, batch, max_new_tokens=64):
         """Greedy answers to open conversations: parts -> [(text, did it end by itself)]."""
         embeds, mask, _ = self.embed(batch)
+        # `generate` counts positions from the mask by itself, as `logits` does
         rows = self.llm.generate(
             inputs_embeds=embeds,
             attention_mask=mask,

@@ -96,7 +96,7 @@ def is_made_by_prepare(manifest):
 def load_ctc_model(name):
     """An encoder with a CTC head and that head's tokenizer; UserError if it has none."""
     encoder = load_encoder(named(name))
-    if getattr(encoder, "ctc_tokenizer", None) is None:
+    if not encoder.can_transcribe:
         raise UserError(
             f"--asr {name}: has no CTC head to align with; name a CTC model, like "
             "facebook/wav2vec2-base-960h"
@@ -167,7 +167,7 @@ def word_times(encoder, frames, text, duration):
     seconds_a_frame = duration / len(frames)
     times = times_of_words(spelled, spans, 0 if delimiter is None else 1, seconds_a_frame)
     fill_gaps(times, duration)
-    times = said_earlier(times, ctc_delay(encoder))
+    times = said_earlier(times, encoder.ctc_delay)
     meet_midway(times)
 
     known = [span.score for span in spans if span.token != any_sound]
@@ -273,16 +273,6 @@ def fill_gaps(times, duration):
             before = times[i - 1][1] if i else 0.0
             after = next((later[0] for later in times[i + 1 :] if later), duration)
             times[i] = [before, after]
-
-
-def ctc_delay(encoder):
-    """Seconds from when a letter was said to when the CTC head names it.
-
-    The tiny encoder's config.json holds its delay, as measured on espeak-ng's own times; of any
-    other encoder it is not known, and 0.
-    """
-    config = getattr(encoder, "config", None)
-    return getattr(config, "ctc_delay", 0.0)
 
 
 def said_earlier(times, delay):

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+import pandas
 
 from data import read_manifest
 from lab.claims import BAR, CLAIMS, CURVE, RULE, Results, all_differences, decide
 from lab.compare_report import claims_table, write_comparison
 from lab.jobs import Jobs
 from lab.report import where_it_ran
-from lab.statistics import MEASURES, TASK, as_table, mean_or_none, repeat_wer, task_metrics
+from lab.statistics import MEASURES, TASK, mean_or_none, read_answers, repeat_wer, task_metrics
 from support.files import UserError, read_json, read_json_if_whole, write_json
 from support.logs import read_log
 from support.options import Between, Count, FramesAToken, command_words
@@ -130,11 +131,12 @@ def compare(options, run_command, chosen):
         sittings["seconds"].append(round(time.perf_counter() - start))
         write_json(out / "sittings.json", sittings)
 
-    kept = {run: read_records(out / run, systems) for run, systems in measured.items()}
-    if not any(kept.values()):
+    measured = {run: systems for run, systems in measured.items() if systems}
+    if not measured:
         why = next(iter(jobs.failures.values()), "no recipe was asked for")
         raise UserError(f"{out}: nothing could be measured: {why}")
-    report = summarize_runs(out, kept, ["text", "cascade", *names])
+    reports = {run: read_json(out / run / "report.json", "recipes") for run in measured}
+    report = summarize_runs(out, measured, reports, ["text", "cascade", *names])
     training = sum(row["train_seconds"] * row["runs"] for row in report["training"])
     report["meta"] = {
         **asdict(options),
@@ -144,7 +146,7 @@ def compare(options, run_command, chosen):
         "jobs_at_once": jobs.at_once,
         "wall_seconds_by_sitting": sittings["seconds"],
         "training_seconds": round(training),
-        "bench_seconds": round(bench_seconds(kept)),
+        "bench_seconds": round(bench_seconds(reports)),
         **where_it_ran(),
     }
     write_comparison(out, report)
@@ -206,12 +208,12 @@ class RunAll:
         words = [*words, "--seed", str(run.seed)]
         return self.jobs.attempt(words, self.out / run.name, name)
 
-    def begin(self, run):
+    def prepare(self, run):
         """Speech and behaviors; returns whether there are."""
         folder, options = self.out / run.name, self.options
         size = command_words(options, "train", "test") if options.speech == "tiny" else []
-        prepare = [*run.prepare, *size, "--out", str(folder / "data")]
-        if not self.attempt(run, "data", *prepare):
+        words = [*run.prepare, *size, "--out", str(folder / "data")]
+        if not self.attempt(run, "data", *words):
             return False
         llm = command_words(options, "llm", "bits", "tasks")
         behaviors = ["behaviors", str(folder / "data"), "--out", str(folder), *llm]
@@ -233,15 +235,17 @@ class RunAll:
         asked = command_words(self.options, "per_prompt", "dialogues", "probes", "asr")
         words = ["bench", str(self.out / run.name), *asked, "--recipes"]
         if trained and not self.attempt(run, "bench", *words, ",".join(trained)):
-            # one of them spoils it: each by itself
+            # one of them spoils it: each by itself, then those that can be measured together
             trained = [name for name in trained if self.attempt(run, name, *words, name)]
+            if trained and not self.attempt(run, "bench", *words, ",".join(trained)):
+                return []
         return ["text", "cascade", *trained] if trained else []
 
 
 def run_all(runs, options, names, jobs):
     """Do all that is not done already; returns {run: the systems measured in it now}."""
     work = RunAll(options, jobs)
-    begun = jobs.each("prepare and behaviors", work.begin, runs)
+    begun = jobs.each("prepare and behaviors", work.prepare, runs)
     ready = [run for run, good in zip(runs, begun) if good]
 
     # recipe by recipe: a comparison half done compares some in all runs
@@ -262,40 +266,31 @@ def run_all(runs, options, names, jobs):
 # ---- measure ----
 
 
-def read_records(folder, systems):
-    """{system: its record} of a run, of those that are there."""
-    records = {}
-    for name in systems:
-        path = folder / "bench" / f"{name}.json"
-        if path.exists():
-            records[name] = read_json(path, "rows", "attention", "seconds")
-    return records
-
-
-def bench_seconds(kept):
+def bench_seconds(reports):
     seconds = 0.0
-    for records in kept.values():
-        seconds += sum(record["seconds"] for record in records.values())
+    for report in reports.values():
+        seconds += sum(entry["bench_seconds"] for entry in report["recipes"].values())
     return seconds
 
 
-def all_answers(kept):
+def all_answers(out, runs):
     """The answers of all runs as one table, with a column `run`."""
-    rows = []
-    for run, records in kept.items():
-        for record in records.values():
-            rows += [{"run": run, **row} for row in record["rows"]]
-    return as_table(rows)
+    tables = [read_answers(out / run / "answers.csv").assign(run=run) for run in runs]
+    return pandas.concat(tables, ignore_index=True)
 
 
-def summarize_runs(out, kept, names):
-    """Everything report.md and the plots show, as tables: lists of rows."""
-    answers = all_answers(kept)
+def summarize_runs(out, measured, reports, names):
+    """Everything report.md and the plots show, as tables: lists of rows.
+
+    measured: {run: its systems}; reports: {run: its report.json}.
+    """
+    answers = all_answers(out, measured)
     results = Results(answers)
     systems = [name for name in names if name in results.systems()]
     tasks = answers[answers["set"] == "questions"]["task"].unique()
     measures = [*MEASURES, *(TASK + task for task in tasks)]
     named = [m for m in MEASURES if "," in m or " " in m]  # all but the single cells
+    trained = [name for name in systems if name not in ("text", "cascade")]
     return {
         "rule": RULE,
         "claims": [decide(claim, results) for claim in CLAIMS],
@@ -304,8 +299,8 @@ def summarize_runs(out, kept, names):
         "repeat_wer": wer_rows(answers, systems),
         "metrics": metric_rows(answers, systems),
         "differences": all_differences(results, systems, named),
-        "attention": attention_by_system(kept, systems),
-        "training": [training_row(out, kept, s) for s in systems if s not in ("text", "cascade")],
+        "attention": attention_by_system(reports, systems),
+        "training": [training_row(out, measured, system) for system in trained],
     }
 
 
@@ -348,22 +343,21 @@ def metric_rows(answers, systems):
     rows = []
     for system in systems:
         by_run = answers[answers["system"] == system].groupby("run", sort=False)
-        tables = [task_metrics(run) for _, run in by_run]
-        for task in tables[0]:
-            if all(task in table for table in tables):
-                means = {"system": system, "task": task}
-                for metric in tables[0][task]:
-                    means[metric] = mean_or_none(table[task][metric] for table in tables)
-                rows.append(means)
+        runs = pandas.concat([task_metrics(run) for _, run in by_run])
+        means = runs.groupby("task", sort=False).mean(skipna=False).reset_index()
+        means.insert(0, "system", system)
+        rows += means.to_dict("records")
     return rows
 
 
-def attention_by_system(kept, systems):
+def attention_by_system(reports, systems):
     """{system: {"instruction": [by layer], "utterance": [by layer]}}, as means over the runs."""
     found = {}
     for system in systems:
-        runs = [records[system]["attention"] for records in kept.values() if system in records]
-        runs = [shares for shares in runs if shares]
+        runs = []
+        for report in reports.values():
+            if system in report["recipes"] and report["recipes"][system]["attention"]:
+                runs.append(report["recipes"][system]["attention"])
         if runs:
             found[system] = {}
             for where in runs[0]:
@@ -371,9 +365,9 @@ def attention_by_system(kept, systems):
     return found
 
 
-def training_row(out, kept, system):
+def training_row(out, measured, system):
     """Trained parameters, audio seconds heard and seconds of a recipe, as means over the runs."""
-    folders = [out / run / system for run, records in kept.items() if system in records]
+    folders = [out / run / system for run, systems in measured.items() if system in systems]
     logs = [read_log(folder / "log.jsonl") for folder in folders]
     audio = [sum(row["audio_seconds"] for row in log) for log in logs]
     spec = read_json(folders[0] / "model.json", "trained_parameters")

@@ -5,12 +5,13 @@ import os
 import platform
 import random
 
+import pandas
 import torch
 import transformers
 
 from eval import DIALOGUES, QUADRANTS
 from lab import plots
-from lab.statistics import TASK, as_table, over_utterances, repeat_wer, rows_of, task_metrics
+from lab.statistics import TASK, over_utterances, repeat_wer, rows_of, task_metrics
 from support.files import read_json_if_whole, whole_file, write_json, write_text
 from support.logs import read_log
 from support.processes import DEVICE, MAIN
@@ -63,7 +64,7 @@ def summarize(answers):
         "quadrants": quadrants,
         "dialogues": {d: over(d) for d in DIALOGUES},
         "tasks": {task: over(TASK + task) for task in tasks},
-        "metrics": task_metrics(answers),
+        "metrics": without_nan(task_metrics(answers)).to_dict("index"),
         "repeat_wer": repeat_wer(answers),
         "ignored_instruction_rate": ignored["score"],
         "ignored_instruction_ci95": ignored["ci95"],
@@ -72,10 +73,15 @@ def summarize(answers):
     }
 
 
+def without_nan(table):
+    """The table with None, which JSON has, for what could not be measured."""
+    return table.astype(object).where(table.notna(), None)
+
+
 def write_report(measured):
     """answers.csv, the plots, report.md, and last report.json, which is returned."""
-    folder, run, asked = measured.bench.folder, measured.bench.run.folder, measured.bench.asked
-    answers = as_table(measured.rows)
+    folder, run = measured.bench.folder, measured.bench.run.folder
+    answers = pandas.DataFrame(measured.rows)
     logs = {name: read_log(run / name / "log.jsonl") for name in measured.bench.trained}
     recipes = {}
     for name, rows in answers.groupby("system", sort=False):
@@ -83,6 +89,7 @@ def write_report(measured):
         recipes[name] = {
             **summarize(rows),
             "attention": measured.attention[name],
+            "bench_seconds": measured.seconds[name],
             "seconds": round(measured.seconds[name] + training, 1),
         }
     report = {
@@ -93,7 +100,7 @@ def write_report(measured):
             "task_splits": {task.name: task.split for task in measured.tasks.values()},
             "llm": measured.bench.run.options["llm"],
             "llm_is_4_bit": measured.llm_is_4_bit,
-            "asked": json.loads(json.dumps(asked)),
+            "settings": as_json(measured.bench.settings),
             "training": measured.bench.trained,
             **where_it_ran(),
         },
@@ -157,11 +164,17 @@ def where_it_ran():
     }
 
 
+def as_json(value):
+    """The value as it is read again from JSON: tuples are lists, keys are texts."""
+    return json.loads(json.dumps(value))
+
+
 def earlier_report(bench):
     """The report of an earlier `bench` that was asked for the very same, or None."""
     report = read_json_if_whole(bench.folder / "report.json", "recipes", "samples", "meta")
-    asked = json.loads(json.dumps(bench.asked))
-    if not report or not isinstance(report["meta"], dict) or report["meta"].get("asked") != asked:
+    if not report or not isinstance(report["meta"], dict):
+        return None
+    if report["meta"].get("settings") != as_json(bench.settings):
         return None
     kept = [bench.folder / "bench" / f"{name}.json" for name in report["recipes"]]
     whole = all(read_json_if_whole(path, "fingerprint", "rows") for path in kept)

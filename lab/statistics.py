@@ -90,24 +90,29 @@ def over_runs(groups, seed=0):
 
 
 def task_metrics(answers):
-    """{task: {"exact", "wer", "chrf", "bleu"}} over all answers to a task (sacrebleu, jiwer).
+    """A table with a row for each task: exact, wer, chrf, bleu (sacrebleu, jiwer).
 
-    Every metric of every task, whichever its score is made of.
+    Every metric of every task over all its answers, whichever its score is made of; NaN where a
+    reference has no words, so that there is no word error rate.
     """
     import jiwer
     from sacrebleu import corpus_bleu, corpus_chrf
 
-    questions, table = answers[answers["set"] == "questions"], {}
-    for task, rows in questions.groupby("task", sort=False):
-        references = [normalize(text) or text for text in rows["reference"]]
-        found = [normalize(text) or text for text in rows["answer"]]
-        table[task] = {
-            "exact": sum(r == a for r, a in zip(references, found)) / len(rows),
-            "wer": jiwer.wer(references, found) if all(references) else None,
-            "chrf": corpus_chrf(found, [references]).score / 100,
-            "bleu": corpus_bleu(found, [references]).score / 100,
-        }
-    return table
+    rows = []
+    questions = answers[answers["set"] == "questions"]
+    for task, asked in questions.groupby("task", sort=False):
+        references = [normalize(text) or text for text in asked["reference"]]
+        found = [normalize(text) or text for text in asked["answer"]]
+        rows.append(
+            {
+                "task": task,
+                "exact": sum(r == a for r, a in zip(references, found)) / len(asked),
+                "wer": jiwer.wer(references, found) if all(references) else np.nan,
+                "chrf": corpus_chrf(found, [references]).score / 100,
+                "bleu": corpus_bleu(found, [references]).score / 100,
+            }
+        )
+    return pandas.DataFrame(rows).set_index("task")
 
 
 def repeat_wer(answers):
@@ -132,14 +137,28 @@ def mean_or_none(values):
     return None if any(v is None for v in values) else float(np.mean(values))
 
 
-def as_table(rows):
-    """The table of answers; None stands for a number that was not measured."""
-    return pandas.DataFrame(rows)
+NUMBERS = (
+    "score",
+    "exact",
+    "wer",
+    "chrf",
+    "bleu",
+    "ignored_instruction",
+    "behavior_gap",
+    "attention_on_instruction",
+    "attention_on_utterance",
+)
+SWITCHES = ("task_seen", "prompt_seen")
 
 
 def read_answers(path):
-    """The table of answers of an answers.csv, in which "None" and "nan" are texts."""
-    numbers = ["score", "exact", "wer", "chrf", "bleu", "ignored_instruction", "behavior_gap"]
-    numbers += ["attention_on_instruction", "attention_on_utterance"]
-    table = pandas.read_csv(path, keep_default_na=False, na_values={n: [""] for n in numbers})
-    return table
+    """The table of answers of an answers.csv, the very same that was written.
+
+    "None", "nan" and "007" are texts in it; a number that was not measured is NaN.
+    """
+    columns = pandas.read_csv(path, nrows=0).columns
+    kinds = dict.fromkeys(columns, str)
+    kinds |= dict.fromkeys(NUMBERS, float)
+    kinds |= dict.fromkeys(SWITCHES, bool)
+    holes = {name: [""] for name in NUMBERS}
+    return pandas.read_csv(path, dtype=kinds, keep_default_na=False, na_values=holes)

@@ -166,7 +166,7 @@ def test_the_behavior_gap_of_text_is_zero(cases, reads):
 def test_the_behavior_gap_of_speech_is_the_kl_loss(cases, reads, hears):
     few = cases[:6]
     responses = own_answers(reads, few)
-    gaps = behavior_gap(hears, reads, few, responses, batch_size=4)
+    gaps = behavior_gap(hears, reads, few, responses)
     for case, ids, gap in zip(few, responses, gaps):
         with torch.no_grad():
             heard, read = ([case.parts(system, ids)] for system in (hears, reads))
@@ -321,8 +321,8 @@ def test_an_llm_with_an_adapter_is_asked_the_questions_in_text_anew():
     questions.references = {"questions": ["spoken"], "dialogues": [], "text": ["as ever"]}
     asked = []
 
-    def ask(system, part, of=None):
-        asked.append((system.name, part, type(of)))
+    def ask(system, which, hearing=None):
+        asked.append((system.name, which, type(hearing)))
         return [("changed", True)]
 
     questions.ask = ask
@@ -336,11 +336,11 @@ def test_an_llm_with_an_adapter_is_asked_the_questions_in_text_anew():
 def test_the_words_none_and_nan_are_answers_and_no_holes_in_the_table(benched_world, tmp_path):
     path = tmp_path / "answers.csv"
     table = read_answers(benched_world / "run" / "answers.csv")
-    table.loc[:3, "answer"] = ["nan", "None", "NA", ""]
+    table.loc[:3, "answer"] = ["nan", "None", "007", ""]
     table.to_csv(path, index=False)
     again = read_answers(path)
-    assert again["answer"][:4].tolist() == ["nan", "None", "NA", ""]
-    pandas.testing.assert_frame_equal(again, table, check_dtype=False)
+    assert again["answer"][:4].tolist() == ["nan", "None", "007", ""]
+    pandas.testing.assert_frame_equal(again, table, check_dtype=False, check_exact=True)
 
 
 def test_report_json_is_strict_json(benched_world):
@@ -414,7 +414,7 @@ def test_another_transcriber_changes_the_cascade_alone(own, tmp_path, capsys):
     assert "bench text:" not in said and "bench mtbi:" not in said
     report = read_json(own / "run" / "report.json")
     assert list(report["recipes"]) == SYSTEMS
-    assert report["meta"]["asked"]["asr"][0] == str(asr)
+    assert report["meta"]["settings"]["asr"][0] == str(asr)
 
 
 def test_a_transcriber_without_a_ctc_head_is_none(own, tmp_path, capsys):

@@ -433,7 +433,7 @@ def test_the_compute_type_is_bf16_fp16_or_fp32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for major, expected in ((7, "fp16"), (8, "bf16"), (9, "bf16")):
         card = SimpleNamespace(major=major, minor=5)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
         assert models.compute_precision() == expected
     assert models.compute_precision("fp16") == "fp16", "or what is asked for"
 
