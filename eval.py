@@ -23,14 +23,16 @@ from data import Run, Speech, Utterance, ask, chat_parts, dialogue, load_tasks, 
 from data import open_run, positions_of, read_manifest, response_tokens, transcript_tokens
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import load_encoder, shared_llm
-from support.answers import answer_all, forget_records, keep_record
+from support.answers import answer_all, keep_record
 from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json, read_json_if_whole, write_json
 from support.frames import fingerprint_of_audio
 from support.hub import named
 from support.options import Count, RunFolder, Seed
-from support.runs import alone, fingerprint_of_training, recipes_to_bench
+from support.processes import first_process
+from support.runs import alone, begin, finish, fingerprint_of_training, recipes_to_bench
+from support.runs import refuse_foreign
 
 QUADRANTS = [
     "seen_task_seen_prompt",
@@ -85,6 +87,15 @@ class BenchOptions:
     cache_features: Literal["disk", "ram", "off"] = "disk"
     """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use"""
 
+    MAKES: ClassVar = (
+        "data.json",
+        "answers.csv",
+        "report.md",
+        "report.json",
+        *(f"{plot}.png" for plot in ("quadrants", "tasks", "attention", "loss")),
+        "bench/*.json",
+        "bench/*.part-[0-9]*.jsonl",
+    )
     CHANGE_ANSWERS: ClassVar = (
         "per_prompt",
         "dialogues",
@@ -109,6 +120,19 @@ class Bench:
     utterances: list  # the held-out ones
     trained: dict  # {recipe: the options it was trained with}
     settings: dict  # all that the answers depend on
+
+    @contextmanager
+    def alone(self):
+        """While this benchmark works in its folder, no other does, and nobody else's file is there.
+
+        UserError otherwise.
+        """
+        config = "bench/config.json"
+        with alone(self.folder / "bench"):
+            refuse_foreign(self.folder, "bench", self.options.MAKES, config)
+            begin(self.folder, "bench", self.options, self.settings, config)
+            yield
+            finish(self.folder, "bench", self.options, self.settings, config)
 
     def encode(self, encoder):
         """{utterance id: frames (T, D_encoder)} of the held-out speech."""
@@ -201,15 +225,13 @@ def measure_all(bench):
     llm = shared_llm(run.options["llm"], run.options["bits"], options.precision)
     systems = systems_of(bench, llm)
     tasks = load_tasks(PROJECT / run.options["tasks"])
-    kept = bench.folder / "bench"
-    with alone(kept):
-        if bench.folder != run.folder:
-            write_json(bench.folder / "data.json", {"data": str(bench.data.resolve())})
-        if options.force:
-            forget_records(kept)
-        questions = Questions(bench, tasks)
-        questions.ask_top_line(systems["text"])
-        records = {name: questions.record(system) for name, system in systems.items()}
+    if bench.folder != run.folder:
+        write_json(bench.folder / "data.json", {"data": str(bench.data.resolve())})
+    if options.force:
+        forget_records(bench.folder / "bench", systems)
+    questions = Questions(bench, tasks)
+    questions.ask_top_line(systems["text"])
+    records = {name: questions.record(system) for name, system in systems.items()}
     rows = []
     for record in records.values():
         rows += record["rows"]
@@ -502,8 +524,18 @@ class Questions:
 
 def read_record(path, fingerprint, *keys):
     """What is kept at `path` if it is whole and was measured under this fingerprint, or None."""
-    record = read_json_if_whole(path, "fingerprint", *keys)
+    record = read_json_if_whole(path, "fingerprint", *keys, instead="it is measured anew")
     return record if record and record["fingerprint"] == fingerprint else None
+
+
+@first_process
+def forget_records(folder, systems):
+    """Delete what is kept of these systems, so that they are asked and measured anew."""
+    for system in systems:
+        for path in (*folder.glob(f"{system}.json"), *folder.glob(f"{system}-*.part-*.jsonl")):
+            path.unlink()
+    for path in folder.glob("text-*.answers.json"):
+        path.unlink()
 
 
 # ---- scores ----

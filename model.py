@@ -33,6 +33,7 @@ from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
 from support.hub import located, quantization, save_adapter
 from support.processes import DEVICE, first_process
+from support.runs import fingerprint_of_training
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IGNORE = -100  # label of a position without loss
@@ -731,6 +732,7 @@ class SpeechLLM(nn.Module):
         made_for = {
             "llm_fingerprint": self.fingerprint,
             "encoder_fingerprint": self.encoder.fingerprint,
+            "weights_fingerprint": fingerprint_of_training(folder),
             "trained_parameters": trained,
         }
         write_json(folder / "model.json", {**spec, **made_for})
@@ -763,7 +765,7 @@ class SpeechLLM(nn.Module):
         """
         folder = Path(folder)
         made_of = ("llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora")
-        made_for = ("llm_fingerprint", "encoder_fingerprint")
+        made_for = ("llm_fingerprint", "encoder_fingerprint", "weights_fingerprint")
         spec = read_json(folder / "model.json", *made_of, *made_for)
         again = "train again with --force"
         try:
@@ -773,6 +775,10 @@ class SpeechLLM(nn.Module):
                 f"{folder / 'model.json'}: is not what training writes there "
                 f"({first_line(error)}); {again}"
             ) from None
+        if fingerprint_of_training(folder) != spec["weights_fingerprint"]:
+            raise UserError(
+                f"{folder}: its weights are damaged, or not those that were trained; {again}"
+            )
         found = (model.fingerprint, model.encoder.fingerprint)
         for what, name, now in zip(("LLM", "speech encoder"), ("llm", "encoder"), found):
             if now != spec[f"{name}_fingerprint"]:

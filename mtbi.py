@@ -46,8 +46,8 @@ from eval import BenchOptions, measure_all, plan_bench
 from model import SpeechLLM, compute_precision, shared_llm
 from support.answers import answer_all, forget_parts
 from support.console import say_device, timed
-from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file, relative
-from support.files import write_jsonl
+from support.files import PROJECT, UserError, WriteError, fingerprint, fingerprint_of_file
+from support.files import relative, write_jsonl
 from support.hub import fingerprint_of_weights, named
 from support.options import Between, Count, DataFolder, RunFolder, Seed, called, parse_options
 from support.processes import MAIN, WORLD
@@ -199,6 +199,7 @@ class BehaviorsOptions:
     batch_size: Count = 128
     """transcripts the LLM answers at once"""
 
+    MAKES: ClassVar = ("behaviors.jsonl", "behaviors*.part-[0-9]*.jsonl")
     CHANGES_NOTHING: ClassVar = ("out", "batch_size")
 
 
@@ -379,7 +380,8 @@ def bench_run(options):
     if report:
         print(f"{planned.folder / 'report.md'}: is written already")
     else:
-        report = lab.report.write_report(measure_all(planned))
+        with planned.alone():
+            report = lab.report.write_report(measure_all(planned))
     lab.report.show(report, planned.folder)
 
 
@@ -512,9 +514,9 @@ def main(words=None):
         run_command(sys.argv[1:] if words is None else words)
     except BrokenPipeError:  # `info RUN | head`: who reads has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
+    except (UserError, WriteError, OSError) as error:
         print(f"mtbi: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, WriteError) else 2
     except KeyboardInterrupt:
         print("mtbi: interrupted; the same command goes on where it can", file=sys.stderr)
         return 130

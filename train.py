@@ -27,7 +27,7 @@ from support.logs import Log
 from support.options import Count, FramesAToken, Rank, Rate, RunFolder, Seed, check
 from support.processes import add_up, add_up_gradients, anyone, my_micro_batches
 from support.runs import alone, begin, finish, is_done, read_config, settings_of
-from support.states import clear, load_state, save_state, saved_states
+from support.states import ON_THE_WAY, TRAINED, clear, load_state, save_state, saved_states
 
 PEAK_AT_192 = 4e-3  # the best peak learning rate for the tiny LLM; see docs/notes.md
 CHECKPOINT_FROM = 2.5e9  # parameters; "3B" models count 3.1e9
@@ -94,6 +94,7 @@ class TrainOptions:
     save_every: Count = 100
     """steps between two saved states; the last two are kept"""
 
+    MAKES: ClassVar = TRAINED + ON_THE_WAY
     CHANGES_NOTHING: ClassVar = (
         "run",
         "resume",

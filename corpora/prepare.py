@@ -59,6 +59,13 @@ class PrepareOptions:
     test: Count = 300
     """tiny: held-out utterances to render, in held-out voices"""
 
+    MAKES: ClassVar = (
+        MANIFEST,
+        "skipped.jsonl",
+        f"audio/{5 * '[0-9]'}.flac",  # joined words
+        f"audio/train-{5 * '[0-9]'}.wav",  # tiny
+        f"audio/test-{5 * '[0-9]'}.wav",
+    )
     CHANGES_NOTHING: ClassVar = ("out", "download_to")
 
 

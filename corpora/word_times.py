@@ -15,7 +15,8 @@ import torch
 from data import SAMPLE_RATE, load_audio, read_manifest
 from model import load_encoder
 from support.console import one_thread, progress_bar, timed
-from support.files import UserError, first_line, read_json, write_jsonl
+from support.files import UserError, fingerprint_of_file, first_line, read_json_if_whole
+from support.files import write_json, write_jsonl
 from support.hub import named
 from support.options import called
 from support.runs import alone
@@ -60,7 +61,10 @@ def add_word_times(options):
         encoder = load_ctc_model(options.asr)
         with timed(f"word times of {len(todo)} utterances"), one_thread():
             sure, failed = align_all(encoder, todo)
-        write_jsonl(out, [u.row(out.parent) for u in utterances])
+        if in_place:
+            write_jsonl(out, [u.row(out.parent) for u in utterances])
+        else:
+            write_own(out, [u.row(out.parent) for u in utterances])
     tell_word_times(out, utterances, sure, failed)
 
 
@@ -83,14 +87,39 @@ def where_to_read_and_write(options):
         raise UserError(
             f"--out {out}: would overwrite the manifest it is made from; choose another name"
         )
+    if out.resolve() != manifest.resolve():
+        refuse_others(out)
     return manifest, out
 
 
+def refuse_others(out):
+    """UserError if there is a file at `out` that is not as an earlier run of this command left it.
+
+    Its fingerprint is in .NAME.made.json beside it.
+    """
+    if not out.exists():
+        return
+    made = read_json_if_whole(record_of(out), "fingerprint")
+    if not made or made["fingerprint"] != fingerprint_of_file(out):
+        raise UserError(
+            f"{out}: is there already, and not as `word-times` left it; move it away, or name "
+            "another with --out"
+        )
+
+
+def write_own(out, rows):
+    """A manifest, and beside it what tells later that it is this command's own."""
+    write_jsonl(out, rows)
+    write_json(record_of(out), {"fingerprint": fingerprint_of_file(out)})
+
+
+def record_of(out):
+    return out.with_name(f".{out.name}.made.json")
+
+
 def is_made_by_prepare(manifest):
-    config = manifest.parent / "config.json"
-    if manifest.name != "manifest.jsonl" or not config.exists():
-        return False
-    return read_json(config).get("command") == "prepare"
+    config = read_json_if_whole(manifest.parent / "config.json", "command")
+    return manifest.name == "manifest.jsonl" and bool(config) and config["command"] == "prepare"
 
 
 def load_ctc_model(name):

@@ -14,14 +14,14 @@ import pandas
 
 from data import read_manifest
 from lab.claims import BAR, CLAIMS, CURVE, RULE, Results, all_differences, decide
-from lab.compare_report import claims_table, write_comparison
+from lab.compare_report import COMPARISON, claims_table, write_comparison
 from lab.jobs import Jobs
 from lab.report import where_it_ran
 from lab.statistics import MEASURES, TASK, mean_or_none, read_answers, repeat_wer, task_metrics
 from support.files import UserError, read_json, read_json_if_whole, write_json
 from support.logs import read_log
 from support.options import Between, Count, FramesAToken, command_words
-from support.runs import begin, finish, is_done
+from support.runs import alone, begin, finish, is_done
 
 
 @dataclass
@@ -86,6 +86,7 @@ class CompareOptions:
     """commands at once, each in a process of its own; default: with the tiny models on a CPU one a
     core, at most 4, elsewhere one"""
 
+    MAKES: ClassVar = ("sittings.json", *COMPARISON)
     force: ClassVar = False
     CHANGES_NOTHING: ClassVar = ("out", "recipes", "seeds", "no_curve", "jobs")  # may change later
 
@@ -108,7 +109,7 @@ def compare(options, run_command, chosen):
     run_command: does a command, given as words. Writes OUT/report.md.
     """
     options = shortened(options) if options.quick else options
-    start, out = time.perf_counter(), Path(options.out)
+    out = Path(options.out)
     names = chosen if options.no_curve else with_curve(chosen)
     runs = runs_of(options)
     is_done(  # refuses a folder of other settings; recipes and seeds may be added later
@@ -120,7 +121,15 @@ def compare(options, run_command, chosen):
         half_way="*/config.json",
         advice="name another --out",
     )
-    begin(out, "compare", options, {})
+    with alone(out):
+        begin(out, "compare", options, {})
+        compare_runs(options, run_command, names, runs)
+        finish(out, "compare", options, {})
+
+
+def compare_runs(options, run_command, names, runs):
+    """Run what is not done, measure, decide, and write the report."""
+    start, out = time.perf_counter(), Path(options.out)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
     tiny = {options.llm, options.encoder, options.asr or "tiny"} == {"tiny"}
     jobs = Jobs(options.jobs, run_command, tiny)
@@ -150,7 +159,6 @@ def compare(options, run_command, chosen):
         **where_it_ran(),
     }
     write_comparison(out, report)
-    finish(out, "compare", options, {})
     print(f"\n{claims_table(report)}\n")
     print(f"report: {out / 'report.md'}; {time.perf_counter() - start:.0f} s in this sitting")
 

@@ -5,11 +5,19 @@ import pandas
 
 from eval import DIALOGUES, QUADRANTS
 from lab import plots
-from lab.report import TERMS, markdown_table, percent, quadrant_names
+from lab.report import TERMS, markdown_table, percent, quadrant_names, write_table
 from lab.statistics import TASK
-from support.files import whole_file, write_json, write_text
+from support.files import write_json, write_text
 
 CONVERSATIONS = "conversations of two turns"
+TABLES = ("scores", "metrics", "differences")
+PLOTS = ("quadrants", "dialogues", "ignored", "retention", "tasks", "curve", "attention")
+COMPARISON = (  # the files that a comparison writes
+    "report.md",
+    "report.json",
+    *(f"{table}.csv" for table in TABLES),
+    *(f"{plot}.png" for plot in PLOTS),
+)
 
 
 class Scores:
@@ -166,9 +174,8 @@ def write_comparison(out, report):
     """The plots, the tables as CSV, report.md, and last report.json."""
     draw_comparison(out, report)
     write_text(out / "report.md", comparison_as_markdown(report))
-    for name in ("scores", "metrics", "differences"):
-        with whole_file(out / f"{name}.csv") as temporary:
-            pandas.DataFrame(report[name]).to_csv(temporary, index=False)
+    for name in TABLES:
+        write_table(out / f"{name}.csv", pandas.DataFrame(report[name]))
     too_long = ("metrics", "differences")  # they are in their CSV files alone
     write_json(out / "report.json", {key: report[key] for key in report if key not in too_long})
 

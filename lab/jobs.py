@@ -1,6 +1,7 @@
 """Several commands of mtbi.py, each in a process of its own; one that fails stops no other."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from support.files import PROJECT, whole_file
+from support.files import PROJECT, UserError, WriteError, write_text
 from support.processes import DEVICE
 
 MOST = 4  # processes at once, if nothing else is said: each wants 1.4 GB of memory
@@ -107,18 +108,21 @@ class Jobs:
                 self.in_a_process(words, folder / f"output-{words[0]}-{name}.txt")
             else:
                 self.run_command(words)
-            why.unlink(missing_ok=True)
+            if is_output(why):
+                why.unlink()
             return True
         except Exception as error:  # whatever it is, the others are to go on
             if isinstance(error, Failed):
                 said, whole = str(error), error.output
             else:
-                said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                said, whole = said.removeprefix("UserError: "), traceback.format_exc()
+                said, whole = " ".join(str(error).split()), traceback.format_exc()
+                if not isinstance(error, (UserError, WriteError)):
+                    said = f"{type(error).__name__}: {said}"
             self.failures[key] = said
             tqdm.write(f"FAILED: {key}: {said}")
-            with whole_file(why) as temporary:
-                temporary.write_text(whole, encoding="utf-8")
+            begin_output(why, words)
+            with why.open("a", encoding="utf-8") as file:
+                file.write(whole)
             return False
 
     def in_a_process(self, words, output, more=None):
@@ -126,7 +130,7 @@ class Jobs:
 
         more: environment variables of its own. Failed if it fails.
         """
-        output.parent.mkdir(parents=True, exist_ok=True)
+        begin_output(output, words)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self.threads),
@@ -135,7 +139,7 @@ class Jobs:
             **(more or {}),
         }
         command = [sys.executable, str(PROJECT / "mtbi.py"), *words]
-        with output.open("w", encoding="utf-8") as file, self.lock:
+        with output.open("a", encoding="utf-8") as file, self.lock:
             if self.stopped:
                 raise KeyboardInterrupt
             process = subprocess.Popen(
@@ -150,7 +154,9 @@ class Jobs:
             raise KeyboardInterrupt
         if code:
             last, said = last_line(output), output.read_text(encoding="utf-8", errors="replace")
-            line = last.removeprefix("mtbi: ") if code == 2 else f"{last} (exit code {code})"
+            line = last.removeprefix("mtbi: ")
+            if code != 2:
+                line += f" (exit code {code})"
             raise Failed(line, said)
 
     def watch(self, process, output):
@@ -173,6 +179,24 @@ class Jobs:
         return code
 
 
+FIRST_LINE = "$ python mtbi.py "  # of every file that keeps what a command said
+
+
+def is_output(path):
+    """Is it a file that keeps what an earlier command said?"""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(len(FIRST_LINE)) == FIRST_LINE
+
+
+def begin_output(path, words):
+    """A file for what a command says; UserError if somebody else's stands there."""
+    if path.exists() and not is_output(path):
+        raise UserError(f"{path}: was not made by this program; move it away")
+    write_text(path, f"{FIRST_LINE}{shlex.join(words)}\n")
+
+
 def free_port():
     """A port that nobody listens on."""
     with socket.socket() as found:
@@ -190,7 +214,8 @@ def last_line(output):
 def lines_without_bars(output):
     """What a process wrote, without its progress bars."""
     kept = []
-    for line in output.read_text(encoding="utf-8", errors="replace").split("\n"):
+    said = output.read_text(encoding="utf-8", errors="replace")
+    for line in said.split("\n")[1:]:  # the first is the command
         line = line.split("\r")[-1]
         if line.strip() and "%|" not in line and "it/s]" not in line:
             kept.append(line)

@@ -12,9 +12,12 @@ import transformers
 from eval import DIALOGUES, QUADRANTS
 from lab import plots
 from lab.statistics import TASK, over_utterances, repeat_wer, rows_of, task_metrics
-from support.files import read_json_if_whole, whole_file, write_json, write_text
+from support.files import fingerprint_of_file, read_json_if_whole, whole_file, write_json
+from support.files import write_text
 from support.logs import read_log
-from support.processes import DEVICE, MAIN
+from support.processes import DEVICE, MAIN, first_process
+
+REPORT = ("recipes", "samples", "meta")  # what report.json holds
 
 TERMS = """*Score*: the mean over questions of what the task asks for, exact match, 1 - word error
 rate (WER), or chrF, against the text LLM's own answer to the true transcript. So it is a share of
@@ -78,10 +81,18 @@ def without_nan(table):
     return table.astype(object).where(table.notna(), None)
 
 
+@first_process
+def write_table(path, table):
+    """A table as CSV, which pandas and spreadsheets open."""
+    with whole_file(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
 def write_report(measured):
     """answers.csv, the plots, report.md, and last report.json, which is returned."""
     folder, run = measured.bench.folder, measured.bench.run.folder
     answers = pandas.DataFrame(measured.rows)
+    write_table(folder / "answers.csv", answers)
     logs = {name: read_log(run / name / "log.jsonl") for name in measured.bench.trained}
     recipes = {}
     for name, rows in answers.groupby("system", sort=False):
@@ -101,13 +112,12 @@ def write_report(measured):
             "llm": measured.bench.run.options["llm"],
             "llm_is_4_bit": measured.llm_is_4_bit,
             "settings": as_json(measured.bench.settings),
+            "answers": fingerprint_of_file(folder / "answers.csv"),
             "training": measured.bench.trained,
             **where_it_ran(),
         },
     }
     if MAIN:
-        with whole_file(folder / "answers.csv") as temporary:
-            answers.to_csv(temporary, index=False)
         plots.of_bench(folder, report, logs)
     write_text(folder / "report.md", as_markdown(report))
     write_json(folder / "report.json", report)
@@ -171,14 +181,17 @@ def as_json(value):
 
 def earlier_report(bench):
     """The report of an earlier `bench` that was asked for the very same, or None."""
-    report = read_json_if_whole(bench.folder / "report.json", "recipes", "samples", "meta")
-    if not report or not isinstance(report["meta"], dict):
+    path, answers = bench.folder / "report.json", bench.folder / "answers.csv"
+    report = read_json_if_whole(path, *REPORT, instead="it is written anew")
+    if not report or report["meta"]["settings"] != as_json(bench.settings):
         return None
-    if report["meta"].get("settings") != as_json(bench.settings):
+    for name in report["recipes"]:
+        if not read_json_if_whole(bench.folder / "bench" / f"{name}.json", "fingerprint", "rows"):
+            return None
+    if not answers.exists() or fingerprint_of_file(answers) != report["meta"]["answers"]:
+        print(f"{answers}: is not the table that was written there; it is written anew")
         return None
-    kept = [bench.folder / "bench" / f"{name}.json" for name in report["recipes"]]
-    whole = all(read_json_if_whole(path, "fingerprint", "rows") for path in kept)
-    return report if whole and (bench.folder / "answers.csv").exists() else None
+    return report
 
 
 # ---- tables ----

@@ -5,13 +5,15 @@ Stage 1 and the benchmark both come through here.
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from support.console import progress_bar
-from support.files import UserError, first_line, mend_jsonl, read_jsonl, write_json
-from support.processes import MAIN, RANK, first_process, mine, wait
+from support.files import UserError, checksum_of, first_line, mend_jsonl, read_jsonl
+from support.files import write_json, writing
+from support.processes import MAIN, RANK, mine, wait
 
 
 def answer_all(model, conversations, order, desc, *, batch_size, max_new_tokens, kept, asked):
@@ -34,17 +36,25 @@ def answer_all(model, conversations, order, desc, *, batch_size, max_new_tokens,
         print(f"{desc}: {len(answers)} of {len(conversations)} answers are there already")
     wait()
 
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{kept}.part-{RANK}.jsonl", "a", encoding="utf-8") as file:
-        for rows in progress_bar(mine(todo), desc=desc, unit="batch"):
-            found = answer_in_memory(model, [conversations[i] for i in rows], max_new_tokens)
-            for i, (answer, ended) in zip(rows, found):
-                line = {"asked": asked, "question": i, "answer": answer, "ended": ended}
-                file.write(json.dumps(line) + "\n")
-            file.flush()
+    part = f"{kept}.part-{RANK}.jsonl"
+    for rows in progress_bar(mine(todo), desc=desc, unit="batch"):
+        found = answer_in_memory(model, [conversations[i] for i in rows], max_new_tokens)
+        lines = []
+        for i, (answer, ended) in zip(rows, found):
+            line = {"asked": asked, "question": i, "answer": answer, "ended": ended}
+            lines.append(json.dumps({**line, "checksum": checksum_of(line)}) + "\n")
+        append_lines(part, lines)
     wait()
     answers = read_parts(kept, asked)
     return [answers[i] for i in range(len(conversations))]
+
+
+def append_lines(path, lines):
+    """Add lines to a JSONL file; half a line, where the disk is full, is cut off by mend_jsonl."""
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
 def answer_in_memory(model, conversations, max_new_tokens):
@@ -90,9 +100,10 @@ def read_parts(kept, asked):
     answers = {}
     for path in kept_parts(kept):
         for _, row in read_jsonl(path):
-            if isinstance(row, dict) and row.get("asked") == asked:
-                if {"question", "answer", "ended"} <= set(row):
-                    answers[row["question"]] = (row["answer"], row["ended"])
+            if not isinstance(row, dict) or row.get("asked") != asked:
+                continue
+            if row.pop("checksum", "") == checksum_of(row):  # a damaged answer is asked for again
+                answers[row["question"]] = (row["answer"], row["ended"])
     return answers
 
 
@@ -102,13 +113,6 @@ def keep_record(path, record, parts):
     write_json(path, record)
     for kept in parts:
         forget_parts(kept)
-
-
-@first_process
-def forget_records(folder):
-    """Delete what is kept in a folder of records, so that it is asked and measured anew."""
-    for path in folder.glob("*.json*"):
-        path.unlink()
 
 
 def forget_parts(kept):

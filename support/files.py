@@ -9,13 +9,21 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+from soundfile import SoundFileError
+
 from support.processes import MAIN
 
+HALF_WRITTEN = ".mtbi-"  # how the name of a file begins while it is written
 PROJECT = Path(__file__).resolve().parents[1]  # the folder with mtbi.py and tasks.toml
 
 
 class UserError(Exception):
     """Something the user can mend. The command line prints it as one line and exits with code 2."""
+
+
+class WriteError(Exception):
+    """A file that cannot be written. The command line prints it as one line and exits with 1."""
 
 
 @contextmanager
@@ -41,17 +49,33 @@ def ceil_div(a, b):
 
 
 @contextmanager
-def whole_file(path):
-    """Yields a temporary path beside `path`; renames it on success, removes it on failure."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the ending stays: matplotlib and soundfile go by it
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+def writing(path):
+    """What goes wrong within, while `path` is written, becomes a WriteError that names it."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError, SoundFileError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise WriteError(
+            f"{path}: cannot be written ({why}); make room there, or choose another folder"
+        ) from None
+
+
+@contextmanager
+def whole_file(path):
+    """Yields a temporary path beside `path`; renames it on success, removes it on failure.
+
+    WriteError, and what was there before stays, if the disk is full or the folder read-only.
+    """
+    path = Path(path)
+    # the ending stays: matplotlib and soundfile go by it
+    temporary = path.with_name(f"{HALF_WRITTEN}{os.getpid()}-{path.name}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -62,7 +86,15 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """An object as a JSON file that carries a checksum of itself, which read_json looks at."""
+    whole = {**value, "checksum": checksum_of(value)}
+    write_text(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+
+
+def checksum_of(value):
+    """Names the content of a JSON object, in whatever order its keys are."""
+    same = json.loads(json.dumps(value))  # keys are texts, tuples are lists
+    return fingerprint(json.dumps(same, sort_keys=True))
 
 
 def write_jsonl(path, rows):
@@ -84,25 +116,35 @@ def read_lines(path):
 
 
 def read_json(path, *keys):
-    """The object of a JSON file, which must have these keys."""
+    """The object of a JSON file of this program's, which must have these keys.
+
+    UserError if it is no such file, or if it was damaged or edited since.
+    """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no readable JSON ({error})") from None
-    if not isinstance(value, dict) or any(key not in value for key in keys):
+    if not isinstance(value, dict) or any(key not in value for key in (*keys, "checksum")):
         raise UserError(
             f"{path}: is not what this program writes there; make it again with --force"
         )
+    if value.pop("checksum") != checksum_of(value):
+        raise UserError(f"{path}: was changed since it was written; make it again with --force")
     return value
 
 
-def read_json_if_whole(path, *keys):
-    """The same, or None: for what only saves time, and is made again if it is lost or damaged."""
+def read_json_if_whole(path, *keys, instead=""):
+    """The same, or None: for what only saves time, and is made again if it is lost or damaged.
+
+    instead: what is done then, which is said if the file is there and damaged.
+    """
     try:
         return read_json(path, *keys)
-    except UserError:
+    except UserError as error:
+        if instead and Path(path).exists():
+            print(f"{str(error).partition(';')[0]}; {instead}")
         return None
 
 
@@ -140,7 +182,8 @@ def fingerprint(value):
 def fingerprint_of_file(path):
     """Names the content of a file."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

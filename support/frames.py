@@ -9,6 +9,7 @@ is known, and a changed one is encoded anew.
 import hashlib
 import os
 import shutil
+import zlib
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.console import one_thread, progress_bar, timed
-from support.files import UserError, fingerprint, read_json_if_whole, whole_file, write_json
+from support.files import HALF_WRITTEN, UserError, WriteError, fingerprint
+from support.files import read_json_if_whole, whole_file, write_json
 from support.processes import DEVICE, WORLD, mine, wait
 from support.runs import alone
 
@@ -30,16 +32,22 @@ class KeptFrames:
     def __init__(self, utterances, places, width):
         self.audio = {u.id: u.audio for u in utterances}
         self.places, self.width = places, width
+        self.looked_at = set()  # a checksum is looked at once
 
     def __getitem__(self, utterance_id):
         place, name = self.places[utterance_id]
-        # of a mapped file: read when it is used
-        frames = place[name] if isinstance(place, dict) else place.get_tensor(name)
-        if frames.ndim != 2 or not len(frames) or frames.shape[1] != self.width:
-            raise UserError(
-                f"{self.audio[utterance_id]}: its kept frames are damaged ({tuple(frames.shape)}, "
-                f"expected T x {self.width}); delete DATA/features and run again"
-            )
+        if isinstance(place, dict):
+            return place[name]
+        frames = place.get_tensor(name)  # of a mapped file: read when it is used
+        if name not in self.looked_at:
+            fits = frames.ndim == 2 and len(frames) and frames.shape[1] == self.width
+            if not fits or place.metadata().get(name) != checksum_of_frames(frames):
+                raise UserError(
+                    f"{self.audio[utterance_id]}: its kept frames are damaged "
+                    f"({tuple(frames.shape)}, expected T x {self.width}); delete DATA/features and "
+                    "run again"
+                )
+            self.looked_at.add(name)
         return frames
 
     def __len__(self):
@@ -131,16 +139,22 @@ def write_shards(listen, utterances, names, folder):
         if size >= SHARD or i == len(utterances):
             shard = hashlib.sha256("".join(frames).encode()).hexdigest()[:12]
             with whole_file(folder / f"{shard}.safetensors") as temporary:
-                save_file({name: t.contiguous() for name, t in frames.items()}, temporary)
+                checksums = {name: checksum_of_frames(t) for name, t in frames.items()}
+                whole = {name: t.contiguous() for name, t in frames.items()}
+                save_file(whole, temporary, metadata=checksums)
             frames, size = {}, 0
+
+
+def checksum_of_frames(frames):
+    """CRC-32, which takes a few ms for half a minute of speech."""
+    return f"{zlib.crc32(frames.contiguous().numpy().tobytes()):08x}"
 
 
 def kept_shards(folder):
     """{content name: the open file that has its frames} of what is on disk."""
     made = {}
     for path in sorted(folder.glob("*.safetensors")):
-        # one with a dot was being written when its process was killed
-        if not path.name.startswith("."):
+        if not path.name.startswith(HALF_WRITTEN):  # its process was killed
             shard = open_shard(path, path.stat().st_mtime_ns)
             made |= dict.fromkeys(shard.keys(), shard)
     return made
@@ -168,7 +182,9 @@ def content_names(utterances, folder):
     A file of the same size and date as last time is not read again.
     """
     path = folder / "contents.json"
-    known = read_json_if_whole(path) or {}
+    known = read_json_if_whole(path)
+    ours = known is not None or not path.exists()
+    known = known or {}
     names, found = {}, {}
     for u in utterances:
         if not u.audio.is_file():
@@ -182,10 +198,10 @@ def content_names(utterances, folder):
         else:
             names[u.id] = hashlib.sha256(u.audio.read_bytes()).hexdigest()[:24]
         found[u.id] = [*stamp, names[u.id]]
-    if any(known.get(i) != row for i, row in found.items()):
+    if ours and any(known.get(i) != row for i, row in found.items()):
         try:
             write_json(path, known | found)
-        except OSError:
+        except WriteError:
             pass  # it only saves time
     return names
 

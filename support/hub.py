@@ -5,6 +5,7 @@ Weights come from safetensors only, code comes from transformers only.
 
 import hashlib
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from support.files import PROJECT, UserError, first_line
+from support.files import HALF_WRITTEN, PROJECT, UserError, first_line, writing
 from support.processes import DEVICE
 
 # bitsandbytes warns of an optional kernel package that it would load from the network
@@ -145,11 +146,14 @@ def quantization(bits, compute):
 
 
 def save_adapter(llm, folder):
-    """A folder that PEFT loads by itself, whole or not at all."""
-    written = folder.with_name(f".{folder.name}")
-    llm.save_pretrained(written, save_embedding_layers=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    written.rename(folder)
+    """A folder that PEFT loads by itself; each of its files is there whole or not at all."""
+    with writing(folder):
+        written = folder / f"{HALF_WRITTEN}adapter"
+        shutil.rmtree(written, ignore_errors=True)  # of a process that was killed
+        llm.save_pretrained(written, save_embedding_layers=False)
+        for path in written.iterdir():
+            os.replace(path, folder / path.name)
+        written.rmdir()
 
 
 def load_adapter(llm, folder, advice):

@@ -1,7 +1,7 @@
 """Folders that commands make: what is done is not done again, and one process works at a time.
 
 A folder's config.json says which command made it, with which options (that command's dataclass),
-from what content (fingerprints), and whether the work is done.
+from what content (fingerprints), which files are its own, and whether the work is done.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from support.files import UserError, fingerprint, fingerprint_of_file
-from support.files import read_json, read_json_if_whole, write_json
+from support.files import HALF_WRITTEN, UserError, fingerprint, fingerprint_of_file
+from support.files import read_json, write_json, writing
 from support.processes import MAIN, wait
 
 CHOOSE_ANOTHER = "choose another folder, or --force to redo it"
@@ -31,37 +31,95 @@ def without_effect(options):
     return ("force", *getattr(options, "CHANGES_NOTHING", ()))
 
 
-def begin(folder, command, options, content):
+def begin(folder, command, options, content, config="config.json"):
     """Write into the folder what its work is made with; `finish` writes it again at the end."""
-    write_config(folder, command, options, content, done=False)
+    forget_half_written(folder, options.MAKES)
+    write_config(Path(folder) / config, command, options, content, done=False)
 
 
-def finish(folder, command, options, content):
+def finish(folder, command, options, content, config="config.json"):
     """The same with done: true, once every process has come so far."""
-    write_config(folder, command, options, content, done=True)
+    write_config(Path(folder) / config, command, options, content, done=True)
 
 
-def write_config(folder, command, options, content, done):
+def write_config(path, command, options, content, done):
     wait()
-    config = {"command": command, "done": done, "options": asdict(options), "content": content}
-    write_json(Path(folder) / "config.json", config)
+    config = {
+        "command": command,
+        "done": done,
+        "options": asdict(options),
+        "content": content,
+        "makes": list(options.MAKES),
+    }
+    write_json(path, config)
+
+
+# ---- whose a file is ----
+
+
+def refuse_foreign(folder, command, makes, config="config.json"):
+    """UserError if a name that `command` needs in a folder is that of somebody else's file.
+
+    makes: these names, or patterns of them. Those that the folder's config lists were free when
+    an earlier run of the command listed them, so what bears them now is its own.
+    """
+    folder = Path(folder)
+    path = folder / config
+    own = []
+    if path.exists() or path.is_symlink():
+        try:
+            old = read_json(path, "command", "makes")
+        except UserError:
+            raise UserError(
+                f"{path}: is damaged, edited, or not made by this program (or by an earlier "
+                "version of it), so nothing here is overwritten; choose another folder"
+            ) from None
+        if old["command"] != command:
+            raise UserError(f"{folder}: was made by `{old['command']}`; choose another folder")
+        own = old["makes"]
+    for name in makes:
+        if name in own:
+            continue
+        for there in sorted(folder.glob(name)):
+            raise UserError(
+                f"{there}: was not made by `{command}`, which needs this name; move it away, or "
+                "choose another folder"
+            )
+
+
+def forget_half_written(folder, makes):
+    """Delete what a process was writing under one of these names when it was killed."""
+    if not MAIN:
+        return
+    for name in makes:
+        place = Path(folder) / name
+        for half_written in place.parent.glob(f"{HALF_WRITTEN}[0-9]*-{place.name}"):
+            half_written.unlink(missing_ok=True)
+
+
+def delete_made(folder, makes):
+    """Delete a command's own files in its folder, and folders that this leaves empty."""
+    for name in makes:
+        place = Path(folder) / name
+        for path in place.parent.glob(place.name):
+            path.unlink(missing_ok=True)
+        if place.parent != Path(folder) and place.parent.is_dir():
+            if not any(place.parent.iterdir()):
+                place.parent.rmdir()
 
 
 def is_done(folder, command, options, content, output, *, half_way, advice=CHOOSE_ANOTHER):
     """True if the command with these settings is finished in `folder` and its output is there.
 
     A folder with work of other settings, finished or kept half-way (files that match `half_way`),
-    is refused, unless options.force; one that another command made is refused in any case.
+    is refused, unless options.force; one that another command made, or that holds somebody else's
+    files, is refused in any case.
     """
     path = Path(folder) / "config.json"
-    if not path.exists():
+    refuse_foreign(folder, command, options.MAKES)
+    if options.force or not path.exists():
         return False
-    read = read_json_if_whole if options.force else read_json
-    old = read(path, "command", "options", "content", "done")
-    if old and old["command"] != command:
-        raise UserError(f"{folder}: was made by `{old['command']}`; choose another folder")
-    if options.force:
-        return False
+    old = read_json(path, "command", "options", "content", "done")
     if not old["done"] and not any(Path(folder).glob(half_way)):
         return False  # nothing was kept of it
     refuse_changes(folder, old, settings_of(options, content), without_effect(options), advice)
@@ -97,7 +155,7 @@ def read_config(folder, command, **kinds):
     if not whole or not has(content, CONTENT.get(command, {})):
         raise UserError(
             f"{path}: this is no folder made by `{command}`; name one, or, if this was one and is "
-            "damaged, make it again with --force"
+            "damaged, make another"
         )
     return options, content, bool(config["done"])
 
@@ -119,16 +177,19 @@ def alone(folder, wait_for=""):
     if not MAIN:  # the first of several processes speaks for all
         yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    lock = FileLock(Path(folder) / f"{HALF_WRITTEN}lock")
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            pass
+    if not lock.is_locked:
         if not wait_for:
             raise UserError(
                 f"{folder}: another process is at work in this folder; wait for it, or choose "
                 "another folder"
-            ) from None
+            )
         print(f"{folder}: waiting for another process, which {wait_for}")
         lock.acquire()
     try:

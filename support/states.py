@@ -3,8 +3,8 @@
 A state is one safetensors file, RUN/RECIPE/state/STEP.safetensors; the last two are kept.
 """
 
+import hashlib
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,23 +13,27 @@ from safetensors.torch import save_file
 
 from support.files import UserError, first_line, whole_file
 from support.processes import first_process
+from support.runs import delete_made
+
+TRAINED = (  # what a training ends with
+    "model.json",
+    "connector.safetensors",
+    "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "adapter/README.md",  # peft's
+)
+ON_THE_WAY = ("log.jsonl", f"state/{8 * '[0-9]'}.safetensors")
 
 
 @first_process
 def clear(folder, anew):
     """Delete what an earlier training left; its log and states only if this one begins anew."""
-    files, folders = ["model.json", "connector.safetensors"], ["adapter"]
-    if anew:
-        files, folders = [*files, "log.jsonl"], [*folders, "state"]
-    for name in files:
-        (folder / name).unlink(missing_ok=True)
-    for name in folders:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    delete_made(folder, TRAINED + ON_THE_WAY if anew else TRAINED)
 
 
 def saved_states(folder):
     """The saved states of a training, newest first."""
-    return sorted((Path(folder) / "state").glob("[0-9]*.safetensors"), reverse=True)
+    return sorted(Path(folder).glob(ON_THE_WAY[1]), reverse=True)
 
 
 @first_process
@@ -41,22 +45,24 @@ def save_state(folder, parameters, optimizer, progress, made_with=""):
         for moment, value in optimizer.state[p].items():
             tensors[f"{moment}.{name}"] = value.contiguous()
     about = {"progress": json.dumps(asdict(progress)), "made_with": made_with}
+    about["checksum"] = checksum_of_state(tensors, about)
     with whole_file(Path(folder) / "state" / f"{progress.step:08d}.safetensors") as temporary:
         save_file(tensors, temporary, metadata=about)
     for old in saved_states(folder)[2:]:
         old.unlink(missing_ok=True)
 
 
-@first_process
-def forget_half_written(folder):
-    """Delete the state that a process was writing when it was killed."""
-    for half_written in (Path(folder) / "state").glob(".*"):
-        half_written.unlink(missing_ok=True)
+def checksum_of_state(tensors, about):
+    """Names everything in a state, so that a single bit that flipped on the disk is noticed."""
+    hashed = hashlib.sha256(repr((about["progress"], about["made_with"])).encode())
+    for name in sorted(tensors):
+        hashed.update(name.encode())
+        hashed.update(tensors[name].cpu().numpy().tobytes())
+    return hashed.hexdigest()[:12]
 
 
 def load_state(folder, parameters, optimizer, start, made_with=""):
     """Put the newest whole state back; returns its progress, or `start` if there is no state."""
-    forget_half_written(folder)
     states = saved_states(folder)
     for path in states:
         try:
@@ -80,6 +86,8 @@ def restore(path, parameters, optimizer, start, made_with):
         about = file.metadata()
     if about["made_with"] != made_with:
         raise ValueError("it was saved by a training with other settings")
+    if about["checksum"] != checksum_of_state(tensors, about):
+        raise ValueError("it is damaged: its checksum does not fit")
     progress = replace(start, **json.loads(about["progress"]))
     moments = {}
     for name, p in parameters.items():

@@ -1,12 +1,13 @@
 """Commands as programs of their own, and what they say: shared by the tests."""
 
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from support.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,9 +46,9 @@ def begun_anew(run, folder):
     new = Path(folder) / "run"
     new.mkdir(parents=True)
     shutil.copy(run / "behaviors.jsonl", new)
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = read_json(run / "config.json")
     config["options"]["data"] = str((run / config["options"]["data"]).resolve())
-    (new / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(new / "config.json", config)
     return new
 
 

@@ -321,7 +321,7 @@ def test_of_two_that_prepare_the_same_folder_at_once_the_second_is_refused(tmp_p
         for source in (words, ["tiny", "--test", 1, "--train", 1, *words[1:]]):
             assert prepare(*source) == 2
             one_line(capsys, "another process is at work in this folder")
-        assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
+        assert [path.name for path in (tmp_path / "data").iterdir()] == [".mtbi-lock"]
     assert prepare(*words) == 0
 
 

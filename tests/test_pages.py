@@ -1,6 +1,5 @@
 """What the pages say can be typed: their Python runs, and their commands are understood."""
 
-import json
 import re
 import shlex
 import shutil
@@ -14,6 +13,7 @@ import mtbi
 from lab.look import LookOptions, look
 from lab.step import StepOptions
 from mtbi import COMMANDS
+from support.files import read_json, write_json
 from support.options import parse_options
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tiny" / "README.md"]
@@ -41,9 +41,9 @@ def beside_mtbi(trained_world, tmp_path, monkeypatch):
     demo = tmp_path / "runs" / "demo"
     shutil.copytree(trained_world / "run", demo)
     shutil.copytree(trained_world / "data", demo / "data")
-    config = json.loads((demo / "config.json").read_text(encoding="utf-8"))
+    config = read_json(demo / "config.json")
     config["options"]["data"] = "data"
-    (demo / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(demo / "config.json", config)
     (tmp_path / "tiny").mkdir()
     shutil.copy(ROOT / "tiny" / "tasks.toml", tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,12 @@ import pytest
 import torch
 from checkpoints import save_encoder, save_llm
 from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from programs import begun_anew, free_port, one_line, program, python
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from soundfile import SoundFileError as LibError
 
 import mtbi
 import support.frames
@@ -26,13 +31,14 @@ from data import load_audio, read_manifest, write_audio
 from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_llm
 from support.answers import answer_all, answer_in_memory
 from support.console import TIMES, timed
-from support.files import UserError, explained, fingerprint, fingerprint_of_file, mend_jsonl
+from support.files import UserError, WriteError, explained, fingerprint, fingerprint_of_file
+from support.files import mend_jsonl
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
 from support.frames import fingerprint_of_audio
 from support.hub import fingerprint_of_weights
 from support.options import Between, command_words, parse_options
-from support.runs import alone, begin, fingerprint_of_training, finish, is_done, read_config
-from support.runs import recipe_folders
+from support.runs import alone, begin, delete_made, fingerprint_of_training, finish, is_done
+from support.runs import read_config, recipe_folders
 
 SMALL = ["--steps", "2", "--batch-size", "4", "--hidden", "16"]
 
@@ -257,6 +263,7 @@ class Options:
     batch_size: int = 8
     force: bool = False
 
+    MAKES: ClassVar = ("result.txt", "half-*")
     CHANGES_NOTHING: ClassVar = ("out", "batch_size")
 
 
@@ -268,13 +275,14 @@ def test_config_json_names_the_command_its_options_its_content_and_whether_it_is
     options, content = Options(str(tmp_path)), {"words": "abc"}
     whole = asdict(options)
     made = {"command": "try", "options": whole, "content": content}
+    made["makes"] = ["result.txt", "half-*"]
     begin(tmp_path, "try", options, content)
     assert read_json(tmp_path / "config.json") == {**made, "done": False}
     finish(tmp_path, "try", options, content)
     assert read_json(tmp_path / "config.json") == {**made, "done": True}
     assert read_config(tmp_path, "try", steps=int) == (whole, content, True)
     for command, kinds in (("other", {}), ("try", {"steps": str}), ("try", {"nosuch": int})):
-        with pytest.raises(UserError, match=f"no folder made by `{command}`.*--force"):
+        with pytest.raises(UserError, match=f"no folder made by `{command}`; name one"):
             read_config(tmp_path, command, **kinds)
     with pytest.raises(UserError, match="no folder made by `try` .no config.json in it"):
         read_config(tmp_path / "none", "try")
@@ -338,11 +346,56 @@ def test_a_config_without_what_others_ask_for_is_refused(tmp_path, command):
 
 
 @pytest.mark.parametrize("content", ["{half", "[]", "{}", '{"settings": {}, "done": true}'])
-def test_a_damaged_config_is_refused_unless_by_force(tmp_path, content):
+def test_a_damaged_or_foreign_config_is_refused_even_by_force(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match="config.json: is no"):
-        done(tmp_path, Options("x"), {})
+    for force in (False, True):
+        with pytest.raises(UserError, match="config.json: is damaged, .*choose another folder"):
+            done(tmp_path, Options("x", force=force), {})
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_a_folder_with_somebody_elses_file_under_a_name_that_is_needed_is_refused(tmp_path):
+    for name in ("result.txt", "half-made"):
+        (tmp_path / name).write_text("mine")
+        for force in (False, True):
+            with pytest.raises(UserError, match=f"{name}: was not made by `try`"):
+                done(tmp_path, Options("x", force=force), {})
+        (tmp_path / name).unlink()
+    begin(tmp_path, "try", Options("x"), {})
+    (tmp_path / "half-made").write_text("by an earlier run")
     assert not done(tmp_path, Options("x", force=True), {})
+
+
+def test_only_a_commands_own_files_are_deleted(tmp_path):
+    own = ("state/[0-9][0-9].txt", "adapter/weights", "log")
+    theirs = ("state/mine.txt", "log-of-mine")
+    for name in ("state/01.txt", "adapter/weights", "log", *theirs):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    delete_made(tmp_path, own)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert left == {*theirs, "state"}, "and no folder that is empty now"
+
+
+def test_what_cannot_be_written_is_one_line_that_names_the_file_and_the_old_one_stays(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    before = path.read_bytes()
+    for error in (OSError(28, "No space left on device"), SafetensorError("full"), LibError("x")):
+        with pytest.raises(WriteError, match="a.json: cannot be written"), whole_file(path):
+            raise error
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@given(st.dictionaries(st.text(max_size=5), st.floats() | st.text() | st.lists(st.integers())))
+def test_json_of_ours_carries_a_checksum_of_itself(value):
+    path = Path(tempfile.mkdtemp()) / "a.json"
+    write_json(path, value)
+    assert repr(read_json(path)) == repr({**value})
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"checksum": "', '"more": 1, "checksum": "'), encoding="utf-8")
+    with pytest.raises(UserError, match="was changed since it was written"):
+        read_json(path)
 
 
 def test_no_command_overwrites_the_folder_of_another_not_even_by_force(data, run, tmp_path, capsys):
@@ -847,7 +900,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_code_in_a_checkpoint_is_never_run_even_if_the_user_says_yes(tmp_path, monkeypatch):
-    config = read_json(save_llm(tmp_path, "qwen2") / "config.json")
+    config = json.loads((save_llm(tmp_path, "qwen2") / "config.json").read_text())
     evil = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     write_json(tmp_path / "config.json", {**config, "model_type": "evil", "auto_map": evil})
     it_ran = tmp_path / "it-ran"
@@ -954,21 +1007,34 @@ def test_damaged_models_are_explained(copy_of_trained, encoder, few, capsys):
         for path, content in whole.items():
             path.write_bytes(content)
 
-    save_file(dict(list(load_file(adapter).items())[:3]), adapter)
+    def refused_as_it_is(reason):
+        """What would be said of such weights if model.json named them."""
+        now = {"weights_fingerprint": fingerprint_of_training(folder)}
+        write_json(about, {**read_json(about), **now})
+        refused(reason)
+
+    for path in (adapter, connector):
+        bits = bytearray(path.read_bytes())
+        bits[-1] ^= 1
+        path.write_bytes(bits)
+        refused("its weights are damaged.*--force")
     audio = read_manifest(few / "manifest.jsonl")[0].audio
+    adapter.write_bytes(b"")
     assert mtbi.main(["generate", str(copy_of_trained), str(audio), "Who did it?"]) == 2
-    one_line(capsys, "its adapter is not whole", "--force")
-    refused("its adapter is not whole.*--force")
+    one_line(capsys, "its weights are damaged", "--force")
+    adapter.write_bytes(whole[adapter])
+    save_file(dict(list(load_file(adapter).items())[:3]), adapter)
+    refused_as_it_is("its adapter is not whole.*--force")
     adapter.write_bytes(adapter.read_bytes()[:100])
-    refused("is no readable safetensors file.*--force")
+    refused_as_it_is("is no readable safetensors file.*--force")
     save_file(no_numbers(load_file(connector)), connector)
-    refused("NaN or infinite.*--force")
+    refused_as_it_is("NaN or infinite.*--force")
     save_file(dict(list(load_file(connector).items())[:3]), connector)
-    refused("the connector cannot be loaded.*--force")
+    refused_as_it_is("the connector cannot be loaded.*--force")
     for key, value in (("k", "6"), ("k", -1), ("hidden", "x"), ("lora", "x")):
-        write_json(about, {**json.loads(whole[about]), key: value})
+        write_json(about, {**read_json(about), key: value})
         refused("model.json: is not what training writes there.*--force")
-    write_json(about, {**json.loads(whole[about]), "connector": []})
+    write_json(about, {**read_json(about), "connector": []})
     refused("")
 
 
@@ -993,7 +1059,7 @@ def test_info_explains_files_that_are_not_its_own(copy_of_trained, capsys, file,
         changed = {**before, **change}
         write_json(path, {name: value for name, value in changed.items() if value is not None})
     assert mtbi.main(["info", str(copy_of_trained)]) == 2
-    one_line(capsys, "--force")
+    one_line(capsys, "make another" if "config" in file else "--force")
 
 
 def interrupted(*args, **options):
@@ -1005,7 +1071,7 @@ def test_a_training_begun_anew_forgets_the_old_one(copy_of_trained, capsys, monk
     argv = ["train", str(copy_of_trained), "--steps", "50", *SMALL[2:], "--force"]
     assert mtbi.main(argv) == 130
     assert sorted(path.name for path in (copy_of_trained / "mtbi").iterdir()) == [
-        ".lock",
+        ".mtbi-lock",
         "config.json",
     ]
     capsys.readouterr()

@@ -25,7 +25,7 @@ from mtbi import RECIPES, main
 from support.files import UserError, read_json, write_json
 from support.hub import fingerprint_of_weights
 from support.logs import read_log
-from support.states import saved_states
+from support.states import ON_THE_WAY, saved_states
 from train import Piece, Progress, accumulate_gradients, halve_pieces, learning_rate
 from train import pieces_of_step, train
 
@@ -423,7 +423,9 @@ def test_the_state_of_a_training_with_other_settings_is_not_resumed(
 ):
     new = begun_anew(run, tmp_path)
     cut_off_at_a_state(monkeypatch, ["train", str(new), *SMALL, "--save-every", "1"])
-    (new / "mtbi" / "config.json").unlink()
+    config = read_json(new / "mtbi" / "config.json")
+    config["options"]["seed"] = 5  # as if the folders of two trainings were mixed
+    write_json(new / "mtbi" / "config.json", config)
     assert main(["train", str(new), *SMALL, "--seed", "5"]) == 2
     said = capsys.readouterr()
     assert "saved by a training with other settings" in said.out
@@ -455,6 +457,7 @@ def test_what_is_resumed_is_checked_like_any_other_options(run, tmp_path, capsys
     options = {"recipe": "mtbi", "encoder": "tiny", "steps": 6, "batch_size": 8, name: value}
     content = {"recipe": {}, "behaviors": ""}
     config = {"command": "train", "options": options, "content": content, "done": False}
+    config["makes"] = list(ON_THE_WAY)
     write_json(new / "mtbi" / "config.json", config)
     assert main(["train", str(new), "--resume"]) == 2
     one_line(capsys, f"--{name.replace('_', '-')} {value}")
