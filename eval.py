@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import support  # noqa: F401  first: torch reads what it sets
 import numpy as np
 import torch
 

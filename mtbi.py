@@ -26,10 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# waiting threads sleep: half the time where others use the cores too, a tenth more alone
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+import support  # noqa: F401  first: torch reads what it sets
 import transformers
 
 import lab.compare

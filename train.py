@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import support  # noqa: F401  first: torch reads what it sets
 import torch
 from tqdm import tqdm
 

@@ -83,9 +83,27 @@ def check(options):
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
         value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(value, str):
+            refuse_odd_text(name, value)
         problem = what_is_wrong(value, hints[field.name])
         if problem:
             raise UserError(f"{name} {value}: is {problem}")
+
+
+FOLDERS = ("--out", "--run", "--data")  # an empty one would be the current folder
+
+
+def refuse_odd_text(name, value):
+    """UserError for a text that can be no name of a file and nothing to say."""
+    if not value and name in FOLDERS:
+        raise UserError(f"{name}: names no folder")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        shown = value.encode(errors="backslashreplace").decode()
+        raise UserError(f"{name} {shown}: is not in UTF-8") from None
+    if "\0" in value:
+        raise UserError(f"{name}: holds a NUL character")
 
 
 def what_is_wrong(value, hint):

@@ -193,6 +193,42 @@ def test_every_option_error_of_a_command_is_one_line_and_exit_code_2(command, ca
             one_line(capsys, option)
 
 
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["prepare", "tiny", "--out", ""], "--out: names no folder"),
+        (["train", ""], "names no folder"),
+        (["bench", "run", "--data", ""], "--data: names no folder"),
+        (["prepare", "tiny", "--out", "k\udcff"], "is not in UTF-8"),
+        (["behaviors", "data", "--out", "run", "--llm", "\udcff"], "is not in UTF-8"),
+        (["generate", "run", "a.wav", "who\0"], "holds a NUL character"),
+    ],
+)
+def test_a_text_that_can_be_no_name_is_refused_in_one_line(words, reason, capsys):
+    assert mtbi.main(words) == 2
+    one_line(capsys, reason)
+
+
+SEES_WHAT_TORCH_READS = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("TOKENIZERS_PARALLELISM"))
+
+sys.meta_path.insert(0, Watch())
+import {script}
+"""
+
+
+@pytest.mark.parametrize("script", ["mtbi", "train", "eval"])
+def test_every_script_makes_its_settings_before_torch_is_loaded(script, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    assert python(SEES_WHAT_TORCH_READS.format(script=script)).said == "PASSIVE false\n"
+
+
 def test_options_become_the_words_of_a_command_and_options_again():
     options = train.TrainOptions("runs/a", steps=7, lora=0, precision="fp32")
     words = command_words(options, "steps", "lora", "k", "batch_size", "precision")
