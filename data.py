@@ -15,6 +15,7 @@ import re
 import tomllib
 from dataclasses import KW_ONLY, dataclass, field
 from fnmatch import fnmatch
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from transformers import AddedToken
 from support.chat_template import render_chat
 from support.checks import check_task, is_turn
 from support.console import progress_bar
-from support.files import UserError, ceil_div, fingerprint, read_jsonl, relative, whole_file
-from support.recordings import audio_name, check_words, checked_row, read_sound
+from support.files import UserError, ceil_div, fingerprint, relative, whole_file
+from support.files import read_json_if_whole, read_jsonl, read_lines
+from support.recordings import LONGEST, MAX_SECONDS, audio_name, checked_row, read_sound
+from support.recordings import check_length, check_text_fits, check_words
 from support.runs import read_config
 
 SAMPLE_RATE = 16000  # Hz; everything is resampled to it
@@ -37,29 +40,43 @@ MIN_SECONDS = 0.1  # less gives some encoders not one frame
 # ---- audio ----
 
 
-def load_audio(path, duration=None):
+def load_audio(path, duration=None, max_seconds=None):
     """float32 mono samples at SAMPLE_RATE of a WAV, FLAC, OGG or MP3 file of any rate.
 
-    `duration` (seconds) is what the manifest says; a file that holds less is truncated. UserError
-    names the file and what is wrong.
+    `duration` (seconds) is what the manifest says; a file that holds less is truncated. It may hold
+    `max_seconds`, or else little more than `duration`, or else MAX_SECONDS. UserError names the
+    file and what is wrong.
     """
     path = Path(path)
-    samples, rate = read_sound(path, duration)  # (n, channels)
+    samples, rate = read_sound(path, duration, max_seconds)  # (n,)
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: the audio holds NaN or infinite samples")
-    samples = torch.from_numpy(samples.mean(axis=1))  # (n,)
-    if samples.abs().max() < 1e-4:
+    if np.abs(samples).max() < 1e-4:
         raise UserError(f"{path}: the audio is silent")
     seconds = len(samples) / rate
     if seconds < MIN_SECONDS:
         raise UserError(
             f"{path}: the audio is too short ({seconds:.3f} s; at least {MIN_SECONDS} s are needed)"
         )
-    if rate != SAMPLE_RATE:
-        from torchaudio.functional import resample
+    return at_sample_rate(samples, rate)
 
-        samples = resample(samples, rate, SAMPLE_RATE)
-    return samples.numpy()
+
+def at_sample_rate(samples, rate):
+    """Samples (n,) of `rate` Hz, resampled to SAMPLE_RATE.
+
+    The memory it takes grows with both numbers of the ratio of the rates, so they are at most 1000:
+    8000 Hz is 1:2, and 44101 Hz is taken as 441:160, like 44100 Hz. That is never 0.1% off.
+    """
+    if rate == SAMPLE_RATE:
+        return samples
+    from torchaudio.functional import resample
+
+    low, high = sorted((rate, SAMPLE_RATE))
+    ratio = Fraction(low, high).limit_denominator(1000)
+    old, new = ratio.numerator, ratio.denominator
+    if rate > SAMPLE_RATE:
+        old, new = new, old
+    return resample(torch.from_numpy(samples), old, new).numpy()
 
 
 def write_audio(path, samples):
@@ -106,17 +123,19 @@ def parse_row(row, folder):
     return Utterance(audio, **row)
 
 
-def read_manifest(path, rows=None, check_audio=False, skipped=None):
+def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=None):
     """The utterances of a JSONL manifest, or of the rows of another corpus at `path`.
 
     rows: [(line number or name, row)]. A bad row is a UserError naming file and line; or, if
     `skipped` is a list, it goes there. check_audio: read every file, and measure its duration.
+    max_seconds: how long a recording may be; None: as long as its folder allows.
     """
     path = Path(path)
     utterances = []
     lines = {}
     folder = path if path.is_dir() else path.parent
     rows = list(read_jsonl(path)) if rows is None else rows
+    max_seconds = max_seconds or seconds_allowed(folder)
     bar = progress_bar(rows, desc="check audio", unit="utt") if check_audio else rows
     for number, row in bar:
         try:
@@ -124,7 +143,7 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None):
             first = lines.setdefault(os.path.abspath(utterance.audio), number)
             if first != number:
                 raise UserError(f"has the same audio file as line {first}")
-            settle_duration(utterance, check_audio)
+            settle_duration(utterance, check_audio, max_seconds)
             utterances.append(utterance)
         except (UserError, OSError) as error:
             if skipped is None:
@@ -140,15 +159,26 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None):
     return utterances
 
 
-def settle_duration(utterance, check_audio):
-    """Measure an utterance's duration, or see that its row gave one."""
+def seconds_allowed(folder):
+    """How long a recording of a data folder may be: what `prepare --max-seconds` said there."""
+    options = (read_json_if_whole(folder / "config.json") or {}).get("options")
+    said = options.get("max_seconds") if isinstance(options, dict) else None
+    is_number = isinstance(said, (int, float)) and 0 < said <= LONGEST
+    return said if is_number else MAX_SECONDS
+
+
+def settle_duration(utterance, check_audio, max_seconds):
+    """Measure an utterance's duration, or see that its row gave one; neither may be too long."""
+    if utterance.duration:
+        check_length(utterance.duration, None, max_seconds)
     if check_audio:
-        samples = load_audio(utterance.audio, utterance.duration)
+        samples = load_audio(utterance.audio, utterance.duration, max_seconds)
         utterance.duration = len(samples) / SAMPLE_RATE
         if utterance.words:
             check_words(utterance.words, utterance.text, utterance.duration)
     elif not utterance.duration:
         raise UserError("lacks the key 'duration'; `prepare` measures it")
+    check_text_fits(utterance.text, utterance.duration)
 
 
 def fingerprint_of_utterances(utterances):
@@ -190,8 +220,8 @@ class Task:
 def load_tasks(path):
     """{name: Task} of a tasks.toml; UserError names the table that is wrong."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = tomllib.loads("\n".join(read_lines(path)))
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as a task table ({error})") from None
     tasks = {}
     for name, entry in table.items():

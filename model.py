@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -357,6 +358,23 @@ def connector_class(kind):
     if kind not in CONNECTORS:
         raise UserError(f"there is no connector {kind!r}; there are {', '.join(CONNECTORS)}")
     return CONNECTORS[kind]
+
+
+def check_size(kind, width_in, width_out, k, hidden):
+    """UserError if a connector of this size cannot be trained in the memory that is free."""
+    with torch.device("meta"):  # weights that have a size and take no memory
+        body = connector_class(kind)(width_in, width_out, k, hidden)
+    weights = sum(p.numel() * p.element_size() for p in body.parameters())
+    needed = 4 * weights  # with the gradients, and the two moments of Adam
+    if torch.device(DEVICE).type == "cuda":
+        free = torch.cuda.mem_get_info(DEVICE)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"a {kind} connector with --k {k} and --hidden {hidden} takes {needed / 1e9:.3g} GB to "
+            f"train, and {free / 1e9:.3g} GB of memory are free: choose smaller ones"
+        )
 
 
 class Connector(nn.Module):
@@ -746,15 +764,10 @@ class SpeechLLM(nn.Module):
         llm, tokenizer = llm or load_llm(spec["llm"], spec["bits"], precision)
         encoder = encoder or load_encoder(spec["encoder"], spec["pad_whisper"])
         width = llm.get_input_embeddings().weight.shape[1]
+        size = (spec["connector"], encoder.width, width, spec["k"], spec["hidden"])
+        check_size(*size)
         torch.manual_seed(seed)  # after loading, which may draw random numbers itself
-        connector = Connector(
-            spec["connector"],
-            encoder.width,
-            width,
-            spec["k"],
-            spec["hidden"],
-            embedding_rms(llm),
-        )
+        connector = Connector(*size, embedding_rms(llm))
         return cls(llm, tokenizer, encoder, connector.to(DEVICE), spec["lora"])
 
     @classmethod

@@ -7,7 +7,8 @@ import numpy as np
 
 from data import SAMPLE_RATE, Utterance, held_out, load_audio, write_audio
 from support.console import progress_bar
-from support.files import UserError
+from support.files import UserError, explained
+from support.recordings import check_length, check_text_fits
 
 TRIES = 1000  # draws of a string before it is said that there are too few words
 
@@ -23,24 +24,27 @@ def parse_join(text):
     return int(low), int(high)
 
 
-def join_words(utterances, lengths, count, out, seed=0):
-    """`count` new utterances, their audio in OUT/audio, each of recordings of one speaker.
+def join_words(utterances, lengths, options, out):
+    """options.count new utterances, their audio in OUT/audio, each of recordings of one speaker.
 
     lengths: (fewest, most) words. One string in five is for testing: from test recordings, with a
     text that held_out() holds out; all are, where every recording is for testing. UserError if a
-    recording is of more than one word.
+    recording is of more than one word, or a string longer than options.max_seconds.
     """
-    rng, made = random.Random(f"join-{seed}"), []
+    rng, made = random.Random(f"join-{options.seed}"), []
     pools = pools_by_speaker(utterances)
-    for n in progress_bar(range(count), desc="join words", unit="utt"):
+    for n in progress_bar(range(options.count), desc="join words", unit="utt"):
         tested = n % 5 == 4 or not pools["train"]
         split = "test" if tested else "train"
         speaker = rng.choice(sorted(pools[split]))
         words, text = draw_words(rng, pools[split][speaker], lengths, split)
         samples, times = lay_out(rng, words)
+        seconds = len(samples) / SAMPLE_RATE
+        with explained(f"--join {options.join}: a string of {len(words)} words cannot be made"):
+            check_length(seconds, None, options.max_seconds)
+            check_text_fits(text, seconds)
         path = Path(out) / "audio" / f"{n:05d}.flac"
         write_audio(path, samples)
-        seconds = len(samples) / SAMPLE_RATE
         made.append(Utterance(path, text, seconds, speaker, split, times))
     return made
 

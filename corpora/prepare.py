@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from corpora.joining import join_words, parse_join
 from corpora.readers import download_librispeech, find_rows
@@ -15,7 +15,8 @@ from corpora.rendering import render_tiny
 from data import held_out, normalize, read_manifest
 from support.console import timed
 from support.files import UserError, fingerprint, relative, write_jsonl
-from support.options import Count, Positional, Seed, called
+from support.options import Between, Count, Positional, Seed, called
+from support.recordings import LONGEST, MAX_SECONDS, audio_name, get, says_its_length
 from support.runs import alone, begin, finish, is_done
 
 MANIFEST = "manifest.jsonl"
@@ -38,6 +39,8 @@ class PrepareOptions:
     # recordings
     download_to: str = "datasets"
     """librispeech: the folder it is downloaded to, and found in the next time"""
+    max_seconds: Annotated[float, Between(0.1, LONGEST)] = MAX_SECONDS
+    """a longer recording is a bad row, here and for every later command"""
     skip_bad: bool = False
     """leave bad rows out and list them in skipped.jsonl, instead of stopping"""
     test_speakers: str = ""
@@ -112,7 +115,8 @@ def prepare_tiny(options):
         with timed("render speech"):
             return render_tiny(Path(options.out), n_train, options.test, options.seed)
 
-    used = replace(options, train=n_train, count=None)  # None: has no effect here
+    # None: has no effect here
+    used = replace(options, train=n_train, count=None, max_seconds=None)
     if not is_prepared(used, {}):
         make_manifest(used, {}, make, why)
 
@@ -138,7 +142,7 @@ def prepare_recordings(options, lengths):
     if is_prepared(used, content):
         return
     print(f"{path}: {what}, {len(rows)} rows")
-    utterances, skipped = check_rows(path, rows, options.skip_bad)
+    utterances, skipped = check_rows(path, rows, options)
     lower_capitals(utterances)
     speakers = [s.strip() for s in options.test_speakers.split(",") if s.strip()]
     why = fill_in_split(utterances, speakers, options.test_only, joined=bool(lengths))
@@ -151,7 +155,7 @@ def prepare_recordings(options, lengths):
         if not lengths:
             return utterances
         with timed("join words"):
-            return join_words(utterances, lengths, options.count, out, options.seed)
+            return join_words(utterances, lengths, options, out)
 
     make_manifest(used, content, make, why)
 
@@ -191,14 +195,30 @@ def make_manifest(options, content, make, why):
 # ---- rows: checked, and their capitals ----
 
 
-def check_rows(path, rows, skip_bad):
+def check_rows(path, rows, options):
     """(the utterances, the bad rows that were skipped); UserError for a bad row otherwise."""
     skipped = []
     with timed("check the audio"):
         utterances = read_manifest(
-            path, rows, check_audio=True, skipped=skipped if skip_bad else None
+            path,
+            rows,
+            check_audio=True,
+            skipped=skipped if options.skip_bad else None,
+            max_seconds=options.max_seconds,
         )
+    tell_unknown_lengths(rows, utterances)
     return utterances, skipped
+
+
+def tell_unknown_lengths(rows, utterances):
+    """Count the files of which nothing says whether they are whole: neither they nor their row."""
+    said = {audio_name(row) for _, row in rows if isinstance(row, dict) and get(row, "duration")}
+    unknown = [u for u in utterances if u.id not in said and not says_its_length(u.audio)]
+    if unknown:
+        print(
+            f"{len(unknown)} files whose true length cannot be known (MP3 without a Xing header), "
+            f"the first: {unknown[0].audio}"
+        )
 
 
 def report_skipped(out, skipped):

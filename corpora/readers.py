@@ -14,6 +14,7 @@ from support.console import timed
 from support.files import UserError, read_jsonl, read_lines, relative
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+TRANSCRIPT_BYTES = 2**16  # of a file with one transcript: four times what a recording may have
 LIBRISPEECH_PARTS = (
     "dev-clean",
     "dev-other",
@@ -184,7 +185,7 @@ def text_beside(folder):
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS):
         name, transcript = relative(path, folder), path.with_suffix(".txt")
         try:
-            text = " ".join(read_lines(transcript))
+            text = " ".join(read_lines(transcript, TRANSCRIPT_BYTES))
         except UserError as error:
             missing = not transcript.exists()
             yield name, f"has no {transcript.name} beside it" if missing else str(error)

@@ -6,6 +6,7 @@ With several processes the first alone writes; see processes.py.
 import hashlib
 import json
 import os
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from support.processes import MAIN
 
 HALF_WRITTEN = ".mtbi-"  # how the name of a file begins while it is written
 PROJECT = Path(__file__).resolve().parents[1]  # the folder with mtbi.py and tasks.toml
+MOST_BYTES = 2**30  # of a text: a manifest of a million rows with word times has less
 
 
 class UserError(Exception):
@@ -105,12 +107,30 @@ def write_jsonl(path, rows):
 # ---- reading ----
 
 
-def read_lines(path):
-    """The lines of a UTF-8 text file."""
+def size_of_file(path, what="file"):
+    """Bytes of a regular file; UserError for what is none: a pipe or a device may have no end."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+        status = os.stat(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: there is no such {what}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: is no {what}, but a folder, a pipe or a device")
+    return status.st_size
+
+
+def read_text(path, encoding, most):
+    """The text of a regular file of at most so many bytes."""
+    if size_of_file(path) > most:
+        raise UserError(f"{path}: is larger than {most / 2**20:g} MB")
+    return Path(path).read_text(encoding)
+
+
+def read_lines(path, most=MOST_BYTES):
+    """The lines of a UTF-8 text file of at most so many bytes."""
+    try:
+        return read_text(path, "utf-8-sig", most).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a text file ({error})") from None
 
@@ -121,9 +141,7 @@ def read_json(path, *keys):
     UserError if it is no such file, or if it was damaged or edited since.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        value = json.loads(read_text(path, "utf-8", MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no readable JSON ({error})") from None
     if not isinstance(value, dict) or any(key not in value for key in (*keys, "checksum")):

@@ -1,10 +1,13 @@
 """What names a recording, and the sound file itself: whole, or refused with what is wrong."""
 
 import math
+import re
+import unicodedata
 
+import numpy as np
 import soundfile
 
-from support.files import UserError
+from support.files import UserError, size_of_file
 
 # ---- a manifest's rows ----
 
@@ -44,8 +47,7 @@ def checked_row(row):
         if not isinstance(value, str):
             raise UserError(f"{key!r} is {value!r}, which is not a text")
     text = " ".join(get(row, "text").split())
-    if not text:
-        raise UserError("the transcript is empty")
+    check_transcript(text)
     if get(row, "offset"):
         raise UserError(
             f"has the offset {get(row, 'offset')}: parts of longer recordings are not read; cut "
@@ -99,33 +101,146 @@ def check_words(words, text, duration):
     return times
 
 
+# ---- transcripts ----
+
+# Four minutes of reading aloud, which is LONGEST.
+MAX_TEXT = 4000  # characters
+# The fastest talkers say 25 a second; 100 more, for what is written longer than it is said.
+TEXT_PER_SECOND, TEXT_AT_LEAST = 40, 100  # characters
+# Of Latin, Greek and Cyrillic letters, digits and signs (up to U+052F). The longest compounds of
+# German have 80. Chinese, Thai and others have no spaces between words, so they have no such limit.
+MAX_WORD = 100
+LONG_WORD = re.compile(rf"[!-\u052f]{{{MAX_WORD + 1}}}")
+# Burmese, Tibetan and pointed Hebrew put up to five on one letter.
+MAX_MARKS = 8
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and a sign that are blank
+
+
+def check_transcript(text):
+    """UserError if a text, its white space single blanks, is none that anybody could have said."""
+    if not text:
+        raise UserError("the transcript is empty")
+    control = CONTROL.search(text)
+    if control:
+        raise UserError(f"the transcript holds a control character (U+{ord(control[0]):04X})")
+    if len(text) > MAX_TEXT:
+        raise UserError(f"the transcript is too long ({len(text)} characters, at most {MAX_TEXT})")
+    word = LONG_WORD.search(text)
+    if word:
+        raise UserError(
+            f"the transcript has too long a word ({word[0][:20]}…, at most {MAX_WORD} characters)"
+        )
+    if not any(is_visible(c) for c in text):
+        raise UserError("the transcript has nothing visible")
+    marks = 0  # in a row
+    for c in text:
+        marks = marks + 1 if unicodedata.category(c) in ("Mn", "Me") else 0
+        if marks > MAX_MARKS:
+            raise UserError(f"the transcript has too many marks on a letter (at most {MAX_MARKS})")
+
+
+def is_visible(c):
+    """Is it a letter, a number, a punctuation mark or a symbol?"""
+    return unicodedata.category(c)[0] in "LNPS" and c not in FILLERS
+
+
+def check_text_fits(text, seconds):
+    """UserError if nobody could say so much in so many seconds."""
+    if len(text) > min(MAX_TEXT, TEXT_PER_SECOND * seconds + TEXT_AT_LEAST):
+        raise UserError(
+            f"the transcript is too long for its audio ({len(text)} characters in {seconds:.2f} s)"
+        )
+
+
 # ---- sound files ----
 
+MAX_SECONDS = 30.0  # how long a recording may be, if `prepare --max-seconds` does not say otherwise
+LONGEST = 240.0  # the most that it may say
+RATES = (1000, 400_000)  # Hz
+MAX_CHANNELS = 8  # as of 7.1 surround sound
+BLOCK = 2**20  # frames
 
-def read_sound(path, duration):
-    """(float32 samples (n, channels), rate in Hz) of a whole sound file."""
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such audio file")
-    size = path.stat().st_size
-    if size == 0:
+
+def read_sound(path, duration=None, max_seconds=None):
+    """(float32 samples (n,), the mean of the channels; rate in Hz) of a whole sound file.
+
+    duration: seconds, as its manifest says; max_seconds: as its data folder allows. Of a file that
+    says that it is longer nothing is read. UserError names the file and what is wrong.
+    """
+    if size_of_file(path, "audio file") == 0:
         raise UserError(f"{path}: the audio file is empty")
     try:
-        expected = soundfile.info(path).frames
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (n, channels)
-    except (soundfile.LibsndfileError, RuntimeError, OSError, UnicodeError) as error:
+        with soundfile.SoundFile(path) as file:
+            check_header(file, duration, max_seconds)
+            samples = read_mono(file)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
-    if len(samples) == 0:
-        raise UserError(f"{path}: the audio file holds no samples")
+    check_whole(path, file, samples, duration)
+    return samples, file.samplerate
 
-    # Three signs of a file that ends too early: samples, bytes, and what the manifest says.
-    seconds = len(samples) / rate
+
+def check_header(file, duration, max_seconds):
+    """UserError if an open sound file says that it is too long, or something that is not read."""
+    low, high = RATES
+    if not low <= file.samplerate <= high:
+        raise UserError(f"has a rate of {file.samplerate} Hz; {low} to {high} Hz can be read")
+    if file.channels > MAX_CHANNELS:
+        raise UserError(f"has {file.channels} channels; up to {MAX_CHANNELS} can be read")
+    if file.frames >= 2**62:
+        raise UserError("does not say how long it is, as if written to a pipe; write it anew")
+    check_length(file.frames / file.samplerate, duration, max_seconds)
+
+
+def check_length(seconds, duration, max_seconds):
+    """UserError if a recording is longer than its data folder, or else its manifest, allows."""
+    if max_seconds:
+        limit = max_seconds
+        why = f"the limit is {limit:g} s; `prepare --max-seconds` sets another, up to {LONGEST:g}"
+    elif duration:
+        limit = 1.05 * duration + 0.5  # manifests are rough
+        why = f"its manifest says {duration:.1f} s; run `prepare` again"
+    else:
+        limit = MAX_SECONDS
+        why = f"the limit is {limit:g} s"
+    if seconds > 1.001 * limit:  # resampling may lengthen it by so much
+        raise UserError(f"the audio is too long ({seconds:.1f} s; {why})")
+
+
+def read_mono(file):
+    """float32 samples (n,), the mean of the channels, of an open sound file.
+
+    Never more than its header says; in blocks, so that channels do not multiply the memory.
+    """
+    blocks = []
+    while True:
+        block = file.read(BLOCK, dtype="float32", always_2d=True)  # (n, channels)
+        if not len(block):
+            break
+        blocks.append(block.mean(axis=1))  # (n,)
+    if not blocks:
+        raise UserError("the audio file holds no samples")
+    return np.concatenate(blocks)
+
+
+def check_whole(path, file, samples, duration):
+    """UserError if a file that was read as `samples` ends too early."""
+    expected = file.frames
+    if file.format == "MP3" and not says_its_length(path):
+        check_mp3(path, file.samplerate, len(samples))
+        expected = 0  # what is said is a guess: as if all frames were as large as the first
+
+    # Four signs: samples, bytes, the mark of the end, and what the manifest says.
+    seconds = len(samples) / file.samplerate
     truncated = len(samples) < expected
-    truncated = truncated or size < bytes_promised(path) < 2**32 - 1024
+    truncated = truncated or path.stat().st_size < bytes_promised(path) < 2**32 - 1024
+    truncated = truncated or not ends_as_ogg(path)
     truncated = truncated or bool(duration and seconds < 0.95 * duration - 0.05)
     if truncated:
         of = f" of {duration:.2f} s" if duration else ""
         raise UserError(f"{path}: the audio file is truncated, it holds {seconds:.2f} s{of}")
-    return samples, rate
 
 
 def bytes_promised(path):
@@ -133,3 +248,96 @@ def bytes_promised(path):
     with open(path, "rb") as file:
         head = file.read(8)
     return int.from_bytes(head[4:8], "little") + 8 if head[:4] == b"RIFF" else 0
+
+
+# ---- where an OGG file ends ----
+
+OGG_PAGE = 65307  # bytes of the largest one
+
+
+def ends_as_ogg(path):
+    """Is the last page of an OGG file whole, and marked as the last? True for any other file.
+
+    A page: "OggS", the version 0, flags, 20 bytes, n, the lengths of n segments, the segments.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"OggS":
+            return True
+        file.seek(max(0, path.stat().st_size - 2 * OGG_PAGE))
+        content = file.read(2 * OGG_PAGE)
+    pages = list(re.finditer(rb"OggS\0[\0-\7]", content))
+    if not pages:
+        return False
+    page = content[pages[-1].start() :]
+    if len(page) < 27:
+        return False
+    lengths = page[27 : 27 + page[26]]  # none where nothing but the mark was left to write
+    whole = len(lengths) == page[26] and len(page) >= 27 + page[26] + sum(lengths)
+    return whole and page[5] & 4 > 0
+
+
+# ---- where an MP3 file ends: a Xing header says how many frames it has, or else nothing does ----
+
+MP3_BYTES = 2**24  # more than LONGEST at any bitrate
+MP3_START = re.compile(rb"\0*(?=\xff[\xe2-\xff])")  # zeros may fill up the tag before it
+# In the first frame, after 11 to 36 bytes; its flags are odd where it counts the frames.
+XING = re.compile(rb"\xff[\xe2-\xff].{11,36}?(?:Xing|Info)...[\1\3\5\7\x09\x0b\x0d\x0f]", re.S)
+KBITS = {  # a second, of layer III by MPEG version; 0: not allowed, or not told
+    1: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0),
+    2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0),
+}
+
+
+def says_its_length(path):
+    """False for an MP3 file without a Xing header."""
+    start = mp3_frames(path, 4096)
+    return start is None or XING.match(start) is not None
+
+
+def mp3_frames(path, most=MP3_BYTES):
+    """The bytes of an MP3 file from its first frame on, about so many; None for any other file."""
+    with open(path, "rb") as file:
+        head = file.read(10)
+        at = 0
+        if head[:3] == b"ID3" and len(head) == 10:
+            at = 10 + sum(byte << 7 * i for i, byte in enumerate(reversed(head[6:])))
+        file.seek(at)
+        content = file.read(most)
+    start = MP3_START.match(content)
+    return content[start.end() :] if start else None
+
+
+def check_mp3(path, rate, n_samples):
+    """UserError if the frames of an MP3 file end within one, or hold more than n_samples."""
+    content = mp3_frames(path) or b""
+    at = expected = 0
+    while True:
+        size, samples = mp3_frame(content[at : at + 4])
+        if not size:
+            break
+        at += size
+        expected += samples
+    rest = content[at:]
+    if at > len(content) or (len(rest) < 4 and rest[:1] == b"\xff"):  # in the frame, or its header
+        raise UserError(f"{path}: the audio file is truncated, its last frame is cut off")
+    if expected > 1.05 * n_samples + 2 * 1152:  # the decoder's delay
+        raise UserError(
+            f"{path}: is an MP3 file of variable bitrate without a Xing header, of which "
+            f"{n_samples / rate:.2f} of {expected / rate:.2f} s can be read; write it anew"
+        )
+
+
+def mp3_frame(header):
+    """(bytes, samples) of the frame of layer III with this header of four bytes; (0, 0) if none."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0b11100110 != 0b11100010:
+        return 0, 0
+    version, bitrate, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
+    kbits = KBITS[1 if version == 3 else 2][bitrate]
+    if version == 1 or rate == 3 or not kbits:
+        return 0, 0
+    # MPEG-1, MPEG-2 with half the rates, and MPEG-2.5 with a quarter of them
+    divisor = {3: 1, 2: 2, 0: 4}[version]
+    hertz = (44100, 48000, 32000)[rate] // divisor
+    samples = 1152 if version == 3 else 576
+    padding = header[2] >> 1 & 1
+    return samples // 8 * 1000 * kbits // hertz + padding, samples

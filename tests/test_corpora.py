@@ -429,7 +429,7 @@ def test_a_transcript_that_does_not_fit_leaves_its_row_without_times_and_is_name
     utterances, tmp_path, capsys
 ):
     write_bare(tmp_path / "fits.jsonl", utterances[:1])
-    write_bare(tmp_path / "long.jsonl", utterances[1:2], text="seven " * 200)
+    write_bare(tmp_path / "long.jsonl", utterances[1:2], text="seven " * 20)
     lines = (tmp_path / "fits.jsonl").read_text() + (tmp_path / "long.jsonl").read_text()
     (tmp_path / "both.jsonl").write_text(lines)
     assert find_word_times(tmp_path / "both.jsonl") == 0

@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import random
+import tempfile
+import tracemalloc
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +17,12 @@ from checkpoints import FAMILIES, tokenizer_of
 from conftest import ROOT, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import one_line
+from programs import one_line, python
 
 import mtbi
 from data import SAMPLE_RATE, Behavior, Examples, Recipe, Speech, Text, Utterance, ask, chat_parts
 from data import (
+    at_sample_rate,
     end_of_turn,
     held_out,
     interleave,
@@ -26,7 +32,9 @@ from data import (
     read_behaviors,
 )
 from data import read_manifest, response_tokens, transcript_tokens
+from model import SpeechLLM
 from support.files import UserError, read_jsonl
+from support.recordings import RATES, check_text_fits, check_transcript, ends_as_ogg, mp3_frame
 
 
 def tone(seconds=1.0, rate=16000, channels=1):
@@ -163,6 +171,336 @@ def test_bad_audio_is_refused_in_one_line_that_names_file_and_line(
     assert not (tmp_path / "out").exists()
 
 
+# ---- audio: limits before memory ----
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(*RATES))
+def test_audio_of_any_rate_keeps_its_pitch_and_its_length(rate):
+    samples = at_sample_rate(tone(1.0, rate)[:, 0], rate)
+    assert len(samples) == pytest.approx(SAMPLE_RATE, rel=1e-3)
+    spectrum = np.abs(np.fft.rfft(samples))
+    assert np.argmax(spectrum) * SAMPLE_RATE / len(samples) == pytest.approx(440, abs=1.1)
+
+
+def test_rates_that_share_no_factor_with_16000_take_no_memory():
+    """16001 Hz took 5 GB."""
+    code = """
+import resource, numpy
+from data import at_sample_rate
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+at_sample_rate(numpy.ones(8000, numpy.float32), 8000)
+before = peak()
+for rate in (16001, 11127, 44101, 22049, 47999, 15013):
+    at_sample_rate(numpy.ones(10 * rate, numpy.float32), rate)
+print(peak() - before < 200, peak() - before)
+"""
+    assert python(code).said.startswith("True")
+
+
+def write_header_of_hours(path):
+    """A WAV file of 26 hours in 3 GB, none of which is on the disk."""
+    soundfile.write(path, tone(), 16000)
+    content = bytearray(path.read_bytes())
+    content[4:8] = (3_000_000_036).to_bytes(4, "little")
+    content[40:44] = (3_000_000_000).to_bytes(4, "little")
+    path.write_bytes(content)
+    os.truncate(path, 3_000_000_044)
+
+
+def write_flac(path, says):
+    """20 s of noise whose header says that it is of so many samples."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(20 * 16000)
+    soundfile.write(path, noise, 16000, format="FLAC")
+    content = bytearray(path.read_bytes())
+    content[21] = content[21] & 0xF0 | says >> 32
+    content[22:26] = (says & 0xFFFFFFFF).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (write_header_of_hours, "too long (93750.0 s; the limit is 30 s; `prepare --max-seconds`"),
+        (lambda path: soundfile.write(path, tone(30.1), 16000), "too long (30.1 s"),
+        (lambda path: soundfile.write(path, np.zeros((480_000, 8)), 1000), "too long (480.0 s"),
+        (lambda path: soundfile.write(path, tone(channels=9), 16000), "has 9 channels; up to 8"),
+        (lambda path: soundfile.write(path, tone(), 999), "has a rate of 999 Hz; 1000 to 400000"),
+        (lambda path: soundfile.write(path, tone(), 1_000_003), "has a rate of 1000003 Hz"),
+        (lambda path: write_flac(path, 2**36 - 1), "the audio is too long"),
+        (lambda path: write_flac(path, 0), "does not say how long it is"),
+    ],
+)
+def test_what_the_header_says_is_refused_before_anything_is_read(
+    tmp_path, capsys, clip, make, reason
+):
+    del clip["duration"]
+    make(tmp_path / "clip.wav")
+    tracemalloc.start()
+    assert prepare(write_manifest(tmp_path, clip), tmp_path / "out") == 2
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    one_line(capsys, "manifest.jsonl:1", "clip.wav", reason)
+    assert peak < 1e6, "bytes"
+
+
+def test_of_a_file_that_is_longer_than_its_header_says_no_more_is_read(tmp_path):
+    write_flac(tmp_path / "a.flac", 16000)
+    assert len(load_audio(tmp_path / "a.flac")) == 16000
+
+
+def test_a_file_is_as_long_as_its_manifest_says_or_thirty_seconds(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(3.0), 16000)
+    assert len(load_audio(tmp_path / "a.wav", 2.9)) == 3 * 16000
+    with pytest.raises(UserError, match=r"too long \(3.0 s; its manifest says 1.0 s"):
+        load_audio(tmp_path / "a.wav", 1.0)
+    soundfile.write(tmp_path / "b.wav", tone(31.0), 16000)
+    with pytest.raises(UserError, match=r"too long \(31.0 s; the limit is 30 s\)"):
+        load_audio(tmp_path / "b.wav")
+    assert len(load_audio(tmp_path / "b.wav", 31.0)) == 31 * 16000
+
+
+def test_max_seconds_is_the_limit_of_a_data_folder_for_every_later_command(tmp_path, clip, capsys):
+    rows = [{**clip, "split": "train"}]
+    for name, seconds in (("b", 1.4), ("c", 40.0)):
+        soundfile.write(tmp_path / f"{name}.wav", tone(seconds), 16000)
+        row = {"audio_filepath": f"{name}.wav", "duration": seconds, "text": name}
+        rows.append({**row, "split": "test"})
+    path, out = write_manifest(tmp_path, *rows), tmp_path / "out"
+    assert prepare(path, out) == 2
+    one_line(capsys, ":3", "too long (40.0 s; the limit is 30 s; `prepare --max-seconds` sets")
+    assert prepare(path, out, "--skip-bad") == 0
+    assert "1 rows left out" in capsys.readouterr().out
+    assert prepare(path, out, "--max-seconds", "50", "--force") == 0
+    assert len(read_manifest(out / "manifest.jsonl")) == 3
+
+    manifest = (out / "manifest.jsonl").read_text()
+    (out / "manifest.jsonl").write_text(manifest.replace("40.0", "51.0"))
+    capsys.readouterr()
+    assert mtbi.main(["behaviors", str(out), "--out", str(tmp_path / "run")]) == 2
+    one_line(capsys, "out/manifest.jsonl:3", "too long (51.0 s; the limit is 50 s; `prepare")
+    assert prepare(path, out, "--max-seconds", "300") == 2
+    one_line(capsys, "--max-seconds 300.0: is no number from 0.1 to 240")
+
+
+def test_joined_words_are_no_longer_than_allowed(tmp_path, capsys):
+    path = write_recordings(tmp_path, *[A, B] * 3)
+    words = ["--test-speakers", "b", "--count", "10", "--join", "4:4", "--max-seconds", "3"]
+    assert prepare(path, tmp_path / "out", *words) == 2
+    one_line(capsys, "--join 4:4: a string of 4 words cannot be made (the audio is too long (4.")
+
+
+# ---- audio: cut off ----
+
+
+def encoded(suffix, **how):
+    """2.4 s of noise as a file of this format: its bytes."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(38_000)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a.{suffix}"
+        soundfile.write(path, noise, 16000, **how)
+        return path.read_bytes()
+
+
+def without_first_frame(mp3):
+    """An MP3 file without its Xing header, which stands in the place of a frame."""
+    return mp3[mp3_frame(mp3[:4])[0] :]
+
+
+CBR = {"bitrate_mode": "CONSTANT", "compression_level": 0.5}
+WHOLE = {
+    "vorbis.ogg": encoded("ogg"),
+    "opus.ogg": encoded("ogg", subtype="OPUS"),
+    "vbr.mp3": encoded("mp3"),
+    "cbr.mp3": encoded("mp3", **CBR),
+    "a.flac": encoded("flac"),
+    "a.wav": encoded("wav"),
+}
+BARE = without_first_frame(WHOLE["cbr.mp3"])
+
+
+def loads(folder, name, content):
+    """Is this a sound file that is taken as whole?"""
+    (folder / name).write_bytes(content)
+    try:
+        load_audio(folder / name)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_sound_file_that_is_cut_off_anywhere_is_noticed(name, tmp_path):
+    content = WHOLE[name]
+    assert loads(tmp_path, name, content)
+    rng = random.Random(0)
+    cuts = {1, 4, 27, 100, *range(len(content) - 40, len(content) - 1, 3)}
+    for at in sorted({*cuts, *rng.sample(range(len(content)), 60)}):
+        assert not loads(tmp_path, name, content[:at]), f"cut after {at} of {len(content)} bytes"
+
+
+def test_the_mark_of_the_end_of_an_ogg_file_may_stand_on_an_empty_page(tmp_path):
+    content = bytearray(WHOLE["vorbis.ogg"])
+    content[content.rfind(b"OggS") + 5] = 0
+    path = tmp_path / "a.ogg"
+    path.write_bytes(content)
+    assert not ends_as_ogg(path)
+    path.write_bytes(content + b"OggS\0\4" + bytes(21))
+    assert ends_as_ogg(path)
+
+
+def test_an_mp3_file_without_a_xing_header_ends_with_a_whole_frame(tmp_path):
+    assert loads(tmp_path, "a.mp3", BARE)
+    assert loads(tmp_path, "a.mp3", BARE + b"TAG" + bytes(125)), "an old tag at the end"
+    frame = mp3_frame(BARE[:4])[0]
+    for at in range(frame + 1, len(BARE), 97):
+        assert loads(tmp_path, "a.mp3", BARE[:at]) == (at % frame == 0)
+
+
+def test_an_mp3_file_that_could_be_read_in_part_only_is_refused(tmp_path):
+    """Of a variable bitrate without a Xing header the length is guessed from the first frame."""
+    (tmp_path / "a.mp3").write_bytes(without_first_frame(WHOLE["vbr.mp3"]))
+    with pytest.raises(UserError, match="variable bitrate without a Xing header"):
+        load_audio(tmp_path / "a.mp3")
+
+
+def test_prepare_counts_the_files_whose_true_length_cannot_be_known(tmp_path, capsys):
+    rows = []
+    tagged = b"ID3\4\0\0\0\0\2\1" + bytes(257)
+    for i, content in enumerate([WHOLE["cbr.mp3"], BARE, tagged + BARE, BARE]):
+        (tmp_path / f"{i}.mp3").write_bytes(content)
+        rows.append({"audio": f"{i}.mp3", "text": f"word {i}", "duration": 2.4 if i == 3 else None})
+    assert prepare(write_manifest(tmp_path, *rows), tmp_path / "out", "--test-only") == 0
+    said = capsys.readouterr().out
+    assert "2 files whose true length cannot be known (MP3 without a Xing header)" in said
+
+
+# ---- regular files only ----
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        ("prepare {tmp}/m.jsonl --out {tmp}/out", "m.jsonl"),
+        ("prepare {tmp}/m.tsv --out {tmp}/out", "m.tsv"),
+        ("prepare {tmp}/own.jsonl --out {tmp}/out", "clip.wav"),
+        ("prepare {tmp}/beside --out {tmp}/out", "beside/a.txt"),
+        ("word-times {tmp}", "manifest.jsonl"),
+        ("encode {tmp}", "manifest.jsonl"),
+        ("behaviors {tmp} --out {tmp}/out --tasks {tmp}/t.toml", "t.toml"),
+        ("train {tmp}", "config.json"),
+    ],
+)
+def test_pipes_folders_and_devices_are_no_files(tmp_path, capsys, clip, words, name, make):
+    write_manifest(tmp_path, clip).rename(tmp_path / "own.jsonl")
+    (tmp_path / "beside").mkdir()
+    soundfile.write(tmp_path / "beside" / "a.wav", tone(), 16000)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    assert mtbi.main(words.format(tmp=tmp_path).split()) == 2
+    known = "holds no speech" if make is os.mkdir and name.startswith("m.") else "is no "
+    one_line(capsys, name, known)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_have_a_size_that_is_looked_at_first(tmp_path, capsys):
+    (tmp_path / "m.jsonl").touch()
+    os.truncate(tmp_path / "m.jsonl", 2**30 + 1)
+    assert prepare(tmp_path / "m.jsonl", tmp_path / "out") == 2
+    one_line(capsys, "m.jsonl: is larger than 1024 MB")
+    soundfile.write(tmp_path / "a.wav", tone(), 16000)
+    (tmp_path / "a.txt").write_text("seven " * 20_000)
+    assert prepare(tmp_path, tmp_path / "out") == 2
+    one_line(capsys, "a.txt: is larger than 0.0625 MB")
+
+
+# ---- transcripts ----
+
+SAID = [  # what people say, in many scripts
+    "the quick brown fox — “jumps” over 13 lazy dogs, doesn't it? 100% №5 🙂",
+    "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft",
+    "Đường Nguyễn Huệ ở Việt Nam",
+    "Съешь ещё этих мягких французских булок",
+    "我能吞下玻璃而不伤身体，这不是很奇怪吗？",
+    "いろはにほへと ちりぬるを がぎぐげご",
+    "나는 유리를 먹을 수 있어요",
+    "ฉันกินกระจกได้แต่มันไม่ทำให้ฉันเจ็บและที่นี่ไม่มีช่องว่าง",
+    "मैं काँच खा सकता हूँ और मुझे उससे कोई चोट नहीं पहुंचती",
+    "בְּרֵאשִׁ֖ית בָּרָ֣א אֱלֹהִ֑ים אֵ֥ת הַשָּׁמַ֖יִם",
+    "أَنَا قَادِرٌ عَلَى أَكْلِ الزُّجَاجِ",
+    "ကျွန်တော် ရွှံ့ ညှို့ မြို့ သို့ သွားသည်",
+    "ཤེལ་སྒོ་ཟ་ནས་ང་ན་གི་མ་རེད་ བསྒྲུབས་ ཧཱུྃ་",
+    "ខ្ញុំអាចញុំកញ្ចក់បាន ដោយគ្មានបញ្ហា",
+    "می\u200cخواهم",
+]
+
+
+@given(st.lists(st.sampled_from(SAID), min_size=1, max_size=8), st.sampled_from(["NFC", "NFD"]))
+def test_what_people_say_is_a_transcript(said, form):
+    text = unicodedata.normalize(form, " ".join(said))
+    check_transcript(text)
+    check_text_fits(text, len(text) / 25)
+
+
+def test_a_minute_of_a_language_without_spaces_is_a_transcript():
+    check_transcript(SAID[4] * 20)
+    check_transcript(SAID[7] * 20)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "is empty"),
+        ("three\0apples", r"control character \(U\+0000\)"),
+        ("three \x1b[31mapples", r"control character \(U\+001B\)"),
+        ("\x9d", r"control character \(U\+009D\)"),
+        ("\u200b", "nothing visible"),
+        ("\u200b \ufeff \u3164 \u0301", "nothing visible"),
+        ("a" * 101, "too long a word"),
+        ("a" * 100_000, "too long"),
+        ("three " * 700, r"too long \(4200 characters"),
+        ("three a" + "\u0301" * 9, "marks"),
+        ("a" + "\u0489" * 90, "marks"),
+    ],
+)
+def test_what_nobody_can_have_said_is_no_transcript(text, reason):
+    with pytest.raises(UserError, match=reason):
+        check_transcript(text)
+
+
+@given(st.text())
+def test_any_text_is_a_transcript_or_refused_in_a_line(text):
+    try:
+        check_transcript(" ".join(text.split()))
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("duration", [0.7, None])
+def test_a_transcript_fits_its_audio(tmp_path, clip, capsys, duration):
+    """4,000 words on 0.7 s; where no duration is given, it is measured first."""
+    soundfile.write(tmp_path / "clip.wav", tone(0.7), 16000)
+    path = write_manifest(tmp_path, {**clip, "duration": duration, "text": "ab " * 44})
+    assert prepare(path, tmp_path / "out") == 2
+    one_line(capsys, ":1: the transcript is too long for its audio (131 characters in 0.70 s)")
+    path = write_manifest(tmp_path, {**clip, "duration": duration, "text": "ab " * 43})
+    assert prepare(path, tmp_path / "out", "--test-only") == 0
+
+
+# ---- a connector that cannot fit ----
+
+
+def test_a_connector_that_cannot_fit_is_refused_before_it_is_built(llm, encoder):
+    spec = {"connector": "stack-mlp", "k": 256, "hidden": 2**20, "lora": 0}
+    for kind in ("stack-mlp", "qformer"):
+        with pytest.raises(UserError, match=f"{kind} connector with --k 256 and --hidden 1048576"):
+            SpeechLLM.build({**spec, "connector": kind}, llm, encoder)
+    SpeechLLM.build({**spec, "k": 9, "hidden": 64}, llm, encoder)
+
+
 # ---- manifests ----
 
 
@@ -281,7 +619,7 @@ def test_after_a_mistake_the_corrected_command_works(tmp_path, capsys):
     argv = [path, tmp_path / "out", "--test-speakers", "b", "--count", "10"]
     assert prepare(*argv, "--join", "1:1") == 2
     one_line(capsys, "too few words")
-    assert prepare(*argv, "--join", "1:30") == 0
+    assert prepare(*argv, "--join", "1:20") == 0
 
 
 def test_joined_words_have_exact_times_one_speaker_and_no_tested_text_in_training(tmp_path):
