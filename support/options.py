@@ -4,10 +4,11 @@ import contextlib
 import inspect
 import io
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
+import docstring_parser
 import tyro
 
 from support.files import UserError
@@ -48,8 +49,8 @@ def parse_options(kind, words, prog, description):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            options = tyro.cli(
-                kind,
+            typed = tyro.cli(
+                with_help(kind),
                 prog=prog,
                 description=inspect.cleandoc(description),
                 args=words,
@@ -59,8 +60,25 @@ def parse_options(kind, words, prog, description):
         if not end.code:
             raise
         raise UserError(f"{in_one_line(said.getvalue())} (see {prog} --help)") from None
+    options = kind(**vars(typed))
     check(options)
     return options
+
+
+def with_help(kind):
+    """The dataclass as tyro is to read it: each field's docstring is its help, as one paragraph.
+
+    A default that is None, False or empty goes without saying.
+    """
+    texts = {p.arg_name: p.description for p in docstring_parser.parse_from_object(kind).params}
+    hints = get_type_hints(kind, include_extras=True)
+    columns = []
+    for field in fields(kind):
+        unsaid = field.default is None or field.default is False or field.default == ""
+        text = " ".join(texts[field.name].split())
+        explained = tyro.conf.arg(help=text, help_behavior_hint="" if unsaid else None)
+        columns.append((field.name, Annotated[hints[field.name], explained], field))
+    return make_dataclass(kind.__name__, columns)
 
 
 def in_one_line(box):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoints import save_encoder, save_llm
 from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
+from docstring_parser import parse_from_object
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import begun_anew, free_port, one_line, program, python
@@ -191,6 +192,20 @@ def test_every_option_error_of_a_command_is_one_line_and_exit_code_2(command, ca
         for value in ("x", ""):
             assert mtbi.main([*needed, option, value]) == 2
             one_line(capsys, option)
+
+
+@pytest.mark.parametrize("command", mtbi.COMMANDS)
+def test_the_help_of_every_option_is_one_paragraph_and_names_no_default_of_none(
+    command, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "1000")  # so that a paragraph is a line
+    with pytest.raises(SystemExit):
+        mtbi.main([command, "--help"])
+    said = capsys.readouterr().out
+    assert "default: None" not in said and "default: False" not in said
+    kind = mtbi.COMMANDS[command][0]
+    for option in parse_from_object(kind).params:
+        assert " ".join(option.description.split()) in said
 
 
 @pytest.mark.parametrize(
