@@ -1,6 +1,7 @@
 """The command line of a command, made from its dataclass of options by tyro."""
 
 import contextlib
+import copy
 import inspect
 import io
 import re
@@ -46,6 +47,7 @@ def parse_options(kind, words, prog, description):
     UserError says in one line what cannot be understood. Asked for --help, it prints that and
     leaves by SystemExit(0).
     """
+    refuse_values_of_switches(kind, words)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -65,6 +67,15 @@ def parse_options(kind, words, prog, description):
     return options
 
 
+def refuse_values_of_switches(kind, words):
+    """UserError for a word like --force=no: tyro would read --force, and `no` as a word more."""
+    switches = [as_option(field.name) for field in fields(kind) if field.type is bool]
+    for word in words:
+        option, equals, _ = word.partition("=")  # tyro takes --skip_bad for --skip-bad
+        if equals and option.replace("_", "-") in switches:
+            raise UserError(f"{option}: is a switch, it takes no value")
+
+
 def with_help(kind):
     """The dataclass as tyro is to read it: each field's docstring is its help, as one paragraph.
 
@@ -77,7 +88,8 @@ def with_help(kind):
         unsaid = field.default is None or field.default is False or field.default == ""
         text = " ".join(texts[field.name].split())
         explained = tyro.conf.arg(help=text, help_behavior_hint="" if unsaid else None)
-        columns.append((field.name, Annotated[hints[field.name], explained], field))
+        kept = copy.copy(field)  # make_dataclass writes the new type into the field it is given
+        columns.append((field.name, Annotated[hints[field.name], explained], kept))
     return make_dataclass(kind.__name__, columns)
 
 
@@ -100,21 +112,24 @@ def check(options):
     """
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
-        value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
-        if isinstance(value, str):
+        value, name = getattr(options, field.name), as_option(field.name)
+        if isinstance(value, str) and value != field.default:
             refuse_odd_text(name, value)
         problem = what_is_wrong(value, hints[field.name])
         if problem:
             raise UserError(f"{name} {value}: is {problem}")
 
 
-FOLDERS = ("--out", "--run", "--data")  # an empty one would be the current folder
+# an empty text would be the current folder; where it is the default it means none, and is right
+FOLDERS = ("--out", "--run", "--data", "--download-to")
 
 
 def refuse_odd_text(name, value):
     """UserError for a text that can be no name of a file and nothing to say."""
-    if not value and name in FOLDERS:
-        raise UserError(f"{name}: names no folder")
+    if not value:
+        raise UserError(f"{name}: {'names no folder' if name in FOLDERS else 'is an empty text'}")
+    if value == "--":  # of --out=--
+        raise UserError(f"{name} --: is no value of an option")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -148,11 +163,16 @@ def what_is_wrong(value, hint):
 WORDS = {int: "whole number", float: "number", str: "text", bool: "switch"}
 
 
+def as_option(name):
+    """What a field of options is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def command_words(options, *names):
     """Options as the words of a command: those of these names whose value is not None."""
     words = []
     for name in names:
         value = getattr(options, name)
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [as_option(name), str(value)]
     return words

@@ -224,6 +224,48 @@ def test_a_text_that_can_be_no_name_is_refused_in_one_line(words, reason, capsys
     one_line(capsys, reason)
 
 
+ODD_TEXTS = ("--", "k\udcff", "\ud800", "a\0b")
+
+
+@pytest.mark.parametrize("command", mtbi.COMMANDS)
+def test_no_command_takes_an_odd_text(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # if one is taken after all, its command runs there
+    kind, needed = mtbi.COMMANDS[command][0], [command, *REQUIRED.get(command, [])]
+    hints = get_type_hints(kind, include_extras=True)  # a text by its place is no plain str
+    for field in fields(kind):
+        option, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
+        if hint is str or hint == str | None:
+            for odd in ODD_TEXTS if field.default == "" else ("", *ODD_TEXTS):
+                assert mtbi.main([*needed, f"{option}={odd}"]) == 2
+                one_line(capsys, f"mtbi: {option}")
+        if hint is bool:
+            written = f"--{field.name}"  # with _, as tyro takes it, too
+            for word in (f"{option}=--", f"{option}=", f"{option}=no", f"{written}=no"):
+                assert mtbi.main([*needed, word]) == 2
+                one_line(capsys, ": is a switch, it takes no value")
+    for place, word in enumerate(needed):
+        if place and word != "--out":
+            for odd in ("", *ODD_TEXTS):
+                assert mtbi.main([*needed[:place], odd, *needed[place + 1 :]]) == 2
+                one_line(capsys)
+
+
+def test_an_options_class_stays_as_it_is_when_words_are_read():
+    before = [field.type for field in fields(mtbi.BehaviorsOptions)]
+    parse_options(mtbi.BehaviorsOptions, ["data", "--out", "run"], "behaviors", "")
+    assert [field.type for field in fields(mtbi.BehaviorsOptions)] == before
+
+
+def test_a_word_that_only_looks_like_a_switch_is_taken():
+    assert parse_options(train.TrainOptions, ["a_force=1"], "train", "").run == "a_force=1"
+    assert parse_options(train.TrainOptions, ["xxforce=1"], "train", "").run == "xxforce=1"
+
+
+def test_an_empty_text_is_right_where_it_is_the_default():
+    words = ["run", "a.wav", "Who?", "--system", ""]
+    assert parse_options(mtbi.GenerateOptions, words, "generate", "").system == ""
+
+
 SEES_WHAT_TORCH_READS = """
 import os, sys
 
