@@ -19,6 +19,7 @@ from support.processes import DEVICE
 
 MOST = 4  # processes at once, if nothing else is said: each wants 1.4 GB of memory
 GLANCE = 0.5  # seconds between two looks at what a process says
+CLEAR_LINE = "\x1b[K"  # tells a terminal to forget what stands from here to the end of the line
 
 
 class Failed(Exception):
@@ -56,7 +57,7 @@ class Jobs:
             return [function(item) for item in items]
         self.threads = max(1, torch.get_num_threads() // at_once)
         self.lines = [None for _ in range(at_once)]
-        bar = tqdm(desc=what, total=len(items), unit="job")
+        bar = tqdm(desc=what, total=len(items), unit="job", dynamic_ncols=True)
         try:
             with sigterm_as_ctrl_c(), ThreadPoolExecutor(at_once) as pool, bar:
                 futures = [pool.submit(function, item) for item in items]
@@ -165,7 +166,11 @@ class Jobs:
             place = self.lines.index(None) if None in self.lines else len(self.lines)
             self.lines[place : place + 1] = [process]
         line = tqdm(
-            bar_format="{desc}", position=place + 1, leave=False, disable=not sys.stderr.isatty()
+            bar_format=CLEAR_LINE + "{desc}",
+            position=place + 1,
+            leave=False,
+            dynamic_ncols=True,  # cut where the terminal ends now, or it would fill two lines
+            disable=not sys.stderr.isatty(),
         )
         with line:
             while True:
@@ -173,7 +178,7 @@ class Jobs:
                     code = process.wait(GLANCE)
                     break
                 except subprocess.TimeoutExpired:
-                    line.set_description_str(last_line(output)[-110:])
+                    line.set_description_str(last_line(output)[:110])
         with self.lock:
             self.lines[place] = None
         return code

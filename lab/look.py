@@ -5,11 +5,13 @@ For the reader: what `Examples.batch` gives, and what `SpeechLLM.embed` makes of
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 from data import Examples, Recipe, Response, Speech, open_run, positions_of, read_behaviors
+from lab.programs import run_program
 from model import SpeechLLM, encode_all
 from support.files import UserError, explained
-from support.options import Count, RunFolder, parse_options
+from support.options import Between, Count, RunFolder
 from support.runs import read_config
 
 
@@ -19,20 +21,25 @@ class LookOptions:
     """a run folder with a trained recipe"""
     recipe: str = "mtbi"
     """the recipe whose batch it is"""
-    step: Count = 1
-    """which step of its training"""
+    step: Annotated[int, Between(0, 2**20)] | None = None
+    """which step of its training, counted from 0; default: the one half-way"""
     show: Count = 4
-    """how many of the batch's conversations are printed"""
+    """how many of the batch's conversations are printed: the one of most parts (where the recipe
+    interleaves, that is an interleaved one), then the others in order"""
 
 
 def look(options):
-    """Print some conversations of one batch as parts, and the shapes that embed gives."""
+    """One batch of a training: some of its conversations as parts, and the shapes embed gives."""
     run = open_run(options.run)
     folder = run.folder / options.recipe
     kinds = {"steps": int, "batch_size": int, "accumulate": int, "seed": int}
     trained, content, _ = read_config(folder, "train", **kinds)
     with explained(f"{folder / 'config.json'}: its recipe is none", TypeError):
         recipe = Recipe(about="", **content["recipe"])
+    steps = trained["steps"]
+    step = steps // 2 if options.step is None else options.step
+    if step >= steps:
+        raise UserError(f"--step {step}: the {steps} steps of {folder} are 0 to {steps - 1}")
     model = SpeechLLM.from_pretrained(folder)
     utterances = [u for u in run.utterances if u.split == "train"]
     examples = Examples(
@@ -42,15 +49,18 @@ def look(options):
         encode_all(model.encoder, utterances, run.data / "features"),
         recipe,
         k=model.connector.k,
-        steps=trained["steps"],
+        steps=steps,
         batch_size=trained["batch_size"],
         accumulate=trained["accumulate"],
         seed=trained["seed"],
     )
-    batch = [example.parts for example in examples.batch(options.step)]
-    for parts in batch[: options.show]:
-        print()
-        for part in parts:
+    batch = [example.parts for example in examples.batch(step)]
+    print(f"\nstep {step} of {steps}, counted from 0: a micro-batch of {len(batch)} conversations")
+    most_parts = max(range(len(batch)), key=lambda i: len(batch[i]))
+    others = [i for i in range(len(batch)) if i != most_parts]
+    for i in [most_parts, *others][: options.show]:
+        print(f"\nconversation {i}" + (", the one of most parts" if i == most_parts else ""))
+        for part in batch[i]:
             print(describe_part(part, model))
     embeds, mask, labels = model.embed(batch)
     used, answered = int(mask.sum()), int((labels >= 0).sum())
@@ -67,8 +77,4 @@ def describe_part(part, model):
 
 
 if __name__ == "__main__":
-    try:
-        look(parse_options(LookOptions, sys.argv[1:], "python -m lab.look", look.__doc__))
-    except UserError as error:
-        print(f"look: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program("look", LookOptions, look))

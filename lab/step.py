@@ -34,15 +34,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from data import Example, Recipe, Response, Speech, Text
 from lab.memory import GB, LiveBytes, estimate
 from lab.model_shapes import find_config
+from lab.programs import run_program
 from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, connector_class
 from model import embedding_rms
 from support.files import UserError, ceil_div, write_json
 from support.hub import TINY
-from support.options import Count, Size, parse_options
+from support.options import Count, Size
 from support.processes import DEVICE
 from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, update
-
-# bitsandbytes warns of an optional kernel package
 
 FRAME_RATE = 50.0  # encoder frames a second, of Whisper
 PADDED_MEL_FRAMES = 3000  # 30 s, as Whisper pads
@@ -490,19 +489,16 @@ def show_steps(result):
         )
 
 
-def main():
-    """Run the benchmark; what a user can mend is said in one line, with exit code 2."""
-    about = __doc__.splitlines()[0]
-    try:
-        options = parse_options(StepOptions, sys.argv[1:], "python -m lab.step", about)
-        result = compare_steps(options)
-    except UserError as error:
-        print(f"step: {error}", file=sys.stderr)
-        return 2
+def time_a_step(options):
+    """Time a training step on random weights of a real size, beside a plain baseline."""
+    result = compare_steps(options)
     show_steps(result)
     if options.out:
         write_json(options.out, result)
-    return 0
+
+
+def main():
+    return run_program("step", StepOptions, time_a_step)
 
 
 if __name__ == "__main__":

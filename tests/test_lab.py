@@ -1,8 +1,11 @@
 """Statistics, claims and verdicts, several commands at once, `compare`, `plan`, `info`."""
 
+import io
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -21,10 +24,11 @@ from eval import DIALOGUES, QUADRANTS
 from lab.claims import BAR, CLAIMS, CURVE, RULE, Claim, Results, above, all_differences, decide
 from lab.compare import CompareOptions, OneRun, RunAll, runs_of, score_rows, with_curve
 from lab.compare_report import bar_table, curve_points
-from lab.jobs import Jobs, last_line, lines_without_bars
+from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
 from lab.look import LookOptions, look
 from lab.memory import estimate, weight_bytes
 from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
+from lab.programs import run_program
 from lab.report import draw_samples, percent
 from lab.statistics import MEASURES, TASK, over_runs, over_utterances, rows_of, task_metrics
 from model import PRECISIONS, Connector, SpeechLLM, load_llm
@@ -324,6 +328,20 @@ def test_ctrl_c_ends_what_runs_and_begins_nothing_more():
         jobs.each("ten things", work, list(range(10)))
     assert len(begun) < 10
     assert not jobs.threads
+
+
+def test_what_a_job_says_is_cut_to_its_line_and_clears_what_stood_there(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("lab.jobs.GLANCE", 0.05)
+    output = tmp_path / "output.txt"
+    output.write_text("word " * 50, encoding="utf-8")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    assert Jobs(2, run_command, tiny=True).watch(process, output) == 0
+    shown = terminal.getvalue().split("\r")
+    assert any(line.startswith(CLEAR_LINE + "word word") for line in shown)
+    assert max(len(line) for line in shown) < 130
 
 
 def test_of_what_a_process_said_the_last_line_and_all_but_the_bars_are_shown(tmp_path):
@@ -714,6 +732,21 @@ def test_a_look_at_a_batch_shows_its_parts_and_what_embed_makes_of_them(trained_
     for words in ("Text", "Speech", "Response", "speech tokens", "embed: embeddings (8, "):
         assert words in said
     assert said.count("Response") == 2
+
+
+def test_a_look_is_half_way_and_begins_with_an_interleaved_conversation(trained_world, capsys):
+    look(LookOptions(str(trained_world / "run"), show=1))
+    said = capsys.readouterr().out
+    kinds = [line.split()[0] for line in said.splitlines() if line.startswith("  ")]
+    assert "step 1 of 2, counted from 0" in said
+    assert len(kinds) > len(["Text", "Speech", "Text", "Response"])
+    assert set(kinds) == {"Text", "Speech", "Response"}
+
+
+def test_a_look_beyond_the_training_is_refused_in_one_line(trained_world, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["look", str(trained_world / "run"), "--step", "2"])
+    assert run_program("look", LookOptions, look) == 2
+    assert "are 0 to 1" in capsys.readouterr().err
 
 
 # ---- info ----

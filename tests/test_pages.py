@@ -81,6 +81,15 @@ def test_the_readme_asks_a_trained_model_in_three_lines_of_python():
     assert "SpeechLLM.from_pretrained" in snippet
 
 
+def test_the_readme_names_the_papers_by_their_full_titles():
+    papers = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    titles = re.findall(r"^\*([^*]+)\*, arXiv", papers, re.M)
+    assert len(titles) == 4
+    for title in titles:
+        assert f"*{' '.join(title.split())}*" in readme
+
+
 def test_each_extension_takes_at_most_twenty_lines():
     for snippet in blocks_of(ROOT / "docs" / "extend.md", "python"):
         assert len([line for line in snippet.splitlines() if line]) <= 20
@@ -113,7 +122,7 @@ def command_lines(page):
 def options_of(words):
     """(dataclass of the options, the words after the command) of a command line of ours."""
     if words[:1] == ["-m"]:
-        return PROGRAMS.get(words[1]), words[2:]
+        return PROGRAMS[words[1]], words[2:]
     if words[0] in ("train.py", "eval.py"):
         return COMMANDS[{"train.py": "train", "eval.py": "bench"}[words[0]]][0], words[1:]
     if words[0] == "mtbi.py" and words[1:2] not in ([], ["COMMAND"]):
