@@ -221,7 +221,7 @@ def load_tasks(path):
     """{name: Task} of a tasks.toml; UserError names the table that is wrong."""
     try:
         table = tomllib.loads("\n".join(read_lines(path)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a task table ({error})") from None
     tasks = {}
     for name, entry in table.items():

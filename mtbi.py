@@ -16,6 +16,7 @@
 `python mtbi.py COMMAND --help` explains every option of a command.
 """
 
+import gc
 import inspect
 import os
 import random
@@ -25,6 +26,8 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
+
+gc.disable()  # a second less: a million objects of libraries are made, and none is garbage
 
 import support  # noqa: F401  first: torch reads what it sets
 import transformers
@@ -50,6 +53,9 @@ from support.options import Between, Count, DataFolder, RunFolder, Seed, called,
 from support.processes import MAIN, WORLD
 from support.runs import alone, begin, finish, is_done, settings_of, trained_recipes
 from train import TrainOptions, train_recipe
+
+gc.freeze()
+gc.enable()
 
 # ---- recipes: what makes one paper's system differ from another's ----
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from support.files import HALF_WRITTEN, UserError, fingerprint, fingerprint_of_file
-from support.files import read_json, write_json, writing
+from support.files import read_json, read_json_if_whole, write_json, writing
 from support.processes import MAIN, wait
 
 CHOOSE_ANOTHER = "choose another folder, or --force to redo it"
@@ -67,13 +67,12 @@ def refuse_foreign(folder, command, makes, config="config.json"):
     path = folder / config
     own = []
     if path.exists() or path.is_symlink():
-        try:
-            old = read_json(path, "command", "makes")
-        except UserError:
+        old = read_json_if_whole(path, "command", "makes")
+        if not old or not has(old, {"command": str, "makes": list}):
             raise UserError(
                 f"{path}: is damaged, edited, or not made by this program (or by an earlier "
                 "version of it), so nothing here is overwritten; choose another folder"
-            ) from None
+            )
         if old["command"] != command:
             raise UserError(f"{folder}: was made by `{old['command']}`; choose another folder")
         own = old["makes"]

@@ -84,7 +84,7 @@ def test_the_readme_asks_a_trained_model_in_three_lines_of_python():
 def test_the_readme_names_the_papers_by_their_full_titles():
     papers = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    titles = re.findall(r"^\*([^*]+)\*, arXiv", papers, re.M)
+    titles = re.findall(r"^\*([^*]+)\*,\s+arXiv", papers, re.M)
     assert len(titles) == 4
     for title in titles:
         assert f"*{' '.join(title.split())}*" in readme

@@ -439,6 +439,13 @@ def test_a_config_without_what_others_ask_for_is_refused(tmp_path, command):
         read_config(tmp_path, command)
 
 
+@pytest.mark.parametrize("makes", [0, None, {}, "result.txt"])
+def test_a_list_of_own_files_that_is_none_makes_no_file_ones_own(tmp_path, makes):
+    write_json(tmp_path / "config.json", {"command": "try", "makes": makes, "done": True})
+    with pytest.raises(UserError, match="config.json: is damaged"):
+        done(tmp_path, Options("x", force=True), {})
+
+
 @pytest.mark.parametrize("content", ["{half", "[]", "{}", '{"settings": {}, "done": true}'])
 def test_a_damaged_or_foreign_config_is_refused_even_by_force(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

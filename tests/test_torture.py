@@ -1,0 +1,15 @@
+"""A short attack, with fixed seeds; see tests/torture.py.
+
+What once fell short is kept by name beside what it is about: in test_data.py, test_corpora.py,
+test_support.py and test_train.py.
+"""
+
+from programs import program
+
+SHORT = 300  # cases
+
+
+def test_a_short_attack_finds_nothing():
+    done = program(["tests/torture.py", "--cases", SHORT, "--seed", 7, "--jobs", 1])
+    assert done.returncode == 0, done.said
+    assert f"| all | {SHORT} | {SHORT} |" in done.said
