@@ -196,7 +196,8 @@ def content_names(utterances, folder):
         if whole and before[:2] == stamp:
             names[u.id] = before[2]
         else:
-            names[u.id] = hashlib.sha256(u.audio.read_bytes()).hexdigest()[:24]
+            with open(u.audio, "rb") as content:  # in pieces: it may be larger than the memory
+                names[u.id] = hashlib.file_digest(content, "sha256").hexdigest()[:24]
         found[u.id] = [*stamp, names[u.id]]
     if ours and any(known.get(i) != row for i, row in found.items()):
         try:

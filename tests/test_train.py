@@ -656,6 +656,42 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_stays_the_same(
     assert "out of memory" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("when", [1, 2, 4])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_at_any_call_gives_the_same_weights(
+    fresh, examples, tmp_path, monkeypatch, when, where
+):
+    monkeypatch.setattr(model_module, "DROPOUT", 0.0)  # which is drawn for each micro-batch
+    examples.steps, calls = 4, []
+    whole = weights(train(fresh(), examples, tmp_path / "whole", lr=1e-4))
+    owner = SpeechLLM if where == "forward" else torch.Tensor
+    real = getattr(owner, where)
+
+    def once_too_much(*args, **options):
+        calls.append(where)
+        if len(calls) == when:
+            out_of_memory()
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, where, once_too_much)
+    halved = weights(train(fresh(), examples, tmp_path / "halved", lr=1e-4))
+    assert len(calls) > 4
+    for name in whole:
+        torch.testing.assert_close(halved[name], whole[name], rtol=0, atol=1e-5)
+
+
+def test_a_clip_of_a_tenth_of_a_second_and_one_of_30_s_share_a_batch(model, encoder):
+    rows = []
+    for seconds in (0.1, 30.0):
+        frames = torch.randn(max(1, round(seconds * encoder.frame_rate)), encoder.width).half()
+        answer = response_tokens(model.tokenizer, "the farmer").ids
+        rows.append(chat_parts(model.tokenizer, ask("Who did it?"), [[Speech(frames)]], answer))
+    with torch.no_grad():
+        together, alone = model(rows), sum(model([row]) for row in rows)
+    assert torch.isfinite(together)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_when_not_even_one_utterance_fits_it_says_what_to_do(
     model, examples, tmp_path, monkeypatch
 ):
