@@ -6,7 +6,7 @@ test_support.py and test_train.py.
 
 from programs import program
 
-SHORT = 300  # cases
+SHORT = 99  # cases: about a minute
 
 
 def test_a_short_attack_finds_nothing():

@@ -198,10 +198,13 @@ def begin(case, folder):
     if child:
         os.close(say)
         return child, hear
+    code = 99
     try:
         os.chdir(folder)
         os.dup2(say, 1)
         os.dup2(say, 2)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # as Python has it
         used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, used + MEMORY))
         if case.setup:
@@ -213,7 +216,6 @@ def begin(case, folder):
         import traceback
 
         traceback.print_exc()
-        code = 99
     finally:
         leave(code)
 
@@ -350,10 +352,10 @@ def damaged(attack, rng, folder):
     about = f"{kind}: {name}; {command}"
     if name.startswith("run/bench/") or name in ("run/report.json", "run/answers.csv"):
         return Case(COMMANDS["bench"], about, SLOW, makes="bench")
-    for command, recipe in (("train", "mtbi"), ("train-adapter", "vtb")):
+    for training, recipe in (("train", "mtbi"), ("train-adapter", "vtb")):
         if name.startswith(f"run/{recipe}/state/"):  # it goes on from there
             (folder / "run" / recipe / "connector.safetensors").unlink()
-            return Case(COMMANDS[command], about, SLOW, makes=command)
+            return Case(COMMANDS[training], about, SLOW, makes=training)
     if name.startswith("data/features/"):
         without(folder, "train-adapter")
         return Case(COMMANDS["train-adapter"], about, SLOW, makes="train-adapter")
