@@ -831,6 +831,14 @@ def test_random_spans_have_the_share_and_the_length_they_are_asked_for():
     assert sum(flags) / runs == pytest.approx(2.0, abs=0.05)
 
 
+@pytest.mark.parametrize("share, length", [(0.1, 2.0), (0.66, 2.0), (0.8, 4.0), (0.9, 9.0)])
+def test_a_large_share_of_text_is_met_by_longer_spans(share, length):
+    flags = random_spans(random.Random(0), 200_000, share, 2.0)
+    runs = sum(flag and not before for before, flag in zip([False, *flags], flags))
+    assert sum(flags) / len(flags) == pytest.approx(share, abs=0.02)
+    assert sum(flags) / runs == pytest.approx(length, rel=0.05)
+
+
 # ---- examples ----
 
 
