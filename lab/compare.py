@@ -133,12 +133,12 @@ def compare_runs(options, run_command, names, runs):
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
     tiny = {options.llm, options.encoder, options.asr or "tiny"} == {"tiny"}
     jobs = Jobs(options.jobs, run_command, tiny)
-    sittings = read_json_if_whole(out / "sittings.json", "seconds") or {"seconds": []}
+    sittings = earlier_sittings(out / "sittings.json")
     try:
         measured = run_all(runs, options, names, jobs)
     finally:  # however it ends, this was time spent
-        sittings["seconds"].append(round(time.perf_counter() - start))
-        write_json(out / "sittings.json", sittings)
+        sittings.append(round(time.perf_counter() - start))
+        write_json(out / "sittings.json", {"seconds": sittings})
 
     measured = {run: systems for run, systems in measured.items() if systems}
     if not measured:
@@ -153,7 +153,7 @@ def compare_runs(options, run_command, names, runs):
         "recipes": names,
         "failures": jobs.failures,
         "jobs_at_once": jobs.at_once,
-        "wall_seconds_by_sitting": sittings["seconds"],
+        "wall_seconds_by_sitting": sittings,
         "training_seconds": round(training),
         "bench_seconds": round(bench_seconds(reports)),
         **where_it_ran(),
@@ -161,6 +161,12 @@ def compare_runs(options, run_command, names, runs):
     write_comparison(out, report)
     print(f"\n{claims_table(report)}\n")
     print(f"report: {out / 'report.md'}; {time.perf_counter() - start:.0f} s in this sitting")
+
+
+def earlier_sittings(path):
+    """The seconds of each earlier call of this comparison; of a damaged file, none."""
+    seconds = (read_json_if_whole(path, "seconds") or {}).get("seconds")
+    return seconds if isinstance(seconds, list) else []
 
 
 # ---- run ----

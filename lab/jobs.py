@@ -112,12 +112,14 @@ class Jobs:
             if is_output(why):
                 why.unlink()
             return True
-        except Exception as error:  # whatever it is, the others are to go on
+        except WriteError:  # a full disk stops the others, too
+            raise
+        except Exception as error:  # whatever else it is, the others are to go on
             if isinstance(error, Failed):
                 said, whole = str(error), error.output
             else:
                 said, whole = " ".join(str(error).split()), traceback.format_exc()
-                if not isinstance(error, (UserError, WriteError)):
+                if not isinstance(error, UserError):
                     said = f"{type(error).__name__}: {said}"
             self.failures[key] = said
             tqdm.write(f"FAILED: {key}: {said}")
