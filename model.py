@@ -8,6 +8,7 @@ Shapes, in the whole file:
 """
 
 import math
+import sys
 from contextlib import nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -573,6 +574,9 @@ class SpeechLLM(nn.Module):
         self.lora = lora
         self.checkpointed = []
         self.eot = end_of_turn(tokenizer)
+        # the most positions it was trained to read; an LLM without such a limit does not say
+        text = llm.config.get_text_config()
+        self.context = getattr(text, "max_position_embeddings", None) or sys.maxsize
 
         # an answer is over where the chat template, the tokenizer or the checkpoint ends it
         ends = llm.generation_config.eos_token_id
@@ -644,6 +648,7 @@ class SpeechLLM(nn.Module):
 
         # Padding on the left; masks and labels go by position, never by token id.
         length = max(len(row) for row in rows)
+        self.check_context(length)
         embeds, mask, labels = [], [], []
         for row, parts in zip(rows, batch):
             missing = length - len(row)
@@ -653,6 +658,14 @@ class SpeechLLM(nn.Module):
             labels.append([IGNORE] * (length - len(answer)) + answer)
         mask, labels = torch.tensor(mask, device=DEVICE), torch.tensor(labels, device=DEVICE)
         return torch.stack(embeds), mask, labels  # (B, L, D), (B, L), (B, L)
+
+    def check_context(self, length):
+        """UserError if so many positions are more than the LLM can read."""
+        if length > self.context:
+            raise UserError(
+                f"a conversation of {length} positions is longer than this LLM's context of "
+                f"{self.context}; shorter prompts, transcripts, recordings or answers fit"
+            )
 
     def logits(self, batch):
         """(logits (R, V) that predict the R response tokens of the batch, those tokens (R)).
@@ -693,13 +706,18 @@ class SpeechLLM(nn.Module):
 
     @torch.no_grad()
     def generate_rows(self, batch, max_new_tokens=64):
-        """Greedy answers to open conversations: parts -> [(text, did it end by itself)]."""
+        """Greedy answers to open conversations: parts -> [(text, did it end by itself)].
+
+        An answer ends at the latest where the LLM's context does.
+        """
         embeds, mask, _ = self.embed(batch)
+        length = embeds.shape[1]
+        self.check_context(length + 1)
         # `generate` counts positions from the mask by itself, as `logits` does
         rows = self.llm.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, self.context - length),
             do_sample=False,
             eos_token_id=self.ends,
             pad_token_id=self.eot,

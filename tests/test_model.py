@@ -452,6 +452,35 @@ def test_the_real_tokenizers_on_small_random_models(name, family, encoder, tmp_p
     assert model.tokenizer.convert_ids_to_tokens(model.eot) == "<|im_end|>"
 
 
+def test_an_answer_ends_where_the_context_of_the_llm_ends(llm, monkeypatch):
+    model = SpeechLLM(*llm)
+    context = llm[0].config.max_position_embeddings
+    monkeypatch.setattr(model, "ends", [-1])  # nothing else ends it
+    question = chat_parts(model.tokenizer, ask("Repeat this."), [[]])
+    left = context - sum(len(part.ids) for part in question)
+    real, lengths = llm[0].generate, []
+
+    def generate(**options):
+        options["min_new_tokens"] = options["max_new_tokens"]
+        answers = real(**options)
+        lengths.append(answers.shape[1])
+        return answers
+
+    monkeypatch.setattr(llm[0], "generate", generate)
+    model.generate([question], max_new_tokens=10 * context)
+    assert lengths == [left]
+
+
+def test_a_conversation_longer_than_the_context_of_the_llm_is_refused(llm):
+    model = SpeechLLM(*llm)
+    long = chat_parts(model.tokenizer, ask("Repeat this. " * 300), [[]])
+    with pytest.raises(UserError, match="longer than this LLM's context of 512"):
+        model.generate([long])
+    answered = chat_parts(model.tokenizer, ask("Repeat this."), [[]], [5] * 600)
+    with pytest.raises(UserError, match="longer than this LLM's context of 512"):
+        model([answered])
+
+
 def test_an_answer_cut_off_in_the_middle_of_a_character_loses_that_half(llm, monkeypatch):
     from transformers import AutoTokenizer
 
@@ -460,7 +489,7 @@ def test_an_answer_cut_off_in_the_middle_of_a_character_loses_that_half(llm, mon
     ok, *hedgehog = model.tokenizer("ok 🦔")["input_ids"]
     ended = [ok, model.eot, *[0 for _ in hedgehog]][: len(hedgehog)]
     answers = torch.tensor([[ok, *hedgehog[:-1]], ended])
-    monkeypatch.setattr(model, "embed", lambda batch: (None, None, None))
+    monkeypatch.setattr(model, "embed", lambda batch: (torch.zeros(2, 1, 1), None, None))
     monkeypatch.setattr(model.llm, "generate", lambda **options: answers)
     assert model.generate_rows([[], []]) == [("ok", False), ("ok", True)]
 

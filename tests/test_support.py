@@ -716,6 +716,35 @@ def test_frames_on_disk_are_mapped_not_read(tmp_path):
     assert resident() - before < 25e6
 
 
+MEMORY_OF_ALL_STAGES = """
+import sys
+from pathlib import Path
+from mtbi import main
+n, folder = sys.argv[1:]
+sizes = ["--per-utterance", "1", "--max-new-tokens", "8", "--batch-size", "8"]
+for words in (
+    ["prepare", "tiny", "--out", f"{folder}/data", "--train", n, "--test", "5"],
+    ["encode", f"{folder}/data"],
+    ["behaviors", f"{folder}/data", "--out", folder, "--tasks", "tests/few_tasks.toml", *sizes],
+    ["train", folder, "--recipe", "mtbi", "--steps", "4", "--batch-size", "8", "--hidden", "16"],
+):
+    assert main(words) == 0
+status = Path("/proc/self/status").read_text()
+print("peak", status.split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured as Linux tells it")
+def test_ten_times_the_speech_takes_no_more_memory(tmp_path):
+    peaks = []
+    for n in (40, 400):
+        (tmp_path / str(n)).mkdir()
+        done = python(MEMORY_OF_ALL_STAGES, n, tmp_path / str(n))
+        assert done.returncode == 0, done.said
+        peaks.append(int(done.said.split("peak")[-1]))
+    assert peaks[1] < 1.1 * peaks[0]
+
+
 def test_a_disk_without_room_is_noticed_before_the_work(
     encoder, copies, heard, tmp_path, monkeypatch, capsys
 ):

@@ -10,7 +10,7 @@ SHORT = 300  # cases: about a minute where nothing else runs
 
 
 def test_a_short_attack_finds_nothing():
-    attack = ["tests/torture.py", "--cases", SHORT, "--seed", 7, "--jobs", 1, "--seconds", 60]
+    attack = ["tests/torture.py", "--cases", SHORT, "--seed", 7, "--seconds", 60]
     done = program(attack)
     assert done.returncode == 0, done.said
     assert f"| all | {SHORT} | {SHORT} |" in done.said

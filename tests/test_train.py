@@ -562,6 +562,53 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_changes_nothing
         json.loads(line, parse_constant=no_json)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["features", "gradient"])
+def test_a_number_that_is_none_in_features_or_gradients_costs_its_step_alone(
+    model, examples, tmp_path, monkeypatch, where, number
+):
+    real, seen = SpeechLLM.forward, []
+
+    def forward(self, batch, teacher=None, loss="ce"):
+        seen.append(weights(self))
+        if len(seen) == 3 and where == "features":
+            spoken = next(part for row in batch for part in row if isinstance(part, Speech))
+            spoken.frames = spoken.frames * number
+        found = real(self, batch, teacher, loss)
+        if len(seen) == 3 and where == "gradient":
+            found.register_hook(lambda gradient: gradient * number)
+        return found
+
+    monkeypatch.setattr(SpeechLLM, "forward", forward)
+    examples.steps = 5
+    train(model, examples, tmp_path, lr=1e-3)
+    assert are_equal(seen[2], seen[3])
+    assert not are_equal(seen[3], seen[4])
+    log = read_log(tmp_path / "log.jsonl")
+    assert ["skipped" in row for row in log] == [False, False, True, False, False]
+
+
+def test_after_a_spike_of_the_loss_the_weights_move_no_further_than_otherwise(
+    model, examples, tmp_path, monkeypatch
+):
+    real, seen = SpeechLLM.forward, []
+
+    def spikes(self, batch, teacher=None, loss="ce"):
+        seen.append(weights(self))
+        found = real(self, batch, teacher, loss)
+        return found * 1e6 if len(seen) == 3 else found
+
+    monkeypatch.setattr(SpeechLLM, "forward", spikes)
+    examples.steps = 5
+    train(model, examples, tmp_path, lr=1e-3)
+    log = read_log(tmp_path / "log.jsonl")
+    assert log[2]["loss"] > 1e5 * log[1]["loss"] and "skipped" not in log[2]
+    moved = []
+    for before, after in zip(seen, seen[1:]):
+        moved.append(max((after[name] - before[name]).abs().max() for name in before).item())
+    assert moved[2] < 2 * max(moved[:2])
+
+
 def times_all_weights(number):
     """A SpeechLLM.forward whose loss, and every gradient, is this number or none."""
 
