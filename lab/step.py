@@ -491,6 +491,8 @@ def show_steps(result):
 
 def time_a_step(options):
     """Time a training step on random weights of a real size, beside a plain baseline."""
+    if options.out and os.path.lexists(options.out):
+        raise UserError(f"{options.out}: is there already; name another --out")
     result = compare_steps(options)
     show_steps(result)
     if options.out:
