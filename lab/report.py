@@ -183,7 +183,9 @@ def earlier_report(bench):
     """The report of an earlier `bench` that was asked for the very same, or None."""
     path, answers = bench.folder / "report.json", bench.folder / "answers.csv"
     report = read_json_if_whole(path, *REPORT, instead="it is written anew")
-    if not report or report["meta"]["settings"] != as_json(bench.settings):
+    if not report or not can_be_shown(report):
+        return None
+    if report["meta"]["settings"] != as_json(bench.settings):
         return None
     for name in report["recipes"]:
         if not read_json_if_whole(bench.folder / "bench" / f"{name}.json", "fingerprint", "rows"):
@@ -192,6 +194,16 @@ def earlier_report(bench):
         print(f"{answers}: is not the table that was written there; it is written anew")
         return None
     return report
+
+
+def can_be_shown(report):
+    """Whether it holds all that report.md and a comparison take from it."""
+    try:
+        as_markdown(report)
+        sum(entry["bench_seconds"] for entry in report["recipes"].values())
+        return {"settings", "answers", "training"} <= set(report["meta"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return False
 
 
 # ---- tables ----

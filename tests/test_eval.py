@@ -21,7 +21,7 @@ from eval import attention_shares, behavior_gap, draw_cases, draw_dialogues, rep
 from eval import row_of, score, shares_of_parts
 from lab.statistics import read_answers
 from mtbi import main
-from support.files import read_json
+from support.files import read_json, write_json
 
 PLOTS = ("quadrants.png", "tasks.png", "attention.png", "loss.png")
 MADE = ("answers.csv", "report.json", "report.md", *PLOTS)
@@ -401,6 +401,16 @@ def test_a_damaged_record_is_measured_again_and_the_others_are_kept(own, capsys)
     again = read_json(own / "run" / "report.json")
     for name in SYSTEMS:
         assert again["recipes"][name]["quadrants"] == report["recipes"][name]["quadrants"]
+
+
+def test_a_report_in_which_something_is_missing_is_written_anew(own):
+    report = read_json(own / "run" / "report.json")
+    broken = read_json(own / "run" / "report.json")
+    broken["recipes"]["text"] = {}
+    write_json(own / "run" / "report.json", broken)
+    assert bench(own / "run") == 0
+    assert read_json(own / "run" / "report.json")["recipes"].keys() == report["recipes"].keys()
+    assert read_json(own / "run" / "report.json")["recipes"]["text"]
 
 
 def test_the_recipes_that_are_named_are_all_that_the_report_holds(own):
