@@ -20,7 +20,7 @@ import support  # noqa: F401  first: torch reads what it sets
 import numpy as np
 import torch
 
-from data import Run, Speech, Utterance, ask, chat_parts, dialogue, load_tasks, normalize
+from data import Run, Speech, Text, Utterance, ask, chat_parts, dialogue, load_tasks, normalize
 from data import open_run, positions_of, read_manifest, response_tokens, transcript_tokens
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import load_encoder, shared_llm
@@ -281,7 +281,9 @@ class Cascade(System):
     def parts(self, utterance):
         if utterance.id not in self.hypotheses:
             text = self.transcriber.transcribe(self.frames[utterance.id]) or "…"
-            self.hypotheses[utterance.id] = [transcript_tokens(self.model.tokenizer, text)]
+            heard = transcript_tokens(self.model.tokenizer, text)
+            # a head that writes at every frame must leave room for the rest of the conversation
+            self.hypotheses[utterance.id] = [Text(heard.ids[: self.model.context // 4])]
         return self.hypotheses[utterance.id]
 
 
