@@ -27,13 +27,13 @@ from model import load_encoder, shared_llm
 from support.answers import answer_all, keep_record
 from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
-from support.files import read_json, read_json_if_whole, write_json
+from support.files import read_json_if_whole, write_json
 from support.frames import fingerprint_of_audio
 from support.hub import named
 from support.options import Count, RunFolder, Seed
 from support.processes import first_process
 from support.runs import alone, begin, finish, fingerprint_of_training, recipes_to_bench
-from support.runs import refuse_foreign
+from support.runs import read_spec, refuse_foreign
 
 QUADRANTS = [
     "seen_task_seen_prompt",
@@ -297,7 +297,7 @@ class Trained(System):
 
     def load(self):
         folder = self.bench.run.folder / self.name
-        has_own_llm = read_json(folder / "model.json", "lora")["lora"] > 0  # with its adapter
+        has_own_llm = read_spec(folder)["lora"] > 0  # with its adapter
         self.model = SpeechLLM.from_pretrained(
             folder,
             None if has_own_llm else self.llm,

@@ -28,14 +28,14 @@ from data import SAMPLE_RATE, Response, Speech, ask, chat_parts, end_of_turn, lo
 from support.checks import check_messages
 from support.console import timed
 from support.files import UserError, ceil_div, explained, first_line
-from support.files import read_json, whole_file, write_json
+from support.files import whole_file, write_json
 from support.frames import keep_frames
 from support.hub import check_frames, check_tokenizer, check_vocabulary
 from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
 from support.hub import located, quantization, save_adapter
 from support.processes import DEVICE, first_process
-from support.runs import fingerprint_of_training
+from support.runs import fingerprint_of_training, read_spec
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IGNORE = -100  # label of a position without loss
@@ -795,9 +795,7 @@ class SpeechLLM(nn.Module):
         UserError if it was trained for another LLM or another encoder.
         """
         folder = Path(folder)
-        made_of = ("llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora")
-        made_for = ("llm_fingerprint", "encoder_fingerprint", "weights_fingerprint")
-        spec = read_json(folder / "model.json", *made_of, *made_for)
+        spec = read_spec(folder)
         again = "train again with --force"
         try:
             model = cls.build(spec, llm, encoder, precision=precision)

@@ -21,7 +21,7 @@ from lab.statistics import MEASURES, TASK, mean_or_none, read_answers, repeat_we
 from support.files import UserError, read_json, read_json_if_whole, write_json
 from support.logs import read_log
 from support.options import Between, Count, FramesAToken, command_words
-from support.runs import alone, begin, finish, is_done
+from support.runs import alone, begin, finish, is_done, read_spec
 
 
 @dataclass
@@ -384,7 +384,7 @@ def training_row(out, measured, system):
     folders = [out / run / system for run, systems in measured.items() if system in systems]
     logs = [read_log(folder / "log.jsonl") for folder in folders]
     audio = [sum(row["audio_seconds"] for row in log) for log in logs]
-    spec = read_json(folders[0] / "model.json", "trained_parameters")
+    spec = read_spec(folders[0])
     return {
         "system": system,
         "runs": len(logs),

@@ -4,7 +4,7 @@ from data import read_behaviors
 from lab.report import percent
 from support.files import UserError, read_json
 from support.logs import read_log
-from support.runs import read_config, recipe_folders
+from support.runs import read_config, read_spec, recipe_folders
 
 
 def describe_run(run, table):
@@ -53,7 +53,7 @@ def describe_recipe(folder, scored):
     options, content, done = read_config(folder, "train", **kinds)
     recipe, size = content.get("recipe", {}), ""
     if done:
-        spec = read_json(folder / "model.json", "k", "hidden")
+        spec = read_spec(folder)
         size = f" (k {spec['k']}, hidden {spec['hidden']})"
     lora = recipe.get("lora")
     adapter = f", LoRA of rank {lora}" if lora else ", LLM frozen"

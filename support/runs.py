@@ -159,6 +159,31 @@ def read_config(folder, command, **kinds):
     return options, content, bool(config["done"])
 
 
+SPEC = {  # what a trained recipe's model.json says
+    "llm": str,
+    "bits": int,
+    "encoder": str,
+    "pad_whisper": bool,
+    "connector": str,
+    "k": int,
+    "hidden": int,
+    "lora": int,
+    "llm_fingerprint": str,
+    "encoder_fingerprint": str,
+    "weights_fingerprint": str,
+    "trained_parameters": int,
+}
+
+
+def read_spec(folder):
+    """The model.json of a trained recipe; UserError if it is not what training writes there."""
+    path = Path(folder) / "model.json"
+    spec = read_json(path)
+    if not has(spec, SPEC):
+        raise UserError(f"{path}: is not what training writes there; train again with --force")
+    return spec
+
+
 def has(found, kinds):
     """Is it a dictionary with values of these types?"""
     if not isinstance(found, dict):

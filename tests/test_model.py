@@ -21,6 +21,7 @@ from model import HuggingFaceEncoder, embedding_rms, encode_all, fingerprint_of_
 from model import load_encoder, load_llm, shared_encoder
 from support.chat_template import render_chat
 from support.files import UserError, read_json, write_json
+from support.runs import read_spec
 from train import TrainOptions, connector_size
 
 PROMPT, TRANSCRIPT = "Translate this into German.", "the farmer sold three red apples"
@@ -693,6 +694,15 @@ def test_a_saved_model_answers_as_before_and_another_llm_is_refused(
     write_json(tmp_path / "model.json", {**saved, "llm_fingerprint": "0"})
     with pytest.raises(UserError, match="another LLM"):
         SpeechLLM.from_pretrained(tmp_path, llm, encoder)
+
+
+@pytest.mark.parametrize("name", ["trained_parameters", "lora", "k", "pad_whisper", "encoder"])
+def test_a_model_json_in_which_a_value_is_none_of_its_kind_is_refused(model, spec, tmp_path, name):
+    model.save(tmp_path, spec)
+    saved = read_json(tmp_path / "model.json")
+    write_json(tmp_path / "model.json", {**saved, name: []})
+    with pytest.raises(UserError, match="is not what training writes there"):
+        read_spec(tmp_path)
 
 
 def test_a_lora_adapter_trains_and_loads_while_the_quantized_weights_stay(
