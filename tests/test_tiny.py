@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data import ask, chat_parts, dialogue, held_out, load_tasks, transcript_tokens
 from model import SpeechLLM
 from tiny import speech, world
+from tiny.pretrain import refuse_others_files
 from tiny.pretrain_data import hesitate, tokenize
 
 TASKS = load_tasks(world.TASKS_TOML)
@@ -179,6 +180,15 @@ def test_pretraining_reads_the_prompt_just_as_the_product_writes_it(llm):
     assert ids[: len(prompt)] == prompt
     assert labels[: len(prompt)] == [-100] * len(prompt)
     assert tokenizer.decode([i for i in labels if i != -100]) == "the farmer<|im_end|>"
+
+
+def test_pretraining_writes_over_nobodys_folder(tmp_path):
+    (tmp_path / "llm").mkdir()
+    with pytest.raises(SystemExit, match="choose another --out"):
+        refuse_others_files(tmp_path, ("llm", "encoder"))
+    refuse_others_files(tmp_path, ("encoder",))
+    (tmp_path / "measured.json").write_text("{}")
+    refuse_others_files(tmp_path, ("llm", "encoder"))
 
 
 def test_the_llm_knows_what_was_said_before_but_takes_a_second_utterance_for_the_first(llm, rng):

@@ -194,6 +194,8 @@ def train_encoder(model, tokenizer, rows, seed, steps, lr, batch_size=16):
 
 def main():
     args = parse_arguments()
+    if not args.measure:
+        refuse_others_files(args.out, (args.only,) if args.only else ("llm", "encoder"))
     if not args.only and not args.measure and DEVICE == "cpu":
         sys.exit(build_side_by_side())
     print(f"device {DEVICE}, {torch.get_num_threads()} threads")
@@ -233,6 +235,14 @@ def parse_arguments():
         "--share", type=float, default=1.0, help="share of all steps to run, to try things"
     )
     return parser.parse_args()
+
+
+def refuse_others_files(out, names):
+    """Stop if a folder that would be written holds what an earlier run of this did not make."""
+    ours = out == HERE or (out / "measured.json").exists()
+    for name in names:
+        if (out / name).exists() and not ours:
+            sys.exit(f"{out / name}: is there already, and not made by this; choose another --out")
 
 
 def build_side_by_side():
