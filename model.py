@@ -35,6 +35,8 @@ from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
 from support.hub import located, quantization, save_adapter
 from support.processes import DEVICE, first_process
+from support.recognizer import encoder_behind, fingerprint_of_recognizer, is_recognizer
+from support.recognizer import open_recognizer
 from support.runs import fingerprint_of_training, read_spec
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -67,6 +69,7 @@ class SpeechEncoder(Protocol):
 class CTCEncoder(SpeechEncoder, Protocol):
     """What the cascade and `word-times` ask of an encoder beside."""
 
+    ctc_fingerprint: str  # names what determines the transcripts
     ctc_tokenizer: object  # of the head's vocabulary, with a pad token, which is the blank
     ctc_delay: float  # seconds from when a letter was said to when the head names it; 0: not known
 
@@ -89,6 +92,9 @@ def load_encoder(name, pad_whisper=False):
 def shared_encoder(name, pad_whisper):
     if name in ENCODERS:
         return ENCODERS[name]()
+    if is_recognizer(name):  # its encoder, with a head of our own
+        spec = encoder_behind(name)
+        return open_recognizer(name, load_encoder(spec["encoder"], spec["pad_whisper"]))
     return HuggingFaceEncoder(name, pad_whisper)
 
 
@@ -96,6 +102,8 @@ def fingerprint_of_encoder(name):
     """Names the weights of an encoder, without loading them where they are a checkpoint."""
     if name in ENCODERS:
         return load_encoder(name).fingerprint
+    if is_recognizer(name):
+        return fingerprint_of_recognizer(name, encoder_behind(name)["encoder_fingerprint"])
     return fingerprint_of_weights(name, "encoder")
 
 
@@ -199,6 +207,10 @@ class HuggingFaceEncoder(nn.Module):
     def ctc_delay(self):
         """As measured on espeak-ng's own word times and recorded in the tiny encoder's config."""
         return getattr(self.config, "ctc_delay", 0.0)
+
+    @property
+    def ctc_fingerprint(self):
+        return self.fingerprint  # the head comes with the weights
 
     @torch.no_grad()
     def ctc(self, frames):

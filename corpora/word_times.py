@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from corpora.recognizing import RecognizerOptions, train_recognizer
 from data import SAMPLE_RATE, load_audio, read_manifest
 from model import load_encoder
 from support.console import one_thread, progress_bar, timed
@@ -24,6 +25,7 @@ from support.runs import alone
 # Mean probability of the letters aligned; the tiny encoder gives unheard espeak-ng voices 0.9 and
 # more, human ones 0.5 and less.
 UNDERSTOOD = 0.75
+PAUSE = 0.05  # seconds
 
 
 @dataclass
@@ -35,6 +37,9 @@ class WordTimesOptions:
     elsewhere NAME-aligned.jsonl beside it"""
     asr: str = "tiny"
     """the CTC model: `tiny`, a local folder, or a Hugging Face name"""
+    encoder: str | None = None
+    """of a data folder: first train a recognizer for it on this speech encoder (DATA/recognizer),
+    and align with that"""
     force: bool = False
     """do it again, also for rows that have word times (default: those are kept)"""
 
@@ -49,6 +54,14 @@ def add_word_times(options):
     """
     manifest, out = where_to_read_and_write(options)
     in_place = out.resolve() == manifest.resolve()
+    asr = options.asr
+    if options.encoder:
+        if not is_made_by_prepare(manifest):
+            raise UserError(
+                f"--encoder: {manifest} is in no data folder; make one with `prepare` first"
+            )
+        own = RecognizerOptions(str(manifest.parent), options.encoder)
+        asr = str(train_recognizer(own))
     with alone(manifest.parent) if in_place else nullcontext():
         utterances = read_manifest(manifest)
         todo = [u for u in utterances if options.force or not u.words]
@@ -58,7 +71,7 @@ def add_word_times(options):
                 "makes them anew"
             )
             return
-        encoder = load_ctc_model(options.asr)
+        encoder = load_ctc_model(asr)
         with timed(f"word times of {len(todo)} utterances"), one_thread():
             sure, failed = align_all(encoder, todo)
         if in_place:
@@ -144,7 +157,8 @@ def align_all(encoder, utterances):
         samples = load_audio(u.audio, u.duration)
         u.duration = len(samples) / SAMPLE_RATE
         try:
-            u.words, score = word_times(encoder, encoder(samples, u.audio), u.text, u.duration)
+            frames = encoder(samples, u.audio)
+            u.words, score = word_times(encoder, frames, u.text, u.duration, pauses_in(samples))
             sure.append(score)
         except UserError as error:
             failed.append(f"{u.audio}: {error}")
@@ -173,10 +187,11 @@ def tell_word_times(out, utterances, sure, failed):
 # ---- one utterance ----
 
 
-def word_times(encoder, frames, text, duration):
+def word_times(encoder, frames, text, duration, pauses=()):
     """([[word, start_s, end_s], ...], mean probability of its characters) of one utterance.
 
-    frames: (T, D_encoder), which the encoder made of `duration` seconds of audio. Numbers and
+    frames: (T, D_encoder), which the encoder made of `duration` seconds of audio; pauses: as
+    pauses_in finds them in it. Numbers and
     letters the CTC vocabulary lacks are aligned with a token that stands for any sound. UserError
     if the transcript has nothing to align, or does not fit the audio.
     """
@@ -197,7 +212,7 @@ def word_times(encoder, frames, text, duration):
     times = times_of_words(spelled, spans, 0 if delimiter is None else 1, seconds_a_frame)
     fill_gaps(times, duration)
     times = said_earlier(times, encoder.ctc_delay)
-    meet_midway(times)
+    meet_midway(times, pauses)
 
     known = [span.score for span in spans if span.token != any_sound]
     score = float(np.mean(known)) if known else 0.0
@@ -309,9 +324,35 @@ def said_earlier(times, delay):
     return [[max(0.0, start - delay), max(0.0, end - delay)] for start, end in times]
 
 
-def meet_midway(times):
-    """Close the gaps: CTC peaks are short, so words are made to meet midway between them."""
+def meet_midway(times, pauses):
+    """Close the gaps: CTC peaks are short, so words are made to meet midway between them.
+
+    Where there is a pause between two words, they meet in the middle of the longest.
+    """
     for a, b in zip(times, times[1:]):
-        middle = (a[1] + b[0]) / 2
+        middle, longest = (a[1] + b[0]) / 2, 0.0
+        for start, end in pauses:
+            start, end = max(start, a[1]), min(end, b[0])
+            if end - start > longest:
+                middle, longest = (start + end) / 2, end - start
         a[1] = middle
         b[0] = middle
+
+
+def pauses_in(samples):
+    """[(start_s, end_s)] of the pauses: PAUSE seconds or more that are 40 dB below the loud parts.
+
+    samples: (n,) at SAMPLE_RATE. Loudness is the root mean square of 10 ms.
+    """
+    hop = SAMPLE_RATE // 100
+    n = len(samples) // hop
+    loudness = np.sqrt((samples[: n * hop].reshape(n, hop) ** 2).mean(1))  # (n,)
+    if not n:
+        return []
+    silent = loudness < 0.01 * np.percentile(loudness, 95)  # (n,)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], silent, [False]]).astype(int)))
+    pauses = []
+    for start, end in edges.reshape(-1, 2):  # where silence begins and ends
+        if end - start >= 100 * PAUSE:
+            pauses.append((start / 100, end / 100))
+    return pauses

@@ -12,8 +12,8 @@ from programs import one_line
 
 import corpora.prepare
 import mtbi
-from corpora.word_times import spell, word_times
-from data import SAMPLE_RATE, held_out, normalize, read_manifest
+from corpora.word_times import pauses_in, spell, word_times
+from data import SAMPLE_RATE, held_out, load_audio, normalize, read_manifest
 from model import HuggingFaceEncoder
 from support.files import UserError, read_json, read_jsonl, write_jsonl
 from support.runs import alone
@@ -278,6 +278,7 @@ def test_test_only_holds_out_every_row_of_any_corpus(tmp_path, capsys):
     assert "{'test': 12} (--test-only: every row is held out)" in said and "left out" not in said
     rendered = prepared(tmp_path / "tiny", "tiny", "--test", 3, "--test-only")
     assert len(rendered) == 3 and splits(rendered) == {"test"} and all(u.words for u in rendered)
+    assert {u.kind for u in rendered} <= {"sentence", "digits"}
     assert read_json(tmp_path / "tiny" / "data" / "config.json")["options"]["train"] == 0
 
 
@@ -457,7 +458,8 @@ def test_word_times_are_close_to_espeaks_own_on_unseen_voices(encoder, utterance
     errors = []
     for u in utterances:
         if u.split == "test":
-            words, _ = word_times(encoder, frames[u.id], u.text, u.duration)
+            pauses = pauses_in(load_audio(u.audio))
+            words, _ = word_times(encoder, frames[u.id], u.text, u.duration, pauses)
             errors += [abs(a[1] - b[1]) for a, b in zip(words[1:], u.words[1:])]
     print(f"mean error of {len(errors)} boundaries: {1000 * np.mean(errors):.0f} ms")
     assert np.mean(errors) <= 0.04
@@ -471,7 +473,8 @@ def test_a_number_gets_the_time_in_which_it_was_said(encoder, utterances, frames
             continue
         at, text = len(u.words) // 2, u.text.split()
         text[at] = "7"
-        words, _ = word_times(encoder, frames[u.id], " ".join(text), u.duration)
+        pauses = pauses_in(load_audio(u.audio))
+        words, _ = word_times(encoder, frames[u.id], " ".join(text), u.duration, pauses)
         assert [word for word, _, _ in words] == text
         errors += [abs(words[at][i] - u.words[at][i]) for i in (1, 2)]
     print(f"mean error of {len(errors)} such boundaries: {1000 * np.mean(errors):.0f} ms")
