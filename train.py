@@ -93,7 +93,9 @@ class TrainOptions:
     cache_features: Literal["disk", "ram", "off"] = "disk"
     """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use"""
     save_every: Count = 100
-    """steps between two saved states; the last two are kept"""
+    """steps between two saved states; the last two are kept,"""
+    keep_states: bool = False
+    """or all of them, so that `bench --step` can measure how the training went"""
 
     MAKES: ClassVar = TRAINED + ON_THE_WAY
     CHANGES_NOTHING: ClassVar = (
@@ -102,6 +104,7 @@ class TrainOptions:
         "gradient_checkpointing",
         "cache_features",
         "save_every",
+        "keep_states",
     )
 
 
@@ -145,6 +148,7 @@ def train_recipe(options, row):
                 folder,
                 lr=lr,
                 save_every=options.save_every,
+                keep=None if options.keep_states else 2,
                 made_with=fingerprint(settings_of(options, content)),
             )
         model.save(folder, spec)
@@ -475,13 +479,15 @@ def update(optimizer, parameters, loss, progress, clip):
 # ---- the loop ----
 
 
-def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, made_with=""):
+def train(
+    model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, keep=2, made_with=""
+):
     """Train what is trainable of `model` on `examples` for examples.steps steps.
 
-    It resumes from the newest state in folder/state. made_with: a fingerprint of the settings, so
-    that the state of another training is not taken for one of this. Writes folder/log.jsonl and,
-    every `save_every` steps and when it is interrupted, a state. UserError if there is no finite
-    gradient any more.
+    It resumes from the newest state in folder/state; keep: how many stay there, None: all.
+    made_with: a fingerprint of the settings, so that the state of another training is not taken for
+    one of this. Writes folder/log.jsonl and, every `save_every` steps and when it is interrupted, a
+    state. UserError if there is no finite gradient any more.
     """
     folder = Path(folder)
     steps = examples.steps
@@ -520,7 +526,7 @@ def train(model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, m
             stuck = progress.in_a_row == SKIPS_ALLOWED
             if progress.step % save_every == 0 or progress.step == steps or stop or stuck:
                 log.write()  # first: what it is ahead of the state is dropped on resuming
-                save_state(folder, parameters, optimizer, progress, made_with)
+                save_state(folder, parameters, optimizer, progress, made_with, keep)
             if stuck:
                 raise UserError(explain_skips(folder, progress))
             if stop:

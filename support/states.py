@@ -1,6 +1,7 @@
 """The states of a training: what it goes on from after it was interrupted or killed.
 
-A state is one safetensors file, RUN/RECIPE/state/STEP.safetensors; the last two are kept.
+A state is one safetensors file, RUN/RECIPE/state/STEP.safetensors; the last two are kept, or all,
+so that the benchmark can tell how a training went.
 """
 
 import hashlib
@@ -37,8 +38,11 @@ def saved_states(folder):
 
 
 @first_process
-def save_state(folder, parameters, optimizer, progress, made_with=""):
-    """Write trainable weights, both Adam moments, and the progress (a dataclass with a step)."""
+def save_state(folder, parameters, optimizer, progress, made_with="", keep=2):
+    """Write trainable weights, both Adam moments, and the progress (a dataclass with a step).
+
+    keep: how many states stay; None: all.
+    """
     tensors = {}
     for name, p in parameters.items():
         tensors[f"weight.{name}"] = p.detach().contiguous()
@@ -48,7 +52,7 @@ def save_state(folder, parameters, optimizer, progress, made_with=""):
     about["checksum"] = checksum_of_state(tensors, about)
     with whole_file(Path(folder) / "state" / f"{progress.step:08d}.safetensors") as temporary:
         save_file(tensors, temporary, metadata=about)
-    for old in saved_states(folder)[2:]:
+    for old in saved_states(folder)[keep:] if keep else ():
         old.unlink(missing_ok=True)
 
 
@@ -79,15 +83,43 @@ def load_state(folder, parameters, optimizer, start, made_with=""):
     return start
 
 
-def restore(path, parameters, optimizer, start, made_with):
-    """Weights and moments from one state file, all of them or none; returns its progress."""
+def state_at(folder, step):
+    """The state of a training after so many steps; UserError if it was not kept."""
+    path = Path(folder) / "state" / f"{step:08d}.safetensors"
+    if not path.exists():
+        there = ", ".join(str(int(state.stem)) for state in reversed(saved_states(folder)))
+        raise UserError(
+            f"{folder}: no state after {step} steps was kept ({there or 'none'} are there); train "
+            "with --keep-states, and --save-every a divisor of it"
+        )
+    return path
+
+
+def load_weights(path, parameters):
+    """The trainable weights of one state file, nothing else; UserError if it is damaged."""
+    try:
+        tensors, _ = read_state(path)
+        for name, p in parameters.items():
+            p.data.copy_(tensors[f"weight.{name}"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: is no state of this training ({first_line(error)})") from None
+
+
+def read_state(path):
+    """(tensors, what is said about them) of a state file; ValueError if its checksum is wrong."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         about = file.metadata()
-    if about["made_with"] != made_with:
-        raise ValueError("it was saved by a training with other settings")
     if about["checksum"] != checksum_of_state(tensors, about):
         raise ValueError("it is damaged: its checksum does not fit")
+    return tensors, about
+
+
+def restore(path, parameters, optimizer, start, made_with):
+    """Weights and moments from one state file, all of them or none; returns its progress."""
+    tensors, about = read_state(path)
+    if about["made_with"] != made_with:
+        raise ValueError("it was saved by a training with other settings")
     progress = replace(start, **json.loads(about["progress"]))
     moments = {}
     for name, p in parameters.items():
