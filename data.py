@@ -13,7 +13,7 @@ import os
 import random
 import re
 import tomllib
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from fnmatch import fnmatch
 from fractions import Fraction
 from functools import lru_cache
@@ -98,6 +98,7 @@ class Utterance:
     split: str = ""  # "train" or "test"
     words: list = None  # word times [[word, start_s, end_s], ...], one per word of `text`, or None
     id: str = ""  # the audio path as the manifest writes it
+    kind: str = ""  # what sort of utterance it is, if the corpus says so; reports are split by it
 
     def row(self, folder):
         """The manifest row of this utterance, for a manifest in `folder`."""
@@ -108,6 +109,8 @@ class Utterance:
             "speaker": self.speaker,
             "split": self.split,
         }
+        if self.kind:
+            row["kind"] = self.kind
         if self.words:
             row["words"] = [[word, round(s, 4), round(e, 4)] for word, s, e in self.words]
         return row
@@ -271,6 +274,12 @@ class Recipe:
     mixed: float = 0.0
     # share of the training utterances that is used
     speech: float = 1.0
+    # the kinds of utterances that are used, where the corpus names kinds; none: all
+    kinds: tuple = ()
+    # how many wordings of a task are used; the other ones give way to these; 0: all
+    prompts: int = 0
+    # are the answers of "repeat" the true transcripts, and not what the LLM says?
+    true_transcripts: bool = False
 
     def trains_on(self, task):
         return any(fnmatch(task, pattern) for pattern in self.tasks)
@@ -626,18 +635,24 @@ class Examples:
     with_teacher: bool = False  # does the loss have a teacher, which reads the transcripts?
 
     def __post_init__(self):
-        self.by_id = {u.id: u for u in fewer(self.utterances, self.recipe.speech)}
+        self.by_id = {u.id: u for u in fewer(self.of_its_kinds(), self.recipe.speech)}
         self.sort_behaviors()
         self.utterances = [self.by_id[i] for i in self.about]
         self.check()
         # A step asks for one batch of a bucket, and the next step for its neighbour.
         self.bucket = lru_cache(maxsize=2)(self.draw_bucket)
 
+    def of_its_kinds(self):
+        """The utterances that the recipe is for."""
+        if not self.recipe.kinds or not any(u.kind for u in self.utterances):
+            return self.utterances
+        return [u for u in self.utterances if u.kind in self.recipe.kinds]
+
     def sort_behaviors(self):
         """Which behaviors an example may imitate: about speech, in text alone, in two turns."""
         self.about = {}  # utterance id -> {"repeat": [..], "other": [..]}
         self.in_text, self.dialogues = [], []
-        for b in self.behaviors:
+        for b in self.as_the_recipe_has_them():
             about = [b.utterance, *b.utterances()]
             if any(i not in self.by_id for i in about):
                 continue
@@ -649,6 +664,23 @@ class Examples:
             if self.recipe.trains_on(b.task):
                 kinds = self.about.setdefault(b.utterance, {"repeat": [], "other": []})
                 kinds["repeat" if b.task == "repeat" else "other"].append(b)
+
+    def as_the_recipe_has_them(self):
+        """The behaviors, with fewer wordings and true transcripts where the recipe wants that.
+
+        An answer given to a wording that is not used stands for the answer to one that is.
+        """
+        wordings = {}
+        for b in self.behaviors:
+            wordings.setdefault(b.task, set()).add(b.prompt)
+        used = {task: sorted(prompts)[: self.recipe.prompts] for task, prompts in wordings.items()}
+        for b in self.behaviors:
+            if self.recipe.prompts and b.prompt not in used[b.task]:
+                at = sorted(wordings[b.task]).index(b.prompt)
+                b = replace(b, prompt=used[b.task][at % len(used[b.task])])
+            if self.recipe.true_transcripts and b.task == "repeat" and b.utterance in self.by_id:
+                b = replace(b, response=self.by_id[b.utterance].text, ended=True)
+            yield b
 
     def check(self):
         """UserError if this recipe cannot be trained on these behaviors; says what is left out."""

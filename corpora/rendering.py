@@ -17,13 +17,15 @@ def render_tiny(out, n_train, n_test, seed):
     for split, n in (("train", n_train), ("test", n_test)):
         stream = world.draws(f"prepare-{seed}", held_out=split == "test")
         for i in progress_bar(range(n), desc=f"render {split}", unit="utt"):
-            text = next(stream).words
+            said = next(stream)
             try:
-                samples, words, voice = speech.render(text, rng, split)
+                samples, words, voice = speech.render(said.words, rng, split)
             except (RuntimeError, ValueError, OSError) as error:
                 raise UserError(f"espeak-ng: {error}") from None
             path = out / "audio" / f"{split}-{i:05d}.wav"
             write_audio(path, samples)
             seconds = len(samples) / speech.SAMPLE_RATE
-            utterances.append(Utterance(path, text, seconds, voice["voice"], split, words))
+            u = Utterance(path, said.words, seconds, voice["voice"], split, words)
+            u.kind = world.kind_of(said)
+            utterances.append(u)
     return utterances

@@ -20,6 +20,7 @@ KEYS = {
     "split": ("split",),
     "words": ("words",),
     "offset": ("offset",),
+    "kind": ("kind",),
 }
 
 
@@ -56,6 +57,9 @@ def checked_row(row):
     split = get(row, "split") or ""
     if split not in ("", "train", "test"):
         raise UserError(f"'split' is {split!r}; it must be train or test")
+    kind = get(row, "kind") or ""
+    if not isinstance(kind, str) or len(kind) > 40:
+        raise UserError(f"'kind' is {str(kind)[:50]!r}; it must be a text of at most 40 letters")
     duration = checked_duration(get(row, "duration"))
     words, speaker = get(row, "words"), get(row, "speaker")
     return {
@@ -65,6 +69,7 @@ def checked_row(row):
         "duration": duration,
         "speaker": "" if speaker is None else str(speaker),
         "split": split,
+        "kind": kind,
         "words": None if words is None else check_words(words, text, duration or math.inf),
     }
 

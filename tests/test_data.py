@@ -527,6 +527,8 @@ def test_a_connector_that_cannot_fit_is_refused_before_it_is_built(llm, encoder)
         ),
         ({"words": [["three", 0.1, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 1.9]]}, "past the end"),
         ({"words": [["three", 0.1, 0.4]]}, "1 words"),
+        ({"kind": 3}, "'kind' is '3'"),
+        ({"kind": "k" * 41}, "at most 40 letters"),
         ({"words": "three"}, "'words' must be"),
         ({"words": [["three", "x", 1]] * 3}, "'words' must be"),
     ],
@@ -552,6 +554,13 @@ def test_bad_rows_are_refused_in_one_line_that_names_file_and_line(
 def test_lines_that_are_no_rows_are_refused_likewise(tmp_path, capsys, line, reason):
     assert prepare(write_manifest(tmp_path, line), tmp_path / "out") == 2
     one_line(capsys, "manifest.jsonl:1", reason)
+
+
+def test_the_kind_of_an_utterance_is_kept(tmp_path, clip):
+    path = write_manifest(tmp_path, {**clip, "kind": "directive"})
+    [utterance] = read_manifest(path)
+    assert utterance.kind == utterance.row(tmp_path)["kind"] == "directive"
+    assert "kind" not in Utterance(tmp_path / "a.wav", "red", 1.0).row(tmp_path)
 
 
 def test_skip_bad_leaves_bad_rows_out_and_lists_them(tmp_path, clip, capsys):

@@ -134,6 +134,11 @@ class Digits:
         return " ".join(self.names)
 
 
+def kind_of(u):
+    """ "sentence" or "digits"."""
+    return "digits" if isinstance(u, Digits) else "sentence"
+
+
 def draw(rng, kind=None):
     """One random Sentence or Digits from `rng` (random.Random)."""
     if (kind or rng.choice(["sentence", "sentence", "digits"])) == "digits":
