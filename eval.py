@@ -20,11 +20,12 @@ import support  # noqa: F401  first: torch reads what it sets
 import numpy as np
 import torch
 
-from data import Run, Speech, Text, Utterance, ask, chat_parts, dialogue, load_tasks, normalize
-from data import open_run, positions_of, read_manifest, response_tokens, transcript_tokens
+from data import Run, Speech, Task, Text, Utterance, ask, chat_parts, dialogue, load_tasks
+from data import normalize, open_run, positions_of, read_manifest, response_tokens
+from data import transcript_tokens
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import load_encoder, shared_llm
-from support.answers import answer_all, keep_record
+from support.answers import answer_all, answer_in_memory, keep_record
 from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json_if_whole, write_json
@@ -34,13 +35,10 @@ from support.options import Count, RunFolder, Seed
 from support.processes import first_process
 from support.runs import alone, begin, finish, fingerprint_of_training, recipes_to_bench
 from support.runs import read_spec, refuse_foreign
+from support.states import load_weights, state_at
 
-QUADRANTS = [
-    "seen_task_seen_prompt",
-    "seen_task_unseen_prompt",
-    "unseen_task_seen_prompt",
-    "unseen_task_unseen_prompt",
-]
+# what is new about a question: nothing, its prompt, or its task (of which no prompt was seen)
+CELLS = ["seen", "unseen_prompt", "unseen_task"]
 # conversations of two turns
 DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]
 # what a system is asked: the questions, the dialogues, and the questions in text
@@ -59,6 +57,9 @@ class BenchOptions:
     recipes: str = ""
     """which of the trained recipes, separated by commas: the report then holds only these;
     default: all"""
+    step: Count | None = None
+    """measure the recipes as they were after so many steps, from a state that `train --keep-states`
+    kept; the report goes to RUN/steps/STEP"""
     force: bool = False
     """ask again, whatever is there"""
     seed: Seed = 0
@@ -72,12 +73,15 @@ class BenchOptions:
     speeches"""
     probes: Count = 96
     """questions on which the behavior gap and the attention shares are measured"""
+    mistakes: Count = 40
+    """wrong answers of each system, at most, of which it is looked into how they are wrong"""
     max_new_tokens: Count = 64
     """longest answer, in tokens"""
 
     # of whom
     asr: str | None = None
-    """CTC model for the cascade; default: the speech encoder's own head, if it has one"""
+    """CTC model for the cascade, or a folder that `recognizer` made; default: the speech encoder's
+    own head, if it has one"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
     CPU"""
@@ -93,7 +97,7 @@ class BenchOptions:
         "answers.csv",
         "report.md",
         "report.json",
-        *(f"{plot}.png" for plot in ("quadrants", "tasks", "attention", "loss")),
+        *(f"{plot}.png" for plot in ("cells", "tasks", "attention", "loss")),
         "bench/*.json",
         "bench/*.part-[0-9]*.jsonl",
     )
@@ -101,6 +105,7 @@ class BenchOptions:
         "per_prompt",
         "dialogues",
         "probes",
+        "mistakes",
         "seed",
         "max_new_tokens",
         "precision",
@@ -181,6 +186,13 @@ def plan_bench(options, table):
             "`prepare --test-only` makes a test set of other recordings"
         )
     trained = recipes_to_bench(run.folder, options.recipes, table)
+    weights = {}  # fingerprints of what was trained
+    for name in trained:
+        folder = run.folder / name
+        if options.step:
+            weights[name] = fingerprint_of_file(state_at(folder, options.step))
+        else:
+            weights[name] = fingerprint_of_training(folder)
     if fingerprint_of_file(PROJECT / run.options["tasks"]) != run.content["task_table"]:
         raise UserError(
             f"{PROJECT / run.options['tasks']}: has changed since `behaviors`; run `behaviors` "
@@ -194,11 +206,14 @@ def plan_bench(options, table):
         "llm": run.content["llm"],
         "bits": run.options["bits"],
         "asr": None,
-        "trained": {name: fingerprint_of_training(run.folder / name) for name in trained},
+        "trained": weights,
     }
     if options.asr:
         settings["asr"] = [options.asr, fingerprint_of_encoder(named(options.asr))]
-    return Bench(options, run, data, report_folder(run, data), tested, trained, settings)
+    folder = report_folder(run, data)
+    if options.step:
+        folder = folder / "steps" / str(options.step)
+    return Bench(options, run, data, folder, tested, trained, settings)
 
 
 def held_out_of(run, utterances):
@@ -219,8 +234,12 @@ def report_folder(run, data):
     return folder
 
 
-def measure_all(bench):
-    """Ask every system everything that it was not asked before, and score the answers."""
+def measure_all(bench, look_into):
+    """Ask every system everything that it was not asked before, and score the answers.
+
+    look_into: what tells how wrong answers are wrong (lab.mistakes.Mistakes), made of the
+    Questions; its `of(system, answers)` is {index of a question: what it is called}.
+    """
     options, run = bench.options, bench.run
     say_device()
     llm = shared_llm(run.options["llm"], run.options["bits"], options.precision)
@@ -232,7 +251,8 @@ def measure_all(bench):
         forget_records(bench.folder / "bench", systems)
     questions = Questions(bench, tasks)
     questions.ask_top_line(systems["text"])
-    records = {name: questions.record(system) for name, system in systems.items()}
+    mistakes = look_into(questions)
+    records = {name: questions.record(system, mistakes) for name, system in systems.items()}
     rows = []
     for record in records.values():
         rows += record["rows"]
@@ -266,11 +286,18 @@ class System:
         return [transcript_tokens(self.model.tokenizer, utterance.text)]
 
 
+class Copy(System):
+    """The bottom line: whatever is asked, it answers with the transcript."""
+
+    def __init__(self, bench):
+        super().__init__("copy", bench.fingerprint_of(trained="copy"), model=None)
+
+
 class Cascade(System):
     """A CTC model transcribes, and the LLM reads that."""
 
     def __init__(self, bench, reader, transcriber):
-        own = bench.fingerprint_of(transcriber=transcriber.fingerprint)
+        own = bench.fingerprint_of(transcriber=transcriber.ctc_fingerprint)
         super().__init__("cascade", own, reader)
         self.bench, self.transcriber = bench, transcriber
         self.hypotheses = {}
@@ -304,6 +331,9 @@ class Trained(System):
             self.bench.encoder_of(self.name),
             self.bench.options.precision,
         )
+        if self.bench.options.step:
+            state = state_at(folder, self.bench.options.step)
+            load_weights(state, self.model.trainable())
         self.frames = self.bench.encode(self.model.encoder)
 
     def unload(self):
@@ -314,12 +344,12 @@ class Trained(System):
 
 
 def systems_of(bench, llm):
-    """{name: System}: the top line, the cascade if there is a transcriber, each trained recipe.
+    """{name: System}: top and bottom line, the cascade if something transcribes, the recipes.
 
     llm: the (LLM, tokenizer) that the frozen recipes share.
     """
     reader = SpeechLLM(*llm)
-    systems = {"text": System("text", bench.fingerprint_of(), reader)}
+    systems = {"text": System("text", bench.fingerprint_of(), reader), "copy": Copy(bench)}
     asr = bench.options.asr
     first = next(iter(bench.trained))
     transcriber = load_encoder(named(asr)) if asr else bench.encoder_of(first)
@@ -345,7 +375,7 @@ class Case:
     utterance: Utterance
     task: object
     prompt: str
-    cell: str  # one of QUADRANTS, or of DIALOGUES
+    cell: str  # one of CELLS, or of DIALOGUES
     earlier: tuple = ()  # the turn before: (prompt, utterance, is it spoken, answer)
     again: bool = False  # it comes without an utterance: it is about the one of the turn before
 
@@ -369,14 +399,20 @@ def draw_cases(tasks, utterances, per_prompt, seed):
     cases = []
     for task in tasks.values():
         fitting = [u for u in utterances if task.applies(u.text)]
-        known = "seen" if task.split == "train" else "unseen"
-        for prompts, seen in ((task.prompts, "seen"), (task.unseen_prompts, "unseen")):
-            for prompt in prompts:
-                for u in rng.sample(fitting, min(per_prompt, len(fitting))):
-                    cases.append(Case(u, task, prompt, f"{known}_task_{seen}_prompt"))
+        for prompt in (*task.prompts, *task.unseen_prompts):
+            cell = cell_of(task, prompt)
+            for u in rng.sample(fitting, min(per_prompt, len(fitting))):
+                cases.append(Case(u, task, prompt, cell))
     if not cases:
         raise UserError("no task of the task table applies to any held-out transcript")
     return cases
+
+
+def cell_of(task, prompt):
+    """One of CELLS: what stage 2 may have seen of such a question."""
+    if task.split != "train":
+        return "unseen_task"
+    return "seen" if prompt in task.prompts else "unseen_prompt"
 
 
 def draw_dialogues(cases, answers, n, seed):
@@ -411,6 +447,7 @@ class Questions:
     def __init__(self, bench, tasks):
         self.options = bench.options
         self.kept = bench.folder / "bench"
+        self.tasks = tasks
         cases = draw_cases(tasks, bench.utterances, self.options.per_prompt, self.options.seed)
         self.cases = {"questions": cases, "dialogues": [], "text": cases}  # by SETS
 
@@ -428,11 +465,16 @@ class Questions:
         self.cases["dialogues"] = drawn
         spoken, _ = self.answers_of_text("dialogues")
         self.references = {"questions": answers, "dialogues": spoken, "text": answers}
+        self.cases["replies"] = [bare_directive(u) for u in directives_of(cases)]
+        replies, _ = self.answers_of_text("replies")
+        asked = [case.utterance.id for case in self.cases["replies"]]
+        self.replies = dict(zip(asked, replies))  # {utterance id: what it answers to the directive}
 
     def answers_of_text(self, which):
         """(the text LLM's answers to the transcripts, which of them ended by themselves).
 
-        which: one of SETS. They are asked for once, and kept.
+        which: one of SETS, or "replies": to directives that are the prompt. They are asked for
+        once, and kept.
         """
         path = self.kept / f"text-{which}.answers.json"
         kept = read_record(path, self.top_line.fingerprint, "answers", "ended")
@@ -463,7 +505,7 @@ class Questions:
             asked=system.fingerprint,
         )
 
-    def record(self, system):
+    def record(self, system, mistakes):
         """What there is to measure of a system: rows of the table, and attention by layer.
 
         Taken from bench/NAME.json if it was measured before.
@@ -475,15 +517,16 @@ class Questions:
             return record
         with timed(f"bench {system.name}"):
             system.load()
-            answers = {which: self.answers_of(system, which) for which in SETS}
-            cases = [self.cases["questions"][i] for i in self.probes]
-            responses = self.probe_responses(system.model.tokenizer)
-            gaps = behavior_gap(system, self.top_line, cases, responses)
-            attention = attention_shares(system, cases, responses)
+            asked = SETS if system.model else ("questions", "dialogues")
+            answers = {which: self.answers_of(system, which) for which in asked}
+            wrong, gaps, attention = {}, [], []
+            if system.model:
+                wrong = mistakes.of(system, answers["questions"])
+                gaps, attention = self.probe(system)
             system.unload()
         record = {
             "fingerprint": system.fingerprint,
-            "rows": self.rows(system.name, answers, gaps, attention),
+            "rows": self.rows(system.name, answers, wrong, gaps, attention),
             "attention": mean_by_layer(attention),
             "seconds": round(time.perf_counter() - start, 1),
         }
@@ -494,6 +537,8 @@ class Questions:
         """The texts of a system's answers; what cannot differ from the references is not asked."""
         if system is self.top_line:
             return self.references[which]
+        if not system.model:
+            return [case.utterance.text for case in self.cases[which]]
         if which != "text":
             return [answer for answer, _ in self.ask(system, which)]
         if not system.model.lora:  # a frozen LLM answers to text as ever
@@ -501,22 +546,38 @@ class Questions:
         reads = System(system.name, system.fingerprint, system.model)
         return [answer for answer, _ in self.ask(system, which, hearing=reads)]
 
-    def probe_responses(self, tokenizer):
-        """The token ids of the text LLM's own answers to the probes."""
-        responses = []
+    def ask_some(self, system, cases):
+        """The answers of a system to a few cases, which are not kept."""
+        answers, size = [], self.options.batch_size
+        for at in range(0, len(cases), size):
+            conversations = [case.parts(system) for case in cases[at : at + size]]
+            answers += answer_in_memory(system.model, conversations, self.options.max_new_tokens)
+        return [answer for answer, _ in answers]
+
+    def probe(self, system):
+        """(behavior gaps, attention shares) over the text LLM's own answers to the probes."""
+        cases, responses = [], []
         for i in self.probes:
             answer = self.references["questions"][i]
-            responses.append(response_tokens(tokenizer, answer, self.ended[i]).ids)
-        return responses
+            cases.append(self.cases["questions"][i])
+            responses.append(response_tokens(system.model.tokenizer, answer, self.ended[i]).ids)
+        gaps = behavior_gap(system, self.top_line, cases, responses)
+        return gaps, attention_shares(system, cases, responses)
 
-    def rows(self, name, answers, gaps, attention):
+    def rows(self, name, answers, wrong, gaps, attention):
         """One row of the table for each answer."""
         rows = {which: [] for which in SETS}
-        for which in SETS:
+        for which in answers:
             for case, reference, answer in zip(
                 self.cases[which], self.references[which], answers[which]
             ):
                 rows[which].append(row_of(name, which, case, reference, answer))
+        for i, mistake in wrong.items():
+            rows["questions"][i]["mistake"] = mistake
+        for row in rows["questions"]:
+            obeyed = self.replies.get(row["utterance"])
+            if obeyed is not None and not exact_match(obeyed, row["reference"]):
+                row["anchored"] = exact_match(obeyed, row["answer"])
         for i, gap, shares in zip(self.probes, gaps, attention):
             probed = rows["questions"][i]
             probed["behavior_gap"] = round(gap, 6)
@@ -554,6 +615,7 @@ def row_of(name, which, case, reference, answer):
         "system": name,
         "set": which,
         "cell": case.cell,
+        "kind": case.utterance.kind,
         "task": case.task.name,
         "task_seen": case.task.split == "train",
         "prompt_seen": case.prompt in case.task.prompts,
@@ -565,8 +627,11 @@ def row_of(name, which, case, reference, answer):
         "reference": reference,
         "answer": answer,
         "score": round(score(case.task.metric, reference, answer), 6),
+        "copy": round(score(case.task.metric, reference, case.utterance.text), 6),
         **{metric: round(value, 6) for metric, value in metrics.items()},
         "ignored_instruction": ignored,
+        "anchored": None,  # on a directive: did it do what the speech says?
+        "mistake": "",  # of a wrong answer that was looked into: how it is wrong
         "behavior_gap": None,
         "attention_on_instruction": None,
         "attention_on_utterance": None,
@@ -625,6 +690,28 @@ def repeats_instead(case, reference, answer):
     return word_error_rate(said, answer) <= 0.25 < word_error_rate(said, reference)
 
 
+# ---- directives: what the speech says to do ----
+
+REPLY = Task("reply", "train", "exact", prompts=[], unseen_prompts=[])  # to a bare directive
+
+
+def directives_of(cases):
+    """The utterances of kind "directive", each once: questions and commands complete in themselves.
+
+    A corpus names the kind of its utterances, or there are none.
+    """
+    found = {}
+    for case in cases:
+        if case.utterance.kind == "directive":
+            found[case.utterance.id] = case.utterance
+    return list(found.values())
+
+
+def bare_directive(utterance):
+    """The Case in which the directive is the prompt, and nothing goes with it."""
+    return Case(utterance, REPLY, utterance.text, "seen", again=True)
+
+
 # ---- probes: what the LLM does inside ----
 
 
@@ -659,9 +746,9 @@ def attention_weights(llm):
 def attention_shares(system, cases, responses):
     """[{"instruction": [by layer], "utterance": [by layer]}], one per case.
 
-    The share of attention, averaged over heads and over the positions that predict the answer, that
-    falls on the instruction and on what stands for the utterance; the rest falls on the chat
-    template and on the answer itself.
+    The share of attention that falls on the instruction and on what stands for the utterance where
+    the first token of the answer is predicted, which is where it is decided what to do; averaged
+    over heads. The rest falls on the chat template.
     """
     model = system.model
     shares = []
@@ -675,12 +762,11 @@ def attention_shares(system, cases, responses):
             out = model.llm(
                 inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
             )
-            # from the positions that predict the answer: (heads, R, L) -> mean (L,), each layer
+            first = -len(response) - 1  # the position that predicts the first token
             layers = []
             for attention in out.attentions:
-                if attention is not None:
-                    predicting = attention[0, :, -len(response) - 1 : -1].float()
-                    layers.append(predicting.mean((0, 1)))
+                if attention is not None:  # (1, heads, L, L)
+                    layers.append(attention[0, :, first].float().mean(0))  # (L,)
             shares.append(shares_of_parts(torch.stack(layers), parts, spoken, model))
     return shares
 

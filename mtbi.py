@@ -3,6 +3,7 @@
     prepare      speech and transcripts, of any common corpus  ->  DATA/manifest.jsonl
     word-times   word times for speech that has none, by CTC forced alignment
     encode       encoder frames beforehand; train and bench make them by themselves
+    recognizer   a CTC head on the encoder's frames: for a fair cascade, and for word times
     behaviors    stage 1: the LLM answers the transcripts, over many tasks  ->  RUN/behaviors.jsonl
     train        stage 2, Imitate: the connector learns to get the same answers from the speech
     bench        unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
@@ -39,10 +40,12 @@ import lab.plan
 import lab.report
 from corpora.encoding import EncodeOptions, encode_data
 from corpora.prepare import PrepareOptions, prepare
+from corpora.recognizing import RecognizerOptions, train_recognizer
 from corpora.word_times import WordTimesOptions, add_word_times
 from data import Behavior, Recipe, ask, chat_parts, fingerprint_of_utterances, load_tasks
 from data import open_run, read_manifest, transcript_tokens
 from eval import BenchOptions, measure_all, plan_bench
+from lab.mistakes import Mistakes
 from model import SpeechLLM, compute_precision, shared_llm
 from support.answers import answer_all, forget_parts
 from support.console import say_device, timed
@@ -80,6 +83,23 @@ RECIPES = {
         "mtbi without interleaving: what does it add?",
         repeat=(1.0, 0.2),
     ),
+    "mtbi-flat": Recipe(
+        "mtbi without our schedule that repeats first",
+        interleave=0.4,
+        repeat=(0.2, 0.2),
+    ),
+    "mtbi-4": Recipe(
+        "mtbi on four tasks",
+        tasks=("repeat", "translate*", "who", "numerals"),
+        interleave=0.4,
+        repeat=(1.0, 0.2),
+    ),
+    "mtbi-1": Recipe(
+        "mtbi on one task, repeat: asr with interleaving",
+        tasks=("repeat",),
+        interleave=0.4,
+        repeat=(1.0, 1.0),
+    ),
     "mtbi-kl": Recipe(
         "mtbi that imitates the whole next-token distribution",
         interleave=0.4,
@@ -91,10 +111,26 @@ RECIPES = {
         tasks=("repeat",),
         repeat=(1.0, 1.0),
     ),
+    "asr-one-prompt": Recipe(
+        "asr in one wording, as most ASR tuning is",
+        tasks=("repeat",),
+        repeat=(1.0, 1.0),
+        prompts=1,
+    ),
+    "asr-sentences": Recipe(
+        "asr on sentences alone, which are what blsp can train on",
+        tasks=("repeat",),
+        repeat=(1.0, 1.0),
+        kinds=("sentence",),
+    ),
     "blsp": Recipe(
         "the task continue alone, with a convolutional connector (arXiv 2309.00916)",
         tasks=("continue",),
         connector="conv",
+    ),
+    "blsp-mlp": Recipe(
+        "blsp with mtbi's connector and speech tokens: is it the task or the connector?",
+        tasks=("continue",),
     ),
     "self-powered": Recipe(
         "Self-Powered LSM: up to six kinds of self-made tasks, Q-Former and LoRA "
@@ -106,9 +142,11 @@ RECIPES = {
         lr=0.25,
     ),
     "vanilla-it": Recipe(
-        "the same model tuned on ASR instructions alone: speech anchor bias",
+        "the same model tuned on one ASR instruction and true transcripts: speech anchor bias",
         tasks=("repeat",),
         repeat=(1.0, 1.0),
+        prompts=1,
+        true_transcripts=True,
         connector="qformer",
         lora=8,
         lr=0.25,
@@ -129,6 +167,13 @@ RECIPES = {
         lora=8,
         mixed=0.25,
     ),
+    "vtb-no-mixed": Recipe(
+        "vtb without mixed-modal turns: do they emerge?",
+        tasks=SPOKEN_TASKS,
+        repeat=(0.5, 0.2),
+        lora=8,
+        text_only=0.25,
+    ),
     "cascade": Recipe(
         "nothing is trained: a CTC model transcribes, the LLM reads that",
         tasks=(),
@@ -136,6 +181,11 @@ RECIPES = {
     ),
     "text": Recipe(
         "nothing is trained: the LLM reads the true transcript, the top line",
+        tasks=(),
+        connector="",
+    ),
+    "copy": Recipe(
+        "nothing is trained: the transcript is the answer, the bottom line",
         tasks=(),
         connector="",
     ),
@@ -159,8 +209,8 @@ def named_recipes(text):
     names = [name for name in text.split(",") if name and find_recipe(name).connector]
     if not names:
         raise UserError(
-            "--recipes: names no recipe that is trained; `text` and `cascade` are measured beside "
-            "any that is"
+            "--recipes: names no recipe that is trained; `text`, `copy` and `cascade` are measured "
+            "beside any that is"
         )
     return names
 
@@ -384,7 +434,7 @@ def bench_run(options):
         print(f"{planned.folder / 'report.md'}: is written already")
     else:
         with planned.alone():
-            report = lab.report.write_report(measure_all(planned))
+            report = lab.report.write_report(measure_all(planned, Mistakes))
     lab.report.show(report, planned.folder)
 
 
@@ -472,6 +522,7 @@ COMMANDS = {  # the dataclass of its options, and the function that does it
     "prepare": (PrepareOptions, prepare),
     "word-times": (WordTimesOptions, add_word_times),
     "encode": (EncodeOptions, encode_data),
+    "recognizer": (RecognizerOptions, train_recognizer),
     "behaviors": (BehaviorsOptions, ask_behaviors),
     "train": (TrainOptions, train_named),
     "bench": (BenchOptions, bench_run),

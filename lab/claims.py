@@ -5,9 +5,7 @@ No hand touches the verdicts.
 
 from dataclasses import dataclass
 
-import pandas
-
-from lab.statistics import RESAMPLES, over_runs, rows_of
+from lab.statistics import RESAMPLES, is_whole, over_runs, rows_of
 from support.files import UserError
 
 
@@ -20,6 +18,7 @@ class Claim:
     measure: str  # a key of statistics.MEASURES
     terms: tuple  # (+1 or -1, recipe), ...
     margin: float = 0.0  # it must be over this
+    tasks: tuple = ()  # of questions of these tasks alone; none: of all
 
     def recipes(self):
         return [name for _, name in self.terms]
@@ -36,51 +35,114 @@ def above(better, worse):
 
 MTBI, SELF = "MTBI, 2505.18644", "Self-Powered LSM, 2410.03798"
 VTB, BLSP = "VoiceTextBlender, 2410.17485", "BLSP, 2309.00916"
-GENERALIZATION = []
-for what in ("prompts", "tasks"):
-    for other in ("asr", "blsp", "vtb"):
-        GENERALIZATION.append(
-            Claim(
-                f"MTBI generalizes to unseen {what} better than {other}",
-                MTBI,
-                f"score, unseen {what}",
-                above("mtbi", other),
-            )
+CLAIMS = []
+
+# Prompt generalization: how much is lost on prompts that no training saw, of tasks that both were
+# trained on. Task generalization: tasks that neither was trained on.
+BOTH_TRAINED_ON = {
+    "asr": ("repeat",),
+    "blsp": ("continue",),
+    "vtb": ("repeat", "translate", "who", "where", "what", "how_many", "category", "smallest"),
+}
+for other, tasks in BOTH_TRAINED_ON.items():
+    CLAIMS.append(
+        Claim(
+            f"MTBI loses less than {other} on unseen prompts of tasks both were trained on",
+            MTBI,
+            "drop from seen to unseen prompts",
+            above(other, "mtbi"),
+            tasks=tasks,
         )
-CLAIMS = [
-    *GENERALIZATION,
+    )
+for other in ("asr", "blsp", "vtb"):
+    CLAIMS.append(
+        Claim(
+            f"MTBI generalizes to unseen tasks better than {other}",
+            MTBI,
+            "gain, unseen tasks",
+            above("mtbi", other),
+        )
+    )
+CLAIMS += [
+    # which part of MTBI does it
+    Claim(
+        "many tasks generalize better than ASR alone, both without interleaving",
+        MTBI,
+        "gain, unseen tasks",
+        above("mtbi-no-interleave", "asr"),
+    ),
+    Claim(
+        "four tasks generalize better than one",
+        MTBI,
+        "gain, unseen tasks",
+        above("mtbi-4", "mtbi-1"),
+    ),
+    Claim(
+        "all tasks generalize better than four",
+        MTBI,
+        "gain, unseen tasks",
+        above("mtbi", "mtbi-4"),
+    ),
     Claim(
         "interleaving helps",
         MTBI,
-        "score, unseen tasks",
+        "gain, unseen tasks",
         above("mtbi", "mtbi-no-interleave"),
+    ),
+    Claim(
+        "interleaving helps with 30% of the speech",
+        MTBI,
+        "gain, unseen tasks",
+        above("mtbi@30", "mtbi-no-interleave@30"),
     ),
     Claim(
         "interleaving helps with 10% of the speech",
         MTBI,
-        "score, unseen tasks",
+        "gain, unseen tasks",
         above("mtbi@10", "mtbi-no-interleave@10"),
     ),
     Claim(
         "and more than with all of it",
         MTBI,
-        "score, unseen tasks",
+        "gain, unseen tasks",
         above("mtbi@10", "mtbi-no-interleave@10") + above("mtbi-no-interleave", "mtbi"),
     ),
     Claim(
         "fewer hours are needed: MTBI with 30% of the speech beats ASR tuning with all of it",
         MTBI,
-        "score, unseen tasks",
+        "gain, unseen tasks",
         above("mtbi@30", "asr"),
     ),
     Claim(
-        "behavior imitation with one task generalizes better than ASR tuning",
-        BLSP,
-        "score, unseen tasks",
-        above("blsp", "asr"),
+        "interleaving makes alignment faster: it is ahead after 250 steps",
+        MTBI,
+        "gain, unseen tasks",
+        above("mtbi-at-250", "mtbi-no-interleave-at-250"),
     ),
     Claim(
-        "ASR instructions alone make the model ignore other instructions (anchor bias)",
+        "repeating first helps (ours)",
+        "ours",
+        "gain, unseen tasks",
+        above("mtbi", "mtbi-flat"),
+    ),
+    # BLSP
+    Claim(
+        "behavior imitation with one task, continuation, generalizes better than ASR tuning, with "
+        "one connector on the same speech",
+        BLSP,
+        "gain, unseen tasks",
+        above("blsp-mlp", "asr-sentences"),
+        tasks=("when", "colour", "sentiment", "question", "future"),  # those about sentences
+    ),
+    # anchor bias, and its cure
+    Claim(
+        "one ASR instruction makes the model do what the speech says (anchor bias)",
+        SELF,
+        "anchor rate",
+        above("vanilla-it", "self-powered"),
+    ),
+    Claim(
+        "one ASR instruction makes the model ignore other instructions",
         SELF,
         "ignored instruction",
         above("vanilla-it", "self-powered"),
@@ -94,9 +156,39 @@ CLAIMS = [
     Claim(
         "self-powered data generalizes better than ASR instructions alone",
         SELF,
-        "score, everything but training's own cells",
+        "gain, everything unseen",
         above("self-powered", "vanilla-it"),
     ),
+    Claim(
+        "self-powered data keeps speech recognition: no more than two points are lost",
+        SELF,
+        "score, all",
+        above("self-powered", "vanilla-it"),
+        margin=-0.02,
+        tasks=("repeat",),
+    ),
+    Claim(
+        "self-powered data is better at translation",
+        SELF,
+        "gain, all",
+        above("self-powered", "vanilla-it"),
+        tasks=("translate",),
+    ),
+    Claim(
+        "self-powered data is better at questions about what was said",
+        SELF,
+        "gain, all",
+        above("self-powered", "vanilla-it"),
+        tasks=("who", "where", "what", "when", "how_many"),
+    ),
+    Claim(
+        "self-powered data is better at understanding",
+        SELF,
+        "gain, all",
+        above("self-powered", "vanilla-it"),
+        tasks=("category", "sentiment", "keywords", "summary"),
+    ),
+    # VoiceTextBlender
     Claim(
         "without text-only data text skills are lost: more than one point of them",
         VTB,
@@ -111,16 +203,18 @@ CLAIMS = [
         above("vtb", "vtb-no-text"),
     ),
     Claim(
-        "joint tuning handles unseen prompts better than ASR tuning",
+        "joint tuning loses less than ASR tuning on unseen prompts",
         VTB,
-        "score, unseen prompts",
-        above("vtb", "asr"),
+        "drop from seen to unseen prompts",
+        above("asr", "vtb"),
+        tasks=("repeat",),
     ),
     Claim(
-        "joint tuning handles multi-turn and mixed-modal input better than ASR tuning",
+        "two turns and mixed input emerge: trained on neither, joint tuning handles them better "
+        "than ASR tuning",
         VTB,
         "conversations of two turns",
-        above("vtb", "asr"),
+        above("vtb-no-mixed", "asr"),
     ),
     Claim(
         "imitating the whole distribution narrows the behavior gap",
@@ -139,11 +233,12 @@ decided by itself: of forty without any truth in them one may seem to hold."""
 
 # the data-efficiency curve: recipes, and percents of the speech beside 100
 CURVE = {"mtbi": (10, 30), "mtbi-no-interleave": (10, 30), "asr": (10, 30)}
+STEPS = (125, 250, 500)  # the recipes of CURVE are measured after so many steps, too
 # what mtbi should reach in the tiny world
 BAR = {
-    "score, seen tasks and prompts": 0.95,
-    "score, unseen prompts": 0.93,
-    "score, unseen tasks": 0.85,
+    "gain, seen": 0.93,
+    "gain, unseen prompts": 0.92,
+    "gain, unseen tasks": 0.88,
 }
 
 
@@ -164,11 +259,11 @@ class Results:
     def runs_with(self, *systems):
         return [run for run in self.runs if all((run, name) in self.groups for name in systems)]
 
-    def rows(self, run, system, measure):
-        """The rows (utterance, value) of a measure, in the order in which it was asked."""
-        key = (run, system, measure)
+    def rows(self, run, system, measure, tasks=()):
+        """The rows of a measure (statistics.rows_of), in the order in which it was asked."""
+        key = (run, system, measure, tasks)
         if key not in self.found:
-            self.found[key] = rows_of(self.groups[run, system], measure)
+            self.found[key] = rows_of(self.groups[run, system], measure, tasks)
         return self.found[key]
 
     def over(self, system, measure):
@@ -177,19 +272,22 @@ class Results:
 
 
 def paired_difference(results, run, claim):
-    """The rows (utterance, value) of a claim's sum in one run."""
-    first, total = None, 0.0
+    """The rows (statistics.rows_of) of a claim's sum in one run; none if a term has none."""
+    terms = []
     for sign, system in claim.terms:
-        rows = results.rows(run, system, claim.measure)
-        if first is None:
-            first = rows["utterance"].to_numpy()
-        if list(rows["utterance"]) != list(first):
+        terms.append((sign, results.rows(run, system, claim.measure, claim.tasks)))
+    first = terms[0][1]
+    total = 0.0
+    for sign, rows in terms:
+        if not len(rows):
+            return rows
+        if list(rows["utterance"]) != list(first["utterance"]):
             raise UserError(
                 "the recipes of one run were asked different questions; choose another folder for "
                 "--out"
             )
         total = total + sign * rows["value"].to_numpy()
-    return pandas.DataFrame({"utterance": first, "value": total})
+    return first.assign(value=total)  # the weights are the questions', so they are the same
 
 
 def decide(claim, results):
@@ -208,7 +306,7 @@ def decide(claim, results):
     return {
         "claim": claim.says,
         "paper": claim.paper,
-        "measure": claim.measure,
+        "measure": claim.measure + (f" ({', '.join(claim.tasks)})" if claim.tasks else ""),
         "difference": claim.formula(),
         "recipes": claim.recipes(),
         **found,
@@ -221,7 +319,7 @@ def all_differences(results, systems, measures):
 
     Every pair, not those alone that a claim is about.
     """
-    whole, rows = [name for name in systems if "@" not in name], []
+    whole, rows = [name for name in systems if is_whole(name)], []
     for measure in measures:
         for i, a in enumerate(whole):
             for b in whole[i + 1 :]:

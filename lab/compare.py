@@ -13,11 +13,14 @@ import numpy as np
 import pandas
 
 from data import read_manifest
-from lab.claims import BAR, CLAIMS, CURVE, RULE, Results, all_differences, decide
+from eval import DIALOGUES
+from lab.claims import BAR, CLAIMS, CURVE, RULE, STEPS, Results, all_differences, decide
 from lab.compare_report import COMPARISON, claims_table, write_comparison
 from lab.jobs import Jobs
+from lab.mistakes import MISTAKES
 from lab.report import where_it_ran
-from lab.statistics import MEASURES, TASK, mean_or_none, read_answers, repeat_wer, task_metrics
+from lab.statistics import AT, LINES, MEASURES, NAMES, TASK, mean_or_none, read_answers, repeat_wer
+from lab.statistics import task_metrics
 from support.files import UserError, read_json, read_json_if_whole, write_json
 from support.logs import read_log
 from support.options import Between, Count, FramesAToken, command_words
@@ -30,12 +33,13 @@ class CompareOptions:
     """the folder to write: a run folder for each seed, report.md, plots"""
     recipes: str = "all"
     """which recipes, separated by commas"""
-    seeds: Count = 3
-    """how many seeds"""
+    seeds: str = "3"
+    """how many seeds, or which: 8:16 are those from 8 to 15"""
     quick: bool = False
     """one seed, 300 steps, fewer questions: 25 minutes at most on two cores"""
     no_curve: bool = False
-    """without the trainings on 10 and 30% of the speech"""
+    """without the trainings on 10 and 30% of the speech, and without the benchmarks after 125, 250
+    and 500 steps"""
 
     # training
     steps: Count = 1000
@@ -55,6 +59,8 @@ class CompareOptions:
     """conversations of two turns of each kind"""
     probes: Count = 96
     """questions on which the behavior gap and the attention shares are measured"""
+    mistakes: Count = 40
+    """wrong answers of each system, at most, of which it is looked into how they are wrong"""
 
     # speech
     speech: str = "tiny"
@@ -80,7 +86,8 @@ class CompareOptions:
     encoder: str = "tiny"
     """the speech encoder: `tiny`, a local folder, or a Hugging Face name"""
     asr: str | None = None
-    """CTC model for the cascade; default: the speech encoder's own head, if it has one"""
+    """CTC model for the cascade; `own`: a recognizer trained on the very speech of each run, the
+    fair rival; default: the speech encoder's own head, if it has one"""
 
     jobs: Annotated[int, Between(1, 64)] | None = None
     """commands at once, each in a process of its own; default: with the tiny models on a CPU one a
@@ -95,7 +102,7 @@ def shortened(options):
     """What --quick makes of the options."""
     return replace(
         options,
-        seeds=1,
+        seeds="1",
         steps=min(options.steps, 300),
         per_prompt=min(options.per_prompt, 4),
         dialogues=min(options.dialogues, 30),
@@ -131,7 +138,8 @@ def compare_runs(options, run_command, names, runs):
     """Run what is not done, measure, decide, and write the report."""
     start, out = time.perf_counter(), Path(options.out)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
-    tiny = {options.llm, options.encoder, options.asr or "tiny"} == {"tiny"}
+    asr = "tiny" if options.asr in (None, "own") else options.asr
+    tiny = {options.llm, options.encoder, asr} == {"tiny"}
     jobs = Jobs(options.jobs, run_command, tiny)
     sittings = earlier_sittings(out / "sittings.json")
     try:
@@ -145,7 +153,7 @@ def compare_runs(options, run_command, names, runs):
         why = next(iter(jobs.failures.values()), "no recipe was asked for")
         raise UserError(f"{out}: nothing could be measured: {why}")
     reports = {run: read_json(out / run / "report.json", "recipes") for run in measured}
-    report = summarize_runs(out, measured, reports, ["text", "cascade", *names])
+    report = summarize_runs(out, measured, reports, [*LINES, *names])
     training = sum(row["train_seconds"] * row["runs"] for row in report["training"])
     report["meta"] = {
         **asdict(options),
@@ -185,7 +193,7 @@ def runs_of(options):
     """A run for each seed, or for each speaker left out."""
     source = ("prepare", options.speech, *command_words(options, "join", "count"))
     if not options.leave_one_speaker_out:
-        return [OneRun(f"seed-{seed}", source, seed) for seed in range(options.seeds)]
+        return [OneRun(f"seed-{seed}", source, seed) for seed in parse_seeds(options.seeds)]
     if not Path(options.speech).is_file():
         raise UserError(
             f"--speech {options.speech}: --leave-one-speaker-out needs a JSONL manifest file "
@@ -202,6 +210,17 @@ def runs_of(options):
         name = re.sub(r"[^A-Za-z0-9_-]", "-", speaker)
         runs.append(OneRun(f"without-{name}", (*source, "--test-speakers", speaker), 0))
     return runs
+
+
+def parse_seeds(text):
+    """The seeds that --seeds names: how many, from 0 on, or first:end."""
+    first, colon, end = text.partition(":")
+    if not colon:
+        first, end = "0", text
+    numbers = first.isdecimal() and end.isdecimal() and len(first) < 7 and len(end) < 7
+    if not numbers or not int(first) < int(end) <= int(first) + 64:
+        raise UserError(f"--seeds {text}: say how many, at most 64, or which, like 8:16")
+    return range(int(first), int(end))
 
 
 def with_curve(names):
@@ -238,7 +257,21 @@ class RunAll:
         run, recipe = pair
         how = command_words(self.options, "encoder", "k", "steps", "batch_size", "accumulate")
         words = ["train", str(self.out / run.name), "--recipe", recipe, *how]
+        if self.is_followed(recipe):
+            words += ["--keep-states", "--save-every", str(STEPS[0])]
         return self.attempt(run, recipe, *words)
+
+    def is_followed(self, recipe):
+        """Is it measured on the way, too?"""
+        return recipe in CURVE and not self.options.no_curve
+
+    def bench_on_the_way(self, run, trained, words):
+        """Measure the recipes that are followed as they were after each of STEPS."""
+        followed = [name for name in trained if self.is_followed(name)]
+        for step in STEPS:
+            if followed and step < self.options.steps:
+                at = ["--step", str(step), "--recipes", ",".join(followed)]
+                self.attempt(run, f"bench-{step}", *words, *at)
 
     def is_trained(self, pair):
         run, recipe = pair
@@ -246,14 +279,24 @@ class RunAll:
 
     def bench(self, run, trained):
         """Measure the trained recipes of a run; returns the systems that were measured."""
-        asked = command_words(self.options, "per_prompt", "dialogues", "probes", "asr")
-        words = ["bench", str(self.out / run.name), *asked, "--recipes"]
+        asked = command_words(self.options, "per_prompt", "dialogues", "probes", "mistakes")
+        if self.options.asr == "own":
+            data = str(self.out / run.name / "data")
+            of = command_words(self.options, "encoder")
+            if not self.attempt(run, "recognizer", "recognizer", data, *of):
+                return []
+            asked += ["--asr", f"{data}/recognizer"]
+        elif self.options.asr:
+            asked += ["--asr", self.options.asr]
+        words = ["bench", str(self.out / run.name), *asked]
+        self.bench_on_the_way(run, trained, words)
+        words.append("--recipes")
         if trained and not self.attempt(run, "bench", *words, ",".join(trained)):
             # one of them spoils it: each by itself, then those that can be measured together
             trained = [name for name in trained if self.attempt(run, name, *words, name)]
             if trained and not self.attempt(run, "bench", *words, ",".join(trained)):
                 return []
-        return ["text", "cascade", *trained] if trained else []
+        return [*LINES, *trained] if trained else []
 
 
 def run_all(runs, options, names, jobs):
@@ -288,8 +331,19 @@ def bench_seconds(reports):
 
 
 def all_answers(out, runs):
-    """The answers of all runs as one table, with a column `run`."""
-    tables = [read_answers(out / run / "answers.csv").assign(run=run) for run in runs]
+    """The answers of all runs as one table, with a column `run`.
+
+    What a recipe answered after so many steps is a system of its own, like mtbi-at-250.
+    """
+    tables = []
+    for run in runs:
+        tables.append(read_answers(out / run / "answers.csv").assign(run=run))
+        for step in STEPS:
+            path = out / run / "steps" / str(step) / "answers.csv"
+            if path.exists():
+                table = read_answers(path).assign(run=run)
+                table = table[~table["system"].isin(LINES)]
+                tables.append(table.assign(system=table["system"] + f"{AT}{step}"))
     return pandas.concat(tables, ignore_index=True)
 
 
@@ -300,11 +354,12 @@ def summarize_runs(out, measured, reports, names):
     """
     answers = all_answers(out, measured)
     results = Results(answers)
-    systems = [name for name in names if name in results.systems()]
+    measured_at = [f"{name}{AT}{step}" for name in names for step in STEPS]
+    systems = [name for name in (*names, *measured_at) if name in results.systems()]
     tasks = answers[answers["set"] == "questions"]["task"].unique()
     measures = [*MEASURES, *(TASK + task for task in tasks)]
-    named = [m for m in MEASURES if "," in m or " " in m]  # all but the single cells
-    trained = [name for name in systems if name not in ("text", "cascade")]
+    named = [m for m in MEASURES if m not in DIALOGUES]
+    trained = [name for name in systems if name not in LINES and AT not in name]
     return {
         "rule": RULE,
         "claims": [decide(claim, results) for claim in CLAIMS],
@@ -312,6 +367,8 @@ def summarize_runs(out, measured, reports, names):
         "scores": score_rows(results, systems, measures),
         "repeat_wer": wer_rows(answers, systems),
         "metrics": metric_rows(answers, systems),
+        "kinds": kind_rows(answers, systems),
+        "mistakes": mistakes_by_system(reports, systems),
         "differences": all_differences(results, systems, named),
         "attention": attention_by_system(reports, systems),
         "training": [training_row(out, measured, system) for system in trained],
@@ -326,9 +383,10 @@ def score_rows(results, systems, measures):
             found = results.over(system, measure)
             low, high = found["ci95"]
             if low is not None:
-                # no score is below 0 or above 1, whatever Student's t says
+                # no score is below 0 or above 1, whatever Student's t says; a gain may be below 0
                 most = np.inf if measure == "behavior gap" else 1.0
-                low, high = (float(np.clip(end, 0, most)) for end in (low, high))
+                least = -np.inf if measure.startswith("gain") else 0.0
+                low, high = (float(np.clip(end, least, most)) for end in (low, high))
             rows.append(
                 {
                     "system": system,
@@ -341,6 +399,32 @@ def score_rows(results, systems, measures):
                 }
             )
     return rows
+
+
+def kind_rows(answers, systems):
+    """A row for every kind of utterance and system: its gain in each cell, over the runs."""
+    rows = []
+    for kind in answers["kind"].unique():
+        if not kind:
+            continue
+        results = Results(answers[answers["kind"] == kind])
+        for system in systems:
+            gains = {c: results.over(system, f"gain, {n}")["score"] for c, n in NAMES.items()}
+            rows.append({"kind": kind, "system": system, **gains})
+    return rows
+
+
+def mistakes_by_system(reports, systems):
+    """{system: {one of MISTAKES: how many}}, of all runs together."""
+    found = {}
+    for system in systems:
+        total = dict.fromkeys(MISTAKES, 0)
+        for report in reports.values():
+            for mistake, n in report["recipes"].get(system, {}).get("mistakes", {}).items():
+                total[mistake] += n
+        if any(total.values()):
+            found[system] = total
+    return found
 
 
 def wer_rows(answers, systems):

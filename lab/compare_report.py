@@ -3,15 +3,17 @@
 import numpy as np
 import pandas
 
-from eval import DIALOGUES, QUADRANTS
+from eval import DIALOGUES
 from lab import plots
-from lab.report import TERMS, markdown_table, percent, quadrant_names, write_table
-from lab.statistics import TASK
+from lab.report import TERMS, explain_mistakes, markdown_table, mistake_table, percent
+from lab.report import write_table
+from lab.statistics import AT, LINES, NAMES, TASK, is_whole
 from support.files import write_json, write_text
 
 CONVERSATIONS = "conversations of two turns"
 TABLES = ("scores", "metrics", "differences")
-PLOTS = ("quadrants", "dialogues", "ignored", "retention", "tasks", "curve", "attention")
+GAINS = [f"gain, {name}" for name in NAMES.values()]
+PLOTS = ("cells", "dialogues", "ignored", "retention", "tasks", "curve", "steps", "attention")
 COMPARISON = (  # the files that a comparison writes
     "report.md",
     "report.json",
@@ -27,8 +29,8 @@ class Scores:
         self.table = pandas.DataFrame(report["scores"]).set_index(["system", "measure"])
         self.systems = list(self.table.index.get_level_values("system").unique())
         self.measures = list(self.table.index.get_level_values("measure").unique())
-        # the recipes on a part of the speech are for the curve
-        self.whole = [name for name in self.systems if "@" not in name]
+        # the recipes on a part of the speech, or half trained, are for the curves
+        self.whole = [name for name in self.systems if is_whole(name)]
 
     def get(self, system, measure):
         return self.table.loc[(system, measure)]
@@ -52,8 +54,11 @@ def interval(score, low, high, digits=1, factor=100):
 
 def claims_table(report):
     """The claims about recipes that were asked for; how many others there are is said below."""
-    asked = {"text", "cascade", *report["meta"]["recipes"]}
-    claims = [claim for claim in report["claims"] if asked >= set(claim["recipes"])]
+    asked = {*LINES, *report["meta"]["recipes"]}
+    claims = []
+    for claim in report["claims"]:
+        if asked >= {name.partition(AT)[0] for name in claim["recipes"]}:
+            claims.append(claim)
     head = ["claim", "paper", "difference", "in", "measured [95%]", "runs", "verdict"]
     rows = []
     for claim in claims:
@@ -75,7 +80,7 @@ def wer_of(report):
 
 def recipe_table(report):
     scores, wer = Scores(report), wer_of(report)
-    head = ["recipe (runs)", *quadrant_names(" × "), "repeat WER", "ignored instruction"]
+    head = ["recipe (runs)", *GAINS, "repeat WER", "ignored instruction", "anchor rate"]
     head += ["behavior gap", "text retention", "conversations"]
 
     def shown(name, measure, *form):
@@ -84,9 +89,10 @@ def recipe_table(report):
 
     rows = []
     for name in scores.systems:
-        row = [f"`{name}` ({scores.get(name, QUADRANTS[0])['runs']})"]
-        row += [shown(name, q) for q in QUADRANTS]
+        row = [f"`{name}` ({scores.get(name, GAINS[0])['runs']})"]
+        row += [shown(name, measure) for measure in GAINS]
         row += [percent(wer[name]), shown(name, "ignored instruction")]
+        row.append(shown(name, "anchor rate"))
         row += [shown(name, "behavior gap", 3, 1), shown(name, "text retention")]
         rows.append([*row, shown(name, CONVERSATIONS)])
     return markdown_table(head, rows)
@@ -106,9 +112,27 @@ def spread_table(report):
 
     rows = []
     for name in scores.systems:
-        row = [f"`{name}`", *(spread(name, q) for q in QUADRANTS), percent(wer[name])]
+        row = [f"`{name}`", *(spread(name, measure) for measure in GAINS), percent(wer[name])]
         rows.append([*row, *(spread(name, m) for m in measures)])
-    return markdown_table(["system", *quadrant_names(" × "), "repeat WER", *measures], rows)
+    return markdown_table(["system", *GAINS, "repeat WER", *measures], rows)
+
+
+def kinds_table(report):
+    """The gains by the kind of utterance, as means over the runs."""
+    if not report["kinds"]:
+        return "The corpus names no kinds of utterances."
+    rows = []
+    for row in report["kinds"]:
+        gains = [percent(row[cell]) for cell in NAMES]
+        rows.append([row["kind"], f"`{row['system']}`", *gains])
+    return markdown_table(["kind", "system", *GAINS], rows)
+
+
+def mistakes_table(report):
+    scores = Scores(report)
+    systems = report["mistakes"]
+    rates = {name: scores.cell(name, "anchor rate")["score"] for name in systems}
+    return mistake_table(systems, rates)
 
 
 def bar_table(report):
@@ -124,7 +148,7 @@ def bar_table(report):
         ours, cascade = scores.get("mtbi", measure), scores.get("cascade", measure)
         if not ours["runs"] or not cascade["runs"]:
             continue
-        row = [measure.removeprefix("score, "), percent(ours["score"]), percent(bar, 0)]
+        row = [measure.removeprefix("gain, "), percent(ours["score"]), percent(bar, 0)]
         row.append("yes" if ours["score"] >= bar else "no")
         if cascade["score"]:
             share = ours["score"] / cascade["score"]
@@ -145,7 +169,7 @@ def training_table(report):
     return markdown_table(head, rows)
 
 
-def difference_table(report, measure="score, unseen tasks"):
+def difference_table(report, measure="gain, unseen tasks"):
     """Row minus column, points; bold where the interval excludes zero."""
     found, names = {}, []
     for row in report["differences"]:
@@ -203,6 +227,9 @@ def comparison_as_markdown(report):
     curve = "![unseen tasks by share of the speech](curve.png)"
     if not curve_points(report):
         curve = "Not measured: no recipe was trained on a part of the speech."
+    steps = "![unseen tasks by training step](steps.png)"
+    if not curve_points(report, AT):
+        steps = "Not measured: no recipe was followed."
     made = "\n".join(f"- {key}: {value}" for key, value in meta.items() if key != "failures")
     return f"""# {title_of(meta)}
 
@@ -226,7 +253,7 @@ The rule, written before the run: {report["rule"]} Runs: {", ".join(meta["runs"]
 {recipe_table(report)}
 
 {spread}
-![recipe × quadrant](quadrants.png)
+![recipe × cell](cells.png)
 
 ![ignored instruction](ignored.png)
 
@@ -237,9 +264,19 @@ The rule, written before the run: {report["rule"]} Runs: {", ".join(meta["runs"]
 Every score, with its interval: scores.csv. Exact match, WER, chrF and BLEU of every task, as \
 means over the runs: metrics.csv.
 
+## Kinds of utterances
+
+{kinds_table(report)}
+
+## Mistakes
+
+{explain_mistakes(meta["mistakes"])} All runs together.
+
+{mistakes_table(report)}
+
 ## Paired differences
 
-Row minus column in points of the score on unseen tasks; bold: the 95% interval excludes zero, by \
+Row minus column in points of the gain on unseen tasks; bold: the 95% interval excludes zero, by \
 the same rule. Every other measure, with the intervals: differences.csv.
 
 {difference_table(report)}
@@ -247,6 +284,10 @@ the same rule. Every other measure, with the intervals: differences.csv.
 ## Data efficiency
 
 {curve}
+
+## Quality by step
+
+{steps}
 
 ## Attention
 
@@ -275,8 +316,8 @@ def draw_comparison(out, report):
         return {name: [scores.cell(name, m) for m in measures] for name in scores.whole}
 
     of_text = "score, % of the text LLM"
-    names = quadrant_names("\n")
-    plots.bars(out / "quadrants.png", names, cells(*QUADRANTS), "Generalization", of_text)
+    of_way = "gain, % of the way from copy to text"
+    plots.bars(out / "cells.png", list(NAMES.values()), cells(*GAINS), "Generalization", of_way)
     names = [kind.replace("_", " ") for kind in DIALOGUES]
     plots.bars(
         out / "dialogues.png", names, cells(*DIALOGUES), "Conversations of two turns", of_text
@@ -292,21 +333,29 @@ def draw_comparison(out, report):
 
     curves, axis = curve_points(report), "share of the training speech, %"
     if curves:
-        ylabel = "score on unseen tasks, % of the text LLM"
+        ylabel = "gain on unseen tasks, %"
         plots.lines(out / "curve.png", curves, axis, ylabel, "Data efficiency")
-    whole = {name: row for name, row in report["attention"].items() if "@" not in name}
+    curves, axis = curve_points(report, AT, report["meta"]["steps"]), "training steps"
+    if curves:
+        plots.lines(out / "steps.png", curves, axis, "gain on unseen tasks, %", "Quality by step")
+    whole = {name: row for name, row in report["attention"].items() if is_whole(name)}
     plots.attention(out / "attention.png", whole)
 
 
-def curve_points(report):
-    """{recipe: (shares of the speech, scores on unseen tasks, (lows, highs))}, in percent."""
+def curve_points(report, mark="@", end=100):
+    """{recipe: (xs, gains on unseen tasks, (lows, highs))}, in percent.
+
+    The xs are shares of the speech, in percent; or, with the mark AT, training steps. end: where
+    the recipe itself stands.
+    """
     scores, curves = Scores(report), {}
     for name in scores.whole:
-        points = [int(s.partition("@")[2]) for s in scores.systems if s.startswith(f"{name}@")]
+        start = f"{name}{mark}"
+        points = sorted(int(s[len(start) :]) for s in scores.systems if s.startswith(start))
         if not points:
             continue
-        systems = [f"{name}@{share}" for share in sorted(points)] + [name]
-        rows = [scores.get(system, "score, unseen tasks") for system in systems]
+        systems = [*(f"{start}{point}" for point in points), name]
+        rows = [scores.get(system, "gain, unseen tasks") for system in systems]
         spread = ([100 * row["low"] for row in rows], [100 * row["high"] for row in rows])
-        curves[name] = ([*sorted(points), 100], [100 * row["score"] for row in rows], spread)
+        curves[name] = ([*points, end], [100 * row["score"] for row in rows], spread)
     return curves

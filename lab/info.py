@@ -76,13 +76,12 @@ def describe_recipe(folder, scored):
 
 def describe_scores(entry):
     try:
-        scores = []
-        for quadrant, cell in entry["quadrants"].items():
-            name = quadrant.replace("_task_", " × ").removesuffix("_prompt")
-            scores.append(f"{name} {percent(cell['score'])}")
+        gains = []
+        for name, cell in entry["cells"].items():
+            gains.append(f"{name.replace('_', ' ')} {percent(cell['gain'])}")
         wer = percent(entry["repeat_wer"])
     except (KeyError, TypeError, AttributeError):
         raise UserError(
             "report.json: is not what `bench` writes; run `bench` again with --force"
         ) from None
-    return f"scores (task × prompt) {', '.join(scores)}; repeat WER {wer}"
+    return f"gains {', '.join(gains)}; repeat WER {wer}"

@@ -83,13 +83,14 @@ def attention(path, systems):
 
 
 def of_bench(folder, report, logs):
-    """quadrants.png, tasks.png, attention.png, loss.png of a run; logs: {recipe: rows}."""
+    """cells.png, tasks.png, attention.png, loss.png of a run; logs: {recipe: rows}."""
     folder, recipes, splits = Path(folder), report["recipes"], report["meta"]["task_splits"]
-    quadrants = {name: list(entry["quadrants"].values()) for name, entry in recipes.items()}
-    groups = ["seen task\nseen prompt", "seen task\nunseen prompt"]
-    groups += ["unseen task\nseen prompt", "unseen task\nunseen prompt"]
+    cells = {}
+    for name, entry in recipes.items():
+        cells[name] = [{**cell, "score": cell["gain"]} for cell in entry["cells"].values()]
     title = "Generalization (bars: 95% interval over utterances)"
-    bars(folder / "quadrants.png", groups, quadrants, title, "score, % of the text LLM")
+    names = ["seen", "unseen prompts", "unseen tasks"]
+    bars(folder / "cells.png", names, cells, title, "gain, % of the way from copy to text")
 
     asked = next(iter(recipes.values()))["tasks"]
     tasks = sorted(asked, key=lambda task: splits[task] == "unseen")

@@ -9,9 +9,10 @@ import pandas
 import torch
 import transformers
 
-from eval import DIALOGUES, QUADRANTS
+from eval import CELLS, DIALOGUES
 from lab import plots
-from lab.statistics import TASK, over_utterances, repeat_wer, rows_of, task_metrics
+from lab.mistakes import MISTAKES
+from lab.statistics import NAMES, TASK, over_utterances, repeat_wer, rows_of, task_metrics
 from support.files import fingerprint_of_file, read_json_if_whole, whole_file, write_json
 from support.files import write_text
 from support.logs import read_log
@@ -20,22 +21,22 @@ from support.processes import DEVICE, MAIN, first_process
 REPORT = ("recipes", "samples", "meta")  # what report.json holds
 
 TERMS = """*Score*: the mean over questions of what the task asks for, exact match, 1 - word error
-rate (WER), or chrF, against the text LLM's own answer to the true transcript. So it is a share of
-the top line, `text`, which has 100%. *Seen* are the tasks and prompts that stage 2 may train on; a
-recipe that trains on a part of these tasks has not seen the others. *Repeat WER*: the word error
-rate of the task *repeat* against the true transcripts. *Ignored instruction*: answers that are the
-transcript, though another task was asked. *Conversations*: two turns, of speech and text mixed,
-against the text LLM's own answer to the same in text. *Text retention*: the score of the same
-questions about the true transcript in text, after training; an LLM that is frozen answers as
-before. *Behavior gap*: KL between the LLM's next-token distributions reading the transcript and
-hearing the speech, over its own answer. *Attention*: share that the positions which predict the
-answer pay to the instruction and to what stands for the utterance, mean over layers and heads; the
-rest falls on the chat template and the answer."""
-
-
-def quadrant_names(between):
-    """The quadrants for people: "seen task × seen prompt", …; `between` stands after the task."""
-    return [q.replace("_task_", f" task{between}").replace("_prompt", " prompt") for q in QUADRANTS]
+rate (WER), or chrF, against the text LLM's own answer to the true transcript. So the top line,
+`text`, has 100%. The bottom line, `copy`, answers every question with the transcript. *Gain*: the
+share of the way from the bottom to the top line, (score - copy) / (1 - copy), over the same
+questions; those that the transcript answers, as in *repeat*, are left out of it: their word error
+rate is reported. *Seen* are the tasks and prompts that stage 2 may train on, *unseen prompts* other
+prompts of these tasks, *unseen tasks* all prompts of tasks that no training saw; a recipe that
+trains on a part of the tasks has not seen the others. *Repeat WER*: the word error rate of the task
+*repeat* against the true transcripts. *Ignored instruction*: answers that are the transcript,
+though another task was asked. *Anchor rate*: of the questions about an utterance that is itself a
+question or a command, the answers that do what the speech says. *Conversations*: two turns, of
+speech and text mixed, against the text LLM's own answer to the same in text. *Text retention*: the
+score of the same questions about the true transcript in text, after training; an LLM that is frozen
+answers as before. *Behavior gap*: KL between the LLM's next-token distributions reading the
+transcript and hearing the speech, over its own answer. *Attention*: share that the position which
+predicts the first token of the answer pays to the instruction and to what stands for the utterance,
+mean over layers and heads; the rest falls on the chat template."""
 
 
 def percent(value, digits=1):
@@ -58,13 +59,18 @@ def summarize(answers):
     def over(measure):
         return over_utterances(rows_of(answers, measure))
 
-    tasks = answers[answers["set"] == "questions"]["task"].unique()
+    questions = answers[answers["set"] == "questions"]
+    tasks = questions["task"].unique()
     ignored = over("ignored instruction")
-    quadrants = {q: over(q) for q in QUADRANTS}
-    for cell in quadrants.values():
-        cell["share_of_text"] = cell["score"]  # the text LLM is its own reference
+    kinds = {}
+    for kind, rows in questions.groupby("kind", sort=False):
+        if kind:
+            kinds[kind] = cells_of(rows)
     return {
-        "quadrants": quadrants,
+        "cells": cells_of(answers),
+        "kinds": kinds,
+        "mistakes": mistakes_of(questions),
+        "anchor_rate": over("anchor rate"),
         "dialogues": {d: over(d) for d in DIALOGUES},
         "tasks": {task: over(TASK + task) for task in tasks},
         "metrics": without_nan(task_metrics(answers)).to_dict("index"),
@@ -74,6 +80,32 @@ def summarize(answers):
         "behavior_gap": over("behavior gap"),
         "text_retention": over("text retention"),
     }
+
+
+def cells_of(answers):
+    """{cell: {"score", "gain", "exact", "n", "ci95"}}: the interval is that of the gain.
+
+    n: the questions of the cell, those that the transcript answers among them.
+    """
+    cells = {}
+    for cell, name in NAMES.items():
+        gain = over_utterances(rows_of(answers, f"gain, {name}"))
+        score = over_utterances(rows_of(answers, f"score, {name}"))
+        exact = over_utterances(rows_of(answers, f"exact, {name}"))
+        cells[cell] = {
+            "score": score["score"],
+            "gain": gain["score"],
+            "exact": exact["score"],
+            "n": score["n"],
+            "ci95": gain["ci95"],
+        }
+    return cells
+
+
+def mistakes_of(questions):
+    """{one of MISTAKES: how many of the wrong answers that were looked into}."""
+    counts = questions["mistake"].value_counts()
+    return {mistake: int(counts.get(mistake, 0)) for mistake in MISTAKES}
 
 
 def without_nan(table):
@@ -141,13 +173,13 @@ def describe_questions(answers, trained_on):
 
 
 def draw_samples(answers, seed, n=5):
-    """n questions from all quadrants in turn, with every system's answer."""
+    """n questions from all cells in turn, with every system's answer."""
     rng, samples = random.Random(f"samples-{seed}"), []
     questions = answers[answers["set"] == "questions"]
     by_system = dict(list(questions.groupby("system", sort=False)))
     first = next(iter(by_system.values()))
     for i in range(n):
-        wanted = first["cell"] == QUADRANTS[(3 - i) % 4]
+        wanted = first["cell"] == CELLS[-1 - i % 3]
         places = [at for at, fits in enumerate(wanted) if fits] or list(range(len(first)))
         at = rng.choice(places)
         row = first.iloc[at]
@@ -155,7 +187,7 @@ def draw_samples(answers, seed, n=5):
             {
                 "prompt": row["prompt"],
                 "task": row["task"],
-                "quadrant": row["cell"],
+                "cell": row["cell"],
                 "audio": os.path.normpath(row["audio"]),
                 "transcript": row["transcript"],
                 "answers": {name: rows["answer"].iloc[at] for name, rows in by_system.items()},
@@ -209,22 +241,74 @@ def can_be_shown(report):
 # ---- tables ----
 
 
-def quadrant_table(report):
+def cell_table(report):
     """The table people look at first."""
-    head = ["system", *quadrant_names(" × "), "repeat WER", "ignored instruction"]
+    head = ["system", *(f"gain, {name}" for name in NAMES.values())]
     rows = []
     for name, entry in report["recipes"].items():
         row = [f"`{name}`"]
-        for cell in entry["quadrants"].values():
+        for cell in entry["cells"].values():
             low, high = (percent(end, 0) for end in cell["ci95"])
-            row.append(f"{percent(cell['score'])} [{low}, {high}]")
+            row.append(f"{percent(cell['gain'])} [{low}, {high}]")
         row += [percent(entry["repeat_wer"]), percent(entry["ignored_instruction_rate"])]
+        rows.append(row)
+    return markdown_table([*head, "repeat WER", "ignored instruction"], rows)
+
+
+def score_table(report):
+    """The scores that the gains are made of, and how many answers are exactly right."""
+    head = ["system"]
+    for name in NAMES.values():
+        head += [f"score, {name}", "exact"]
+    rows = []
+    for name, entry in report["recipes"].items():
+        row = [f"`{name}`"]
+        for cell in entry["cells"].values():
+            row += [percent(cell["score"]), percent(cell["exact"])]
         rows.append(row)
     return markdown_table(head, rows)
 
 
+def kind_table(report):
+    """The gains by the kind of utterance."""
+    kinds = next(iter(report["recipes"].values()))["kinds"]
+    if not kinds:
+        return "The corpus names no kinds of utterances."
+    rows = []
+    for kind in kinds:
+        for name, entry in report["recipes"].items():
+            gains = [percent(cell["gain"]) for cell in entry["kinds"][kind].values()]
+            rows.append([kind, f"`{name}`", *gains])
+    return markdown_table(["kind", "system", *(f"gain, {n}" for n in NAMES.values())], rows)
+
+
+def mistake_table(counts, anchor_rates):
+    """How wrong answers are wrong: shares of those whose utterance the system repeats.
+
+    counts: {system: {one of MISTAKES: how many}}; anchor_rates: {system: share, or None}.
+    """
+    kinds = [mistake for mistake in MISTAKES if mistake != "misheard"]
+    rows = []
+    for name, found in counts.items():
+        looked_into, misheard = sum(found.values()), found["misheard"]
+        heard = looked_into - misheard
+        shares = [percent(found[kind] / heard if heard else None, 0) for kind in kinds]
+        anchored = percent(anchor_rates[name])
+        rows.append([f"`{name}`", str(looked_into), str(misheard), *shares, anchored])
+    return markdown_table(["system", "looked into", "misheard", *kinds, "anchor rate"], rows)
+
+
+def explain_mistakes(most):
+    """What the table shows, for people; most: wrong answers of a system that are looked into."""
+    kinds = [f"*{kind}*, {about}" for kind, about in MISTAKES.items()]
+    return (
+        f"Up to {most} wrong answers of each system, looked into: {'; '.join(kinds)}. The shares "
+        "are of those not misheard. The last column is of all questions about directives."
+    )
+
+
 def inside_table(report):
-    """Beyond the quadrants: conversations of two turns, text retention, gap, attention."""
+    """Beyond the cells: conversations of two turns, text retention, gap, attention."""
     head = ["system", *(d.replace("_", " ") for d in DIALOGUES)]
     head += ["text retention", "behavior gap, nats/token", "attention on instruction / on speech"]
     rows = []
@@ -267,7 +351,7 @@ def task_table(report):
 
 def sample_text(sample):
     """One question with every system's answer, as markdown."""
-    where = sample["quadrant"].replace("_", " ")
+    where = sample["cell"].replace("_", " ")
     lines = [f"- **{sample['prompt']}** ({where})"]
     lines.append(f"  speech: *{sample['transcript']}* ({sample['audio']})")
     for name, answer in sample["answers"].items():
@@ -277,6 +361,8 @@ def sample_text(sample):
 
 def as_markdown(report):
     meta = report["meta"]
+    mistakes = {name: entry["mistakes"] for name, entry in report["recipes"].items()}
+    anchor_rates = {n: entry["anchor_rate"]["score"] for n, entry in report["recipes"].items()}
     samples = "\n".join(sample_text(sample) for sample in report["samples"])
     made = "\n".join(f"- {key}: {value}" for key, value in meta.items() if key != "task_splits")
     return f"""# Benchmark of {", ".join(report["recipes"])}
@@ -287,9 +373,21 @@ brackets: 95% bootstrap interval over utterances. Every answer is a row of answe
 
 {TERMS}
 
-{quadrant_table(report)}
+{cell_table(report)}
 
-![scores by quadrant](quadrants.png)
+![gain by cell](cells.png)
+
+{score_table(report)}
+
+## Kinds of utterances
+
+{kind_table(report)}
+
+## Mistakes
+
+{explain_mistakes(meta["settings"]["mistakes"])}
+
+{mistake_table(mistakes, anchor_rates)}
 
 ## Tasks
 
@@ -325,10 +423,10 @@ Conversations of two turns: {meta["n_dialogues"]} of each kind. Behavior gap and
 
 
 def show(report, folder):
-    print("\nScore, % of the text LLM's own answers [95% interval over utterances]\n")
-    print(quadrant_table(report) + "\n")
+    print("\nGain, % of the way from copying to the text LLM [95% interval over utterances]\n")
+    print(cell_table(report) + "\n")
     for sample in report["samples"]:
-        where = sample["quadrant"].replace("_", " ")
+        where = sample["cell"].replace("_", " ")
         print(f"{sample['prompt']}  [{sample['transcript']}]  ({where}; {sample['audio']})")
         for name, answer in sample["answers"].items():
             print(f"    {name:<8} {' '.join(answer.split())}")

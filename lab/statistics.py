@@ -4,63 +4,108 @@ import numpy as np
 import pandas
 
 from data import normalize
-from eval import DIALOGUES, QUADRANTS
+from eval import CELLS, DIALOGUES
 
+LINES = ("text", "copy", "cascade")  # the systems that every recipe is held against
+AT = "-at-"  # mtbi-at-250 is mtbi as it was after 250 steps
 RESAMPLES = 1000  # bootstrap resamples of the utterances
 # 97.5% quantile of Student's t, by the number of runs
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 # What is measured: the column of the table, which rows, and which cells.
-MEASURES = {
-    "score, seen tasks and prompts": ("score", "questions", QUADRANTS[:1]),
-    "score, unseen prompts": ("score", "questions", QUADRANTS[1:2]),
-    "score, unseen tasks": ("score", "questions", QUADRANTS[2:]),
-    "score, everything but training's own cells": ("score", "questions", QUADRANTS[1:]),
+MEASURES = {}
+for what in ("gain", "score", "exact"):
+    MEASURES |= {
+        f"{what}, seen": (what, "questions", ["seen"]),
+        f"{what}, unseen prompts": (what, "questions", ["unseen_prompt"]),
+        f"{what}, unseen tasks": (what, "questions", ["unseen_task"]),
+        f"{what}, everything unseen": (what, "questions", ["unseen_prompt", "unseen_task"]),
+        f"{what}, all": (what, "questions", CELLS),
+    }
+MEASURES |= {
+    "drop from seen to unseen prompts": ("drop", "questions", ["seen", "unseen_prompt"]),
     "conversations of two turns": ("score", "dialogues", DIALOGUES),
-    "ignored instruction": ("ignored_instruction", "questions", QUADRANTS),
-    "behavior gap": ("behavior_gap", "questions", QUADRANTS),
-    "attention on instruction": ("attention_on_instruction", "questions", QUADRANTS),
-    "text retention": ("score", "text", QUADRANTS),
+    "ignored instruction": ("ignored_instruction", "questions", CELLS),
+    "anchor rate": ("anchored", "questions", CELLS),
+    "behavior gap": ("behavior_gap", "questions", CELLS),
+    "attention on instruction": ("attention_on_instruction", "questions", CELLS),
+    "text retention": ("score", "text", CELLS),
 }
-# every cell by itself, by its own name
-for quadrant in QUADRANTS:
-    MEASURES[quadrant] = ("score", "questions", [quadrant])
-for kind in DIALOGUES:
+for kind in DIALOGUES:  # each by itself, by its own name
     MEASURES[kind] = ("score", "dialogues", [kind])
+NAMES = {"seen": "seen", "unseen_prompt": "unseen prompts", "unseen_task": "unseen tasks"}
 TASK = "task "  # "task NAME" is the score of one task
 
 
-def rows_of(answers, measure):
-    """What a measure is about: a table with the columns utterance and value, in order."""
+def rows_of(answers, measure, tasks=()):
+    """What a measure is about: a table with the columns utterance, value and weight, in order.
+
+    What is measured is the weighted mean of the values. tasks: of these alone; none: of all.
+    """
     if measure.startswith(TASK):
         column, part = "score", "questions"
         chosen = answers["task"] == measure.removeprefix(TASK)
     else:
         column, part, cells = MEASURES[measure]
         chosen = answers["cell"].isin(cells)
-    rows = answers[chosen & (answers["set"] == part)]
-    rows = rows[["utterance", column]].rename(columns={column: "value"})
+    if tasks:
+        chosen &= answers["task"].isin(tasks)
+    rows = answers[chosen & (answers["set"] == part)].assign(weight=1.0)
+    if column == "gain":
+        rows = with_gain(rows)
+    if column == "drop":
+        rows = with_drop(rows)
+    rows = rows[["utterance", column, "weight"]].rename(columns={column: "value"})
     return rows.dropna().astype({"value": float})
 
 
-def bootstrap(values, utterances, rng):
-    """RESAMPLES means, each over as many utterances, drawn with replacement.
+def with_gain(rows):
+    """The rows with a column `gain` and weights, by which its mean is (score - copy) / (1 - copy).
+
+    That is the share of the way from the bottom line, which answers every question with the
+    transcript, to the top line; score and copy are means over the same questions. So each question
+    weighs as much as its way is long. One that the transcript answers, as those of *repeat* are,
+    has no way to go, and is left out.
+    """
+    rows = rows[rows["copy"] < 1.0]
+    way = 1.0 - rows["copy"]
+    return rows.assign(gain=(rows["score"] - rows["copy"]) / way, weight=way)
+
+
+def with_drop(rows):
+    """The rows with a column `drop`, whose mean is that of seen prompts minus that of unseen ones.
+
+    Tasks that the rows are about have both.
+    """
+    counts = rows["cell"].value_counts()
+    share = {"seen": len(rows) / max(1, counts.get("seen", 0))}
+    share["unseen_prompt"] = -len(rows) / max(1, counts.get("unseen_prompt", 0))
+    return rows.assign(drop=rows["score"] * rows["cell"].map(share))
+
+
+def weighted_mean(rows):
+    return float(np.average(rows["value"], weights=rows["weight"]))
+
+
+def bootstrap(rows, rng):
+    """RESAMPLES means of rows_of, each over as many utterances, drawn with replacement.
 
     Answers about one utterance are no independent observations.
     """
-    ids = np.unique(utterances, return_inverse=True)[1]
-    sums, counts = np.bincount(ids, np.asarray(values)), np.bincount(ids)  # (utterances,)
+    ids = np.unique(rows["utterance"], return_inverse=True)[1]
+    weights = np.asarray(rows["weight"])
+    sums = np.bincount(ids, np.asarray(rows["value"]) * weights)  # (utterances,)
+    totals = np.bincount(ids, weights)  # (utterances,)
     picks = rng.integers(0, len(sums), (RESAMPLES, len(sums)))
-    return sums[picks].sum(1) / counts[picks].sum(1)  # (RESAMPLES,)
+    return sums[picks].sum(1) / totals[picks].sum(1)  # (RESAMPLES,)
 
 
 def over_utterances(rows, seed=0):
     """{"score", "n", "ci95"} of one run: the mean, and its 95% bootstrap interval."""
     if not len(rows):
         return {"score": None, "n": 0, "ci95": [None, None]}
-    means = bootstrap(rows["value"], rows["utterance"], np.random.default_rng(seed))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"score": float(rows["value"].mean()), "n": len(rows), "ci95": [float(low), float(high)]}
+    low, high = np.percentile(bootstrap(rows, np.random.default_rng(seed)), [2.5, 97.5])
+    return {"score": weighted_mean(rows), "n": len(rows), "ci95": [float(low), float(high)]}
 
 
 def over_runs(groups, seed=0):
@@ -73,8 +118,8 @@ def over_runs(groups, seed=0):
     if not groups:
         return {"score": None, "ci95": [None, None], "n": 0, "by_run": []}
     rng, n = np.random.default_rng(seed), len(groups)
-    means = np.array([rows["value"].mean() for rows in groups])  # (runs,)
-    resampled = [bootstrap(rows["value"], rows["utterance"], rng) for rows in groups]
+    means = np.array([weighted_mean(rows) for rows in groups])  # (runs,)
+    resampled = [bootstrap(rows, rng) for rows in groups]
     within = np.array(resampled) - means[:, None]  # (runs, RESAMPLES)
     picks = rng.integers(0, n, (n, RESAMPLES))
     between = (means - means.mean())[picks].mean(0)  # (RESAMPLES,)
@@ -131,6 +176,11 @@ def repeat_wer(answers):
     return jiwer.wer([s for s, _ in pairs], [r for _, r in pairs])
 
 
+def is_whole(system):
+    """Was it trained on all the speech, to its end?"""
+    return "@" not in system and AT not in system
+
+
 def mean_or_none(values):
     """The mean of numbers that are all there, or None."""
     values = list(values)
@@ -139,11 +189,13 @@ def mean_or_none(values):
 
 NUMBERS = (
     "score",
+    "copy",
     "exact",
     "wer",
     "chrf",
     "bleu",
     "ignored_instruction",
+    "anchored",
     "behavior_gap",
     "attention_on_instruction",
     "attention_on_utterance",

@@ -13,17 +13,19 @@ from checkpoints import save_encoder
 from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import one_line
 
 from data import Response, Speech, Task, Text, Utterance, ask, chat_parts, load_tasks
 from data import read_manifest, response_tokens
-from eval import DIALOGUES, QUADRANTS, SETS, Case, Questions, System, all_metrics
-from eval import attention_shares, behavior_gap, draw_cases, draw_dialogues, repeats_instead
-from eval import row_of, score, shares_of_parts
+from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
+from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
+from eval import repeats_instead, row_of, score, shares_of_parts
+from lab.mistakes import MISTAKES, kind_of_mistake
 from lab.statistics import read_answers
 from mtbi import main
 from support.files import read_json, write_json
 
-PLOTS = ("quadrants.png", "tasks.png", "attention.png", "loss.png")
+PLOTS = ("cells.png", "tasks.png", "attention.png", "loss.png")
 MADE = ("answers.csv", "report.json", "report.md", *PLOTS)
 
 
@@ -61,7 +63,7 @@ WHO = Task("who", "train", "exact", ["Who?"], ["Who was it?"])
 SAID = "the farmer sold three red apples"
 
 
-def case_about(task, prompt="Who?", cell=QUADRANTS[0]):
+def case_about(task, prompt="Who?", cell=CELLS[0]):
     return Case(Utterance(Path("x"), SAID, 1.0, id="x"), task, prompt, cell)
 
 
@@ -81,6 +83,57 @@ def test_repeating_ignores_no_instruction_where_it_is_asked_for():
     assert row_of("asr", "text", case_about(WHO), "the farmer", SAID)["ignored_instruction"] is None
 
 
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    "answer, heard, mistake",
+    [
+        ("the baker", False, "misheard"),
+        (SAID, True, "copied"),
+        ("two", True, "obeyed"),
+        ("apples", True, "another task"),
+        ("the baker", True, "wrong word"),
+        ("the farmer sold", True, "wrong word"),
+        ("in spanish", True, "other"),
+    ],
+)
+def test_how_a_wrong_answer_is_wrong(answer, heard, mistake):
+    found = kind_of_mistake(
+        case_about(WHO),
+        "the farmer",
+        answer,
+        heard,
+        reply="two",
+        others=["red", "apples"],
+        possible={"the baker", "the farmer"},
+    )
+    assert found == mistake
+
+
+def test_wrong_answers_are_looked_into_and_right_ones_are_not(benched_world):
+    rows = read_answers(benched_world / "run" / "answers.csv")
+    assert set(rows["mistake"]) <= {"", *MISTAKES}
+    assert (rows[rows["mistake"] != ""]["exact"] == 0).all()
+    for system in ("mtbi", "asr"):  # trained for a moment, it is wrong about nearly all
+        looked_into = rows[(rows["system"] == system) & (rows["mistake"] != "")]
+        assert 0 < len(looked_into) <= 40
+    assert not rows[rows["system"].isin(["text", "copy"])]["mistake"].any()
+
+
+def test_a_directive_is_obeyed_where_the_answer_is_what_the_speech_asks_for():
+    questions = Questions.__new__(Questions)
+    said = Utterance(Path("x"), "which is larger two or five", 1.0, id="x", kind="directive")
+    case = Case(said, WHO, "Who?", "seen")
+    assert directives_of([case, case]) == [said]
+    questions.cases = {"questions": [case, case, case]}
+    questions.references = {"questions": ["nobody", "nobody", "five"]}
+    questions.replies, questions.probes = {"x": "five"}, []
+    answers = {"questions": ["five", "nobody", "five"]}
+    rows = questions.rows("asr", answers, {}, [], [])
+    assert [row["anchored"] for row in rows] == [1.0, 0.0, None], "the last may have been either"
+
+
 # ---- questions ----
 
 
@@ -94,18 +147,19 @@ def cases(tested):
     return draw_cases(load_tasks(ROOT / "tiny" / "tasks.toml"), tested, 1, 0)
 
 
-def test_every_prompt_gets_its_questions_and_every_quadrant_is_filled(tested):
+def test_every_prompt_gets_its_questions_and_every_cell_is_filled(tested):
     tasks = load_tasks(ROOT / "tiny" / "tasks.toml")
     cases = draw_cases(tasks, tested, 2, 0)
-    assert {c.cell for c in cases} == set(QUADRANTS)
+    assert {c.cell for c in cases} == set(CELLS)
     prompts = set()
     for task in tasks.values():
         prompts |= {(task.name, prompt) for prompt in task.prompts + task.unseen_prompts}
     assert {(c.task.name, c.prompt) for c in cases} == prompts
     for c in cases:
         assert c.task.applies(c.utterance.text)
-        assert (c.prompt in c.task.unseen_prompts) == c.cell.endswith("unseen_prompt")
-        assert (c.task.split == "unseen") == c.cell.startswith("unseen_task")
+        new_prompt = c.task.split == "train" and c.prompt in c.task.unseen_prompts
+        assert (c.task.split == "unseen") == (c.cell == "unseen_task")
+        assert new_prompt == (c.cell == "unseen_prompt")
 
 
 def test_dialogues_are_of_all_kinds_and_about_held_out_speech(cases):
@@ -233,7 +287,7 @@ def answers(benched_world):
     return pandas.read_csv(benched_world / "run" / "answers.csv")
 
 
-SYSTEMS = ["text", "cascade", "mtbi", "asr"]
+SYSTEMS = ["text", "copy", "cascade", "mtbi", "asr"]
 
 
 def test_everything_is_written(benched_world, report):
@@ -249,12 +303,14 @@ def test_answers_csv_is_a_row_for_every_answer_of_every_system(answers, report):
     questions = 24  # one for each prompt of tests/few_tasks.toml
     sizes = answers.groupby(["system", "set"]).size()
     for system in SYSTEMS:
-        assert sizes[system].to_dict() == {"questions": questions, "dialogues": 6, "text": 24}
+        asked = {"questions": questions, "dialogues": 6}
+        assert sizes[system].to_dict() == asked | ({} if system == "copy" else {"text": 24})
     assert set(answers["set"]) == set(SETS)
     assert report["meta"]["n_cases"] == questions
     # every system was asked the very same
     asked = ["set", "cell", "task", "prompt", "utterance", "transcript", "reference"]
-    tables = [rows[asked].reset_index(drop=True) for _, rows in answers.groupby("system")]
+    spoken = answers[answers["set"] != "text"]
+    tables = [rows[asked].reset_index(drop=True) for _, rows in spoken.groupby("system")]
     for table in tables[1:]:
         pandas.testing.assert_frame_equal(table, tables[0])
 
@@ -266,8 +322,20 @@ def test_a_row_says_who_was_asked_what_and_how_the_answer_scores(answers):
         assert row.task_seen == (task.split == "train")
         assert row.prompt_seen == (row.prompt in task.prompts)
         assert row.score == pytest.approx(score(task.metric, row.reference, row.answer), abs=1e-6)
+        copied = score(task.metric, row.reference, row.transcript)
+        assert row.copy == pytest.approx(copied, abs=1e-6)
         for name, value in all_metrics(row.reference, row.answer).items():
             assert getattr(row, name) == pytest.approx(value, abs=1e-6)
+
+
+def test_the_bottom_line_answers_everything_with_the_transcript(answers, report):
+    bottom = answers[answers["system"] == "copy"]
+    assert (bottom["answer"] == bottom["transcript"]).all()
+    assert (bottom["score"] == bottom["copy"]).all()
+    gains = [cell["gain"] for cell in report["recipes"]["copy"]["cells"].values()]
+    assert gains == pytest.approx([0, 0, 0])
+    gains = [cell["gain"] for cell in report["recipes"]["text"]["cells"].values()]
+    assert gains == pytest.approx([1, 1, 1])
 
 
 def test_the_top_line_is_its_own_reference(answers):
@@ -278,30 +346,42 @@ def test_the_top_line_is_its_own_reference(answers):
 
 def test_the_numbers_of_report_json_are_group_bys_of_the_table(answers, report):
     questions = answers[answers["set"] == "questions"]
-    means = questions.groupby(["system", "cell"])["score"].mean()
     by_task = questions.groupby(["system", "task"])["score"].mean()
     in_two_turns = answers[answers["set"] == "dialogues"].groupby(["system", "cell"])["score"]
     ignored = questions.groupby("system")["ignored_instruction"].mean()
     gap = questions.groupby("system")["behavior_gap"].mean()
     retention = answers[answers["set"] == "text"].groupby("system")["score"].mean()
     for system, entry in report["recipes"].items():
-        assert list(entry["quadrants"]) == QUADRANTS
-        for cell, found in entry["quadrants"].items():
-            assert found["score"] == pytest.approx(means[system, cell])
-            assert found["share_of_text"] == found["score"]
-            assert 0 <= found["ci95"][0] <= found["score"] <= found["ci95"][1] <= 1
+        assert list(entry["cells"]) == CELLS
+        for cell, found in entry["cells"].items():
+            rows = questions[(questions["system"] == system) & (questions["cell"] == cell)]
+            assert found["score"] == pytest.approx(rows["score"].mean())
+            assert found["exact"] == pytest.approx(rows["exact"].mean())
+            assert found["n"] == len(rows)
+            ways = rows[rows["copy"] < 1]
+            mean, copied = ways["score"].mean(), ways["copy"].mean()
+            assert found["gain"] == pytest.approx((mean - copied) / (1 - copied))
+            assert found["ci95"][0] <= found["gain"] <= found["ci95"][1] <= 1 + 1e-9
+        looked_into = questions[questions["system"] == system]["mistake"].notna().sum()
+        assert sum(entry["mistakes"].values()) == looked_into
         for task, found in entry["tasks"].items():
             assert found["score"] == pytest.approx(by_task[system, task])
             assert found["n"] == 4
         for kind, found in entry["dialogues"].items():
             assert found["score"] == pytest.approx(in_two_turns.mean()[system, kind])
         assert entry["ignored_instruction_rate"] == pytest.approx(ignored[system])
+        if system == "copy":  # it is no model to look into, and reads nothing
+            assert entry["behavior_gap"]["score"] is entry["text_retention"]["score"] is None
+            continue
         assert entry["behavior_gap"]["score"] == pytest.approx(gap[system])
         assert entry["text_retention"]["score"] == pytest.approx(retention[system])
 
 
 def test_probes_are_few_and_the_attention_by_layer_has_their_mean(answers, report):
     for system, entry in report["recipes"].items():
+        if system == "copy":
+            assert not entry["attention"]
+            continue
         rows = answers[answers["system"] == system]
         assert rows["behavior_gap"].notna().sum() == report["meta"]["n_probes"] == 4
         for kind, by_layer in entry["attention"].items():
@@ -400,7 +480,7 @@ def test_a_damaged_record_is_measured_again_and_the_others_are_kept(own, capsys)
     assert changed == {"mtbi.json", "config.json"}
     again = read_json(own / "run" / "report.json")
     for name in SYSTEMS:
-        assert again["recipes"][name]["quadrants"] == report["recipes"][name]["quadrants"]
+        assert again["recipes"][name]["cells"] == report["recipes"][name]["cells"]
 
 
 def test_a_report_in_which_something_is_missing_is_written_anew(own):
@@ -415,7 +495,30 @@ def test_a_report_in_which_something_is_missing_is_written_anew(own):
 
 def test_the_recipes_that_are_named_are_all_that_the_report_holds(own):
     assert bench(own / "run", "--recipes", "asr") == 0
-    assert list(read_json(own / "run" / "report.json")["recipes"]) == ["text", "cascade", "asr"]
+    assert list(read_json(own / "run" / "report.json")["recipes"]) == [
+        "text",
+        "copy",
+        "cascade",
+        "asr",
+    ]
+
+
+def test_a_recipe_is_measured_as_it_was_after_so_many_steps(own, capsys):
+    train = ["train", str(own / "run"), "--recipe", "asr", "--force", "--hidden", "16"]
+    sizes = ["--steps", "4", "--batch-size", "8", "--save-every", "2", "--keep-states"]
+    assert main([*train, *sizes]) == 0
+    answers = []
+    for words in (["--step", "2"], ["--step", "4"], []):
+        assert bench(own / "run", "--recipes", "asr", *words) == 0
+        folder = own / "run" / "steps" / words[1] if words else own / "run"
+        table = read_answers(folder / "answers.csv")
+        answers.append(table[table["system"] == "asr"].reset_index(drop=True))
+    early, last, trained = answers
+    pandas.testing.assert_frame_equal(last, trained)
+    assert (early["answer"] != last["answer"]).any()
+    capsys.readouterr()
+    assert bench(own / "run", "--recipes", "asr", "--step", "3") == 2
+    one_line(capsys, "no state after 3 steps was kept (2, 4 are there)", "--keep-states")
 
 
 def test_another_transcriber_changes_the_cascade_alone(own, tmp_path, capsys):
@@ -432,7 +535,12 @@ def test_another_transcriber_changes_the_cascade_alone(own, tmp_path, capsys):
 def test_a_transcriber_without_a_ctc_head_is_none(own, tmp_path, capsys):
     assert bench(own / "run", "--asr", save_encoder(tmp_path, "wav2vec2")) == 0
     assert "cascade: left out" in capsys.readouterr().out
-    assert list(read_json(own / "run" / "report.json")["recipes"]) == ["text", "mtbi", "asr"]
+    assert list(read_json(own / "run" / "report.json")["recipes"]) == [
+        "text",
+        "copy",
+        "mtbi",
+        "asr",
+    ]
 
 
 def test_a_run_folder_can_be_moved_with_its_data(own, tmp_path, capsys):

@@ -20,9 +20,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lab.step
-from eval import DIALOGUES, QUADRANTS
-from lab.claims import BAR, CLAIMS, CURVE, RULE, Claim, Results, above, all_differences, decide
-from lab.compare import CompareOptions, OneRun, RunAll, runs_of, score_rows, with_curve
+from eval import CELLS, DIALOGUES
+from lab.claims import (
+    BAR,
+    CLAIMS,
+    CURVE,
+    STEPS,
+    RULE,
+    Claim,
+    Results,
+    above,
+    all_differences,
+    decide,
+)
+from lab.compare import parse_seeds, CompareOptions, OneRun, RunAll, runs_of, score_rows, with_curve
 from lab.compare_report import bar_table, curve_points
 from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
 from lab.look import LookOptions, look
@@ -30,7 +41,8 @@ from lab.memory import estimate, weight_bytes
 from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
 from lab.programs import run_program
 from lab.report import draw_samples, percent
-from lab.statistics import MEASURES, TASK, over_runs, over_utterances, rows_of, task_metrics
+from lab.statistics import AT, MEASURES, TASK, over_runs, over_utterances, rows_of, task_metrics
+from lab.statistics import weighted_mean
 from model import PRECISIONS, Connector, SpeechLLM, load_llm
 from mtbi import COMMANDS, RECIPES, main, run_command
 from support.files import UserError, read_json
@@ -39,8 +51,8 @@ from support.options import parse_options
 
 
 def values_of(rows):
-    """A table of (utterance, value)."""
-    return pandas.DataFrame(rows, columns=["utterance", "value"])
+    """A table of (utterance, value), which weigh alike."""
+    return pandas.DataFrame(rows, columns=["utterance", "value"]).assign(weight=1.0)
 
 
 # ---- intervals ----
@@ -113,12 +125,12 @@ def test_when_runs_differ_more_than_utterances_do_three_that_agree_by_chance_dec
 def table(run, system, value, n=40):
     """Answers of a system in a run: each measure is value(i) for utterance i, in every cell."""
     rows = []
-    for part, cells in (("questions", QUADRANTS), ("dialogues", DIALOGUES), ("text", QUADRANTS)):
+    for part, cells in (("questions", CELLS), ("dialogues", DIALOGUES), ("text", CELLS)):
         for cell in cells:
             for i in range(n):
                 row = {"run": run, "system": system, "set": part, "cell": cell, "task": "who"}
-                row["utterance"] = f"u{i}"
-                for column in ("score", "ignored_instruction", "behavior_gap"):
+                row |= {"utterance": f"u{i}", "copy": 0.0}  # so a gain is a score
+                for column in ("score", "exact", "anchored", "ignored_instruction", "behavior_gap"):
                     row[column] = value(i)
                 row["attention_on_instruction"] = value(i)
                 rows.append(row)
@@ -170,7 +182,7 @@ def test_recipes_that_were_asked_different_questions_are_not_compared():
 
 @pytest.mark.parametrize("retention, verdict", [(0.998, "does not hold"), (0.9, "holds")])
 def test_a_margin_must_be_exceeded(retention, verdict):
-    claim = next(c for c in CLAIMS if c.margin)
+    claim = next(c for c in CLAIMS if c.margin > 0)
     found = results_of({"text": always(1.0), "vtb-no-text": always(retention)})
     assert decide(claim, found)["verdict"] == verdict
 
@@ -197,6 +209,7 @@ def test_every_claim_is_about_recipes_that_are_trained_and_values_that_are_measu
     trained = set(RECIPES)
     for name, shares in CURVE.items():
         trained |= {f"{name}@{share}" for share in shares}
+        trained |= {f"{name}{AT}{step}" for step in STEPS}
     for claim in CLAIMS:
         assert set(claim.recipes()) <= trained
         assert claim.measure in MEASURES
@@ -215,13 +228,45 @@ def test_every_pair_of_systems_is_compared_and_those_on_a_part_of_the_speech_are
 
 def test_measures_are_rows_of_the_table_by_column_set_and_cell():
     answers = pandas.DataFrame(table("seed-0", "mtbi", lambda i: i / 40))
-    assert len(rows_of(answers, "score, unseen tasks")) == 2 * 40
+    assert len(rows_of(answers, "score, unseen tasks")) == 40
+    assert len(rows_of(answers, "score, everything unseen")) == 2 * 40
     assert len(rows_of(answers, "conversations of two turns")) == 3 * 40
-    assert len(rows_of(answers, "text retention")) == 4 * 40
-    assert len(rows_of(answers, f"{TASK}who")) == 4 * 40
-    assert len(rows_of(answers, QUADRANTS[0])) == 40
+    assert len(rows_of(answers, "text retention")) == 3 * 40
+    assert len(rows_of(answers, f"{TASK}who")) == 3 * 40
     answers.loc[answers["utterance"] != "u1", "behavior_gap"] = None  # few are probed
-    assert len(rows_of(answers, "behavior gap")) == 4
+    assert len(rows_of(answers, "behavior gap")) == 3
+
+
+def test_a_gain_is_the_share_of_the_way_from_copying_to_the_top_line():
+    rows = table("seed-0", "mtbi", always(0.8), n=4)
+    for row in rows:
+        row["copy"] = {"u0": 0.0, "u1": 0.5, "u2": 0.7, "u3": 1.0}[row["utterance"]]
+    found = rows_of(pandas.DataFrame(rows), "gain, seen")
+    assert len(found) == 3, "what the transcript answers is left out"
+    assert weighted_mean(found) == pytest.approx((0.8 - 0.4) / (1 - 0.4))
+
+
+def test_a_drop_is_what_unseen_prompts_cost_on_the_tasks_that_are_named():
+    rows = table("seed-0", "asr", always(0.9))
+    for row in rows:
+        if row["cell"] == "unseen_prompt":
+            row["score"] = 0.6
+    other = [{**row, "task": "where", "score": 0.0} for row in rows]
+    answers = pandas.DataFrame(rows + other)
+    found = rows_of(answers, "drop from seen to unseen prompts", ("who",))
+    assert weighted_mean(found) == pytest.approx(0.3)
+    assert len(found) == 2 * 40
+
+
+@pytest.mark.parametrize("text, seeds", [("3", [0, 1, 2]), ("8:11", [8, 9, 10])])
+def test_seeds_are_so_many_or_those_named(text, seeds):
+    assert list(parse_seeds(text)) == seeds
+
+
+@pytest.mark.parametrize("text", ["0", "", "-1", "3:3", "5:2", "x", "1:2:3", "65", "1e3"])
+def test_no_seeds_and_too_many_are_refused(text):
+    with pytest.raises(UserError, match="--seeds"):
+        parse_seeds(text)
 
 
 def test_the_curve_has_the_parts_of_the_speech_in_order_and_the_whole_last():
@@ -233,23 +278,33 @@ def test_the_curve_has_the_parts_of_the_speech_in_order_and_the_whole_last():
     assert with_curve(["vtb", "asr"]) == ["vtb", "asr", "asr@10", "asr@30"]
 
 
+def test_the_steps_are_a_curve_too_and_the_whole_training_is_its_end():
+    values = {"asr": always(0.5), "asr-at-250": always(0.3), "asr-at-125": always(0.1)}
+    rows = score_rows(results_of(values), list(values), list(MEASURES))
+    assert list(curve_points({"scores": rows})) == []
+    [(name, (steps, gains, _))] = curve_points({"scores": rows}, AT, 1000).items()
+    assert (name, steps) == ("asr", [125, 250, 1000])
+    assert gains == pytest.approx([10, 30, 50])
+
+
 def test_no_interval_of_a_score_leaves_0_to_1():
     """Whatever Student's t says of three runs."""
     rows = []
     for run, value in enumerate((0.1, 0.5, 0.9)):
         rows += table(f"seed-{run}", "mtbi", always(value))
     for row in score_rows(Results(pandas.DataFrame(rows)), ["mtbi"], list(MEASURES)):
-        assert 0 <= row["low"] <= row["score"] <= row["high"]
+        assert row["low"] <= row["score"] <= row["high"]
+        assert 0 <= row["low"] or row["measure"].startswith("gain")
         assert row["high"] <= 1 or row["measure"] == "behavior gap"
 
 
 def test_the_quality_bar_is_of_the_tiny_world():
-    values = {"mtbi": always(0.94), "cascade": always(0.95)}
+    values = {"mtbi": always(0.92), "cascade": always(0.93)}
     found = score_rows(results_of(values), list(values), list(MEASURES))
     meta = {"speech": "tiny", "llm": "tiny", "encoder": "tiny", "tasks": None}
     report = {"scores": found, "bar": BAR, "meta": meta}
-    seen = next(line for line in bar_table(report).splitlines() if "seen tasks and prompts" in line)
-    assert seen.split(" | ")[1:] == ["94.0%", "95%", "no", "98.9%", "yes |"]
+    seen = next(line for line in bar_table(report).splitlines() if "| seen |" in line)
+    assert seen.split(" | ")[1:] == ["92.0%", "93%", "no", "98.9%", "yes |"]
     another = {**report, "meta": {**meta, "tasks": "tasks.toml"}}
     assert "this is another" in bar_table(another)
 
@@ -271,12 +326,12 @@ def test_every_metric_of_a_task_is_over_all_its_answers():
     assert 0 < found["bleu"] < 1 and 0 < found["chrf"] < 1
 
 
-def test_samples_are_of_every_quadrant_and_each_has_every_systems_answer(benched_world):
+def test_samples_are_of_every_cell_and_each_has_every_systems_answer(benched_world):
     answers = pandas.read_csv(benched_world / "run" / "answers.csv", keep_default_na=False)
     samples = draw_samples(answers, seed=0)
-    assert {sample["quadrant"] for sample in samples} == set(QUADRANTS)
+    assert {sample["cell"] for sample in samples} == set(CELLS)
     for sample in samples:
-        assert list(sample["answers"]) == ["text", "cascade", "mtbi", "asr"]
+        assert list(sample["answers"]) == ["text", "copy", "cascade", "mtbi", "asr"]
     assert samples == draw_samples(answers, seed=0) != draw_samples(answers, seed=1)
 
 
@@ -396,7 +451,7 @@ def test_a_recipe_that_fails_is_reported_and_the_others_go_on(compared_once, com
     assert list(failures) == ["seed-0/blsp"]
     assert "power of two" in failures["seed-0/blsp"]
     systems = dict.fromkeys(row["system"] for row in comparison["scores"])
-    assert list(systems) == ["text", "cascade", "mtbi", "vtb"]
+    assert list(systems) == ["text", "copy", "cascade", "mtbi", "vtb"]
     verdicts = {(c["claim"], c["difference"]): c["verdict"] for c in comparison["claims"]}
     about_vtb = verdicts["MTBI generalizes to unseen tasks better than vtb", "mtbi − vtb"]
     assert about_vtb in ("holds", "does not hold", "undecided")
@@ -411,14 +466,14 @@ def test_the_report_of_a_comparison_has_the_rule_the_claims_and_how_it_was_made(
 ):
     text = (compared_once / "report.md").read_text(encoding="utf-8")
     assert RULE in text
-    asked = {"mtbi", "blsp", "vtb", "text", "cascade"}
+    asked = {"mtbi", "blsp", "vtb", "text", "copy", "cascade"}
     others = sum(not set(claim.recipes()) <= asked for claim in CLAIMS)
     assert f"{others} other claims are about recipes that were not asked for" in text
     assert "this is another" in text.split("## The quality bar")[1]
     assert "no recipe was trained on a part" in text
     assert not (compared_once / "curve.png").exists()
     assert comparison["meta"]["k"] == 6
-    for name in ("quadrants", "tasks", "ignored", "retention", "dialogues", "attention"):
+    for name in ("cells", "tasks", "ignored", "retention", "dialogues", "attention"):
         assert (compared_once / f"{name}.png").stat().st_size > 1000
 
 
@@ -436,7 +491,7 @@ def test_a_comparisons_tables_have_every_pair_and_every_metric(compared_once):
     differences = pandas.read_csv(compared_once / "differences.csv")
     unseen = differences[differences["measure"] == "score, unseen tasks"]
     pairs = list(zip(unseen["system"], unseen["minus"]))
-    systems = ["text", "cascade", "mtbi", "vtb"]
+    systems = ["text", "copy", "cascade", "mtbi", "vtb"]
     assert pairs == [(a, b) for i, a in enumerate(systems) for b in systems[i + 1 :]]
     metrics = pandas.read_csv(compared_once / "metrics.csv").set_index(["system", "task"])
     assert list(metrics.columns) == ["exact", "wer", "chrf", "bleu"]
@@ -445,7 +500,7 @@ def test_a_comparisons_tables_have_every_pair_and_every_metric(compared_once):
 
 def test_a_paired_difference_is_the_difference_of_the_scores(compared_once, comparison):
     by_name = {(row["system"], row["measure"]): row["score"] for row in comparison["scores"]}
-    measure = "score, unseen tasks"
+    measure = "gain, unseen tasks"
     gap = by_name["mtbi", measure] - by_name["vtb", measure]
     differences = pandas.read_csv(compared_once / "differences.csv")
     row = differences.set_index(["measure", "system", "minus"]).loc[measure, "mtbi", "vtb"]
@@ -453,7 +508,7 @@ def test_a_paired_difference_is_the_difference_of_the_scores(compared_once, comp
     text = (compared_once / "report.md").read_text(encoding="utf-8")
     lines = text.split("## Paired differences")[1].splitlines()
     vtb = next(line for line in lines if line.startswith("| `vtb` |"))
-    assert float(vtb.split("|")[4].strip(" *")) == pytest.approx(-100 * gap, abs=0.051)
+    assert float(vtb.split("|")[5].strip(" *")) == pytest.approx(-100 * gap, abs=0.051)
 
 
 def test_what_a_training_took_stands_in_the_report(comparison):
@@ -495,7 +550,12 @@ def test_a_recipe_that_spoils_the_benchmark_is_left_out_of_it():
             return "blsp" not in words[words.index("--recipes") + 1].split(",")
 
     work = RunAll(CompareOptions(out="out"), Spoiled())
-    assert work.bench(OneRun("seed-0", (), 0), ["mtbi", "blsp"]) == ["text", "cascade", "mtbi"]
+    assert work.bench(OneRun("seed-0", (), 0), ["mtbi", "blsp"]) == [
+        "text",
+        "copy",
+        "cascade",
+        "mtbi",
+    ]
 
 
 def test_a_comparison_of_nothing_is_refused(tmp_path, capsys):
@@ -774,8 +834,8 @@ def test_info_tells_the_scores_of_the_last_report(benched_world, capsys):
     run = benched_world / "run"
     assert main(["info", str(run)]) == 0
     said = capsys.readouterr().out
-    score = read_json(run / "report.json")["recipes"]["mtbi"]["quadrants"][QUADRANTS[0]]["score"]
-    assert f"seen × seen {percent(score)}" in said
+    score = read_json(run / "report.json")["recipes"]["mtbi"]["cells"]["seen"]["gain"]
+    assert f"seen {percent(score)}" in said
     assert "not in the last report" not in said
     assert f"report     {run / 'report.md'}" in said
 

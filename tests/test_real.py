@@ -169,7 +169,7 @@ def test_every_recipe_trains_and_is_measured_with_a_real_encoder_and_a_real_toke
     report = read_json(tmp_path / "out" / "report.json")
     assert not report["meta"]["failures"]
     measured = dict.fromkeys(row["system"] for row in report["scores"])
-    assert list(measured) == ["text", "cascade", *names]
+    assert list(measured) == ["text", "copy", "cascade", *names]
     assert all(row["runs"] == 1 for row in report["scores"])
     assert [row["system"] for row in report["training"]] == names
     for row in report["training"]:
