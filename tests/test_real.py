@@ -119,7 +119,7 @@ def test_the_documented_commands_run_on_real_input_resume_and_say_what_they_did(
         assert re.search(re.escape(words) + r"\d+\.\d s", said[name]), said[name]
     assert "50.0 frames/s" in said["train"]
     assert "speech tokens/s" in said["train"]
-    for words in ("whisper-tiny.en", "NF4", "with word times", "steps 40 of 40", "scores"):
+    for words in ("whisper-tiny.en", "NF4", "with word times", "steps 40 of 40", "gains"):
         assert words in said["info"]
     assert (run / "on" / "testset" / "report.md").exists()
 
@@ -170,7 +170,10 @@ def test_every_recipe_trains_and_is_measured_with_a_real_encoder_and_a_real_toke
     assert not report["meta"]["failures"]
     measured = dict.fromkeys(row["system"] for row in report["scores"])
     assert list(measured) == ["text", "copy", "cascade", *names]
-    assert all(row["runs"] == 1 for row in report["scores"])
+    for row in report["scores"]:
+        # there are no directives in this corpus, and copy is no model and reads nothing
+        measured = row["measure"] != "anchor rate" and row["system"] != "copy"
+        assert row["runs"] == 1 or not measured
     assert [row["system"] for row in report["training"]] == names
     for row in report["training"]:
         folder = tmp_path / "out" / "seed-0" / row["system"]

@@ -151,6 +151,7 @@ REQUIRED = {  # what a command cannot do without
     "prepare": ["tiny", "--out", "x"],
     "word-times": ["x"],
     "encode": ["x"],
+    "recognizer": ["x"],
     "behaviors": ["x", "--out", "x"],
     "train": ["x"],
     "bench": ["x"],
