@@ -6,7 +6,7 @@ test_support.py and test_train.py.
 
 from programs import program
 
-SHORT = 250  # cases: about a minute where nothing else runs
+SHORT = 240  # cases: about a minute where nothing else runs
 
 
 def test_a_short_attack_finds_nothing():
