@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -153,9 +154,28 @@ class HuggingFaceEncoder(nn.Module):
         self.width = long.shape[1]
         self.frame_rate = (len(long) - len(short)) / 12
 
-    @torch.no_grad()
     def forward(self, samples, name="the audio"):
-        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder), half precision, on the CPU."""
+        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder), half precision, on the CPU.
+
+        Where a GPU's memory does not suffice, it hears on the CPU from then on.
+        """
+        try:
+            return self.hear(samples, name)
+        except torch.OutOfMemoryError as error:
+            why = first_line(error)
+        tqdm.write(
+            f"{name}: out of memory for {self.name} ({why}); from here on it hears on the CPU, "
+            "slower, and to the same frames but for rounding",
+            file=sys.stderr,
+        )
+        self.fingerprint  # noqa: B018  of the weights as they were loaded: kept from now on
+        self.to("cpu").float()
+        torch.cuda.empty_cache()
+        return self.hear(samples, name)
+
+    @torch.no_grad()
+    def hear(self, samples, name):
+        """What forward() returns, on the device where the weights are."""
         if self.is_whisper:
             # it hears 30 s at a time: longer audio goes in as equal pieces
             seconds = len(samples) / SAMPLE_RATE

@@ -39,12 +39,13 @@ from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, c
 from model import embedding_rms
 from support.files import UserError, ceil_div, write_json
 from support.hub import TINY
-from support.options import Count, Size
+from support.options import Count, Rank, Size
 from support.processes import DEVICE
 from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, update
 
 FRAME_RATE = 50.0  # encoder frames a second, of Whisper
 PADDED_MEL_FRAMES = 3000  # 30 s, as Whisper pads
+TRANSCRIPT_RATE = 4  # tokens of a transcript a second of speech, about
 CONNECTOR = "stack-mlp"
 PLAN_IS_CLOSE = 0.15  # plan's estimate of the peak should be within this share of the measured one
 
@@ -70,6 +71,10 @@ class StepOptions:
     """tokens of the prompt and the chat template"""
     answer_tokens: Count = 64
     """tokens of an answer"""
+    lora: Rank = 0
+    """rank of a LoRA adapter on the LLM, 0 for none"""
+    loss: Literal["ce", "kl"] = "ce"
+    """the LLM's answer, or its whole distribution: one more forward pass, of the transcripts"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """compute activations again in the backward pass instead of keeping them; auto: from 3B
     parameters on"""
@@ -100,9 +105,7 @@ def random_llm(config, bits, dtype):
     for module in llm.modules():
         fill_with_random(module, dtype)
     llm.tie_weights()
-    llm.is_loaded_in_4bit = (
-        bits == 4
-    )  # so that num_parameters counts a packed weight as a whole one
+    llm.is_loaded_in_4bit = bits == 4  # so that num_parameters counts packed weights whole
     return llm.eval().requires_grad_(False)
 
 
@@ -154,6 +157,7 @@ def random_conversations(options, width, n_frames):
     """One micro-batch: [Example] of random speech, frames (n_frames, width), and random tokens."""
     before = options.prompt_tokens // 2
     after = options.prompt_tokens - before
+    transcript = round(options.seconds * TRANSCRIPT_RATE)
     examples = []
     for _ in range(options.batch_size):
         parts = [
@@ -162,13 +166,14 @@ def random_conversations(options, width, n_frames):
             Text(random_ids(after)),
             Response(random_ids(options.answer_tokens)),
         ]
-        examples.append(Example(parts, None))
+        teacher = [parts[0], Text(random_ids(transcript)), *parts[2:]]
+        examples.append(Example(parts, teacher))
     return examples
 
 
-def build_random(options, config, encoder_config, dtype):
-    """(SpeechLLM of random weights, ready to train; is gradient checkpointing on)."""
-    llm, dim = random_llm(config, options.bits, dtype), config.hidden_size
+def build_random(options, llm, encoder_config):
+    """(SpeechLLM of an LLM and a connector of random weights; is gradient checkpointing on)."""
+    dim = llm.config.hidden_size
     kind = connector_class(CONNECTOR)
     connector = Connector(
         CONNECTOR,
@@ -179,7 +184,7 @@ def build_random(options, config, encoder_config, dtype):
         embedding_rms(llm),
     ).to(DEVICE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "llm")  # what it says is not read
-    model = SpeechLLM(llm, tokenizer, None, connector)
+    model = SpeechLLM(llm, tokenizer, None, connector, options.lora)
 
     checkpointing = options.gradient_checkpointing == "on"
     if options.gradient_checkpointing == "auto":
@@ -191,21 +196,23 @@ def build_random(options, config, encoder_config, dtype):
 
 def random_whisper(config):
     """A Whisper encoder in the precision in which model.py loads one."""
-    encoder = WhisperEncoder(config).to(DEVICE, torch.float32 if DEVICE == "cpu" else torch.float16)
+    with torch.device(DEVICE):
+        encoder = WhisperEncoder(config)
+    encoder = encoder.to(torch.float32 if DEVICE == "cpu" else torch.float16)
     return encoder.eval().requires_grad_(False)
 
 
 # ---- the two steps ----
 
 
-def our_step(model, optimizer, examples, _):
+def our_step(model, optimizer, examples, _, loss):
     """The step of train.py."""
     piece = Piece(examples, "step")
-    loss = accumulate_gradients(model, [piece], piece.tokens())
+    loss = accumulate_gradients(model, [piece], piece.tokens(), loss)
     update(optimizer, list(model.trainable().values()), loss, Progress(loss_scale=1.0), clip=1.0)
 
 
-def plain_step(model, optimizer, examples, encoder):
+def plain_step(model, optimizer, examples, encoder, loss):
     """The encoder on 30 s of padded speech in every step, logits and loss at every position."""
     size, weight = len(examples), encoder.conv1.weight
     mels = torch.randn(
@@ -214,32 +221,42 @@ def plain_step(model, optimizer, examples, encoder):
     with torch.no_grad():
         frames = encoder(mels).last_hidden_state  # (B, 1500, D_encoder)
     speech = model.connector(list(frames))  # [(N, D)]
-    embeds = embed_plainly(model, examples, speech)  # (B, L, D)
+    heard = [example.parts for example in examples]
+    logits = logits_everywhere(model, embed_plainly(model, heard, speech))  # (B, L, V)
 
-    answers = torch.tensor([example.parts[-1].ids for example in examples], device=DEVICE)
-    unanswered = embeds.shape[1] - answers.shape[1]
-    labels = F.pad(answers, (unanswered, 0), value=IGNORE)  # (B, L)
-
-    logits = model.llm(
-        inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], device=DEVICE),
-        use_cache=False,
-    ).logits.float()  # (B, L, V)
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    answers = torch.tensor([parts[-1].ids for parts in heard], device=DEVICE)  # (B, answer)
+    unanswered = logits.shape[1] - answers.shape[1]
+    if loss == "ce":
+        labels = F.pad(answers, (unanswered, 0), value=IGNORE)  # (B, L)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    else:
+        read = [example.teacher for example in examples]
+        with torch.no_grad(), model.without_adapter():
+            target = logits_everywhere(model, embed_plainly(model, read))  # (B, L', V)
+        last = -1 - answers.shape[1]
+        found = logits[:, last:-1].log_softmax(-1)  # (B, answer, V)
+        target = target[:, last:-1].log_softmax(-1)  # (B, answer, V)
+        F.kl_div(found, target, reduction="batchmean", log_target=True).backward()
     torch.nn.utils.clip_grad_norm_(model.trainable().values(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def embed_plainly(model, examples, speech):
+def logits_everywhere(model, embeds):
+    """embeddings (B, L, D) -> logits (B, L, V)."""
+    mask = torch.ones(embeds.shape[:2], device=DEVICE)  # (B, L)
+    return model.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits.float()
+
+
+def embed_plainly(model, batch, speech=()):
     """Embeddings (B, L, D) of conversations of one length, part by part."""
     table = model.llm.get_input_embeddings()
     rows = []
-    for example, spoken in zip(examples, speech):
+    for i, parts in enumerate(batch):
         row = []
-        for part in example.parts:
+        for part in parts:
             if isinstance(part, Speech):
-                row.append(spoken.to(table.weight.dtype))  # (N, D)
+                row.append(speech[i].to(table.weight.dtype))  # (N, D)
             else:
                 row.append(table(torch.tensor(part.ids, device=DEVICE)))  # (ids of the part, D)
         rows.append(torch.cat(row))  # (L, D)
@@ -288,15 +305,22 @@ def flop_limit(dtype):
 
 
 def peak_bytes(step, model, optimizer, examples, encoder):
-    """The most memory a step holds.
+    """{name: bytes} of the most memory a step holds.
 
-    On a GPU what torch allocated; on a CPU the tensors alive, weights and optimizer included.
+    On a GPU what torch allocated, what it reserved for that, and what the card says is taken, CUDA
+    itself and other programs included; on a CPU the tensors alive, weights and optimizer included.
     """
     if DEVICE != "cpu":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step(model, optimizer, examples, encoder)
         wait_for_device()
-        return torch.cuda.max_memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "peak_gb": torch.cuda.max_memory_allocated() / GB,
+            "reserved_gb": torch.cuda.max_memory_reserved() / GB,
+            "card_gb": (total - free) / GB,
+        }
     modules = [model, encoder] if encoder else [model]
     there = [*tensors_of(*modules)]
     for state in optimizer.state.values():
@@ -305,7 +329,7 @@ def peak_bytes(step, model, optimizer, examples, encoder):
     static = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     with LiveBytes(there) as live:
         step(model, optimizer, examples, encoder)
-    return static + live.peak
+    return {"peak_gb": (static + live.peak) / GB}
 
 
 def tensors_of(*modules):
@@ -324,40 +348,46 @@ def tensors_of(*modules):
 # ---- the comparison ----
 
 
-def compare_steps(options):
+def compare_steps(options, llm=None):
     """{name: value}: what was measured with which settings; "ours" and "plain" are the two steps.
 
-    A step that finds no memory has {"out_of_memory": True}. UserError if the encoder is no Whisper.
+    llm: of random weights, if there is one already. A step that finds no memory has
+    {"out_of_memory": True}. UserError if the encoder is no Whisper.
     """
     torch.manual_seed(0)
     precision = compute_precision(options.precision)
     dtype = PRECISIONS[precision]
     config, encoder_config = configs_of(options)
-    model, checkpointing = build_random(options, config, encoder_config, dtype)
+    llm = llm or random_llm(config, options.bits, dtype)
+    parameters = llm.num_parameters()  # before it has an adapter
+    model, checkpointing = build_random(options, llm, encoder_config)
     frames = round(options.seconds * FRAME_RATE)
     examples = random_conversations(options, encoder_config.d_model, frames)
     length = ceil_div(frames, model.connector.k) + options.prompt_tokens + options.answer_tokens
     planned = planned_peak(options, config, encoder_config, dtype, checkpointing)
-    useful, limit = useful_flops(model.llm, options, length), flop_limit(dtype)
+    useful, limit = useful_flops(config, parameters, options, length), flop_limit(dtype)
     result = {
         **describe_device(),
         "llm": options.llm,
         "layers": config.num_hidden_layers,
-        "llm_parameters": model.llm.num_parameters(),
+        "llm_parameters": parameters,
         "bits": options.bits,
         "precision": precision,
         "encoder": options.encoder,
         "seconds": options.seconds,
         "batch_size": options.batch_size,
+        "lora": options.lora,
+        "loss": options.loss,
         "positions": length,
         "gradient_checkpointing": checkpointing,
         "matrix_product_tflops": limit / 1e12,
         "planned_peak_gb": planned / GB,
     }
     measured = partial(measure_step, options, model, examples, length, useful / limit)
-    result["ours"] = measured(our_step, None)
+    result["ours"] = measured(partial(our_step, loss=options.loss), None)
     if not options.ours_only:
-        result["plain"] = measured(plain_step, random_whisper(encoder_config))
+        step = partial(plain_step, loss=options.loss)
+        result["plain"] = measured(step, random_whisper(encoder_config))
     return result
 
 
@@ -388,20 +418,27 @@ def planned_peak(options, config, encoder_config, dtype, checkpointing):
         prompt=options.prompt_tokens,
         answer=options.answer_tokens,
         connector=CONNECTOR,
+        lora=options.lora,
         batch=options.batch_size,
         checkpointing=checkpointing,
     )
     return planned["peak"]
 
 
-def useful_flops(llm, options, length):
+def useful_flops(config, parameters, options, length):
     """Of a step: forward and activation gradient, 2 + 2 a weight and position.
 
-    The vocabulary projection counts at response tokens only, the table of embeddings not at all.
+    The vocabulary projection counts at response tokens only, the table of embeddings not at all;
+    an adapter's own weights are not counted, and a teacher's forward pass is.
     """
-    head = llm.get_output_embeddings().weight.numel()
-    layers = llm.num_parameters() - head * (1 if llm.config.tie_word_embeddings else 2)
-    return 4 * (layers * length + head * options.answer_tokens) * options.batch_size
+    head = config.vocab_size * config.hidden_size
+    layers = parameters - head * (1 if config.tie_word_embeddings else 2)
+    flops = 4 * (layers * length + head * options.answer_tokens)
+    if options.loss == "kl":
+        read = options.prompt_tokens + options.answer_tokens
+        read += round(options.seconds * TRANSCRIPT_RATE)
+        flops += 2 * (layers * read + head * options.answer_tokens)
+    return flops * options.batch_size
 
 
 def describe_device():
@@ -436,7 +473,7 @@ def measure_step(options, model, examples, length, best_seconds, step, encoder):
         "audio_s_s": options.batch_size * options.seconds / seconds,
         "tokens_s": options.batch_size * length / seconds,
         "share_of_flop_limit": best_seconds / seconds,
-        "peak_gb": peak / GB,
+        **peak,
     }
 
 
@@ -457,8 +494,8 @@ def show_steps(result):
     checkpointing = "on" if r["gradient_checkpointing"] else "off"
     print(
         f"{r['llm']} ({r['layers']} layers, {r['bits']} bits, {r['precision']}) + {r['encoder']}, "
-        f"{r['seconds']:g} s clips, micro-batch {r['batch_size']}, gradient checkpointing "
-        f"{checkpointing}"
+        f"{r['seconds']:g} s clips, micro-batch {r['batch_size']}, LoRA rank {r['lora']}, loss "
+        f"{r['loss']}, gradient checkpointing {checkpointing}"
     )
     print(
         f"{r['device']}; {r['date']}, torch {r['torch']}, transformers {r['transformers']}, "

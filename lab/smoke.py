@@ -1,0 +1,484 @@
+"""Every path that only a GPU takes, tried with the tiny world's models: works, or what failed.
+
+Run by `python -m lab.gpu --smoke`. A check is a function here and a row of CHECKS; it returns what
+it saw, in a few words, and raises AssertionError where the path does not give what it should.
+"""
+
+import copy
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+from collections.abc import Callable
+
+import bitsandbytes
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from data import Example, Recipe, Response, Speech, Text, Utterance, write_audio
+from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_encoder, load_llm
+from support.answers import answer_in_memory
+from support.files import PROJECT, UserError, first_line, read_jsonl
+from support.processes import DEVICE
+from train import FIRST_SCALE, Piece, Progress, accumulate_gradients, adam_w, step_gradients, update
+
+ON_GPU = DEVICE != "cpu"
+SPEC = {
+    "llm": "tiny",
+    "encoder": "tiny",
+    "pad_whisper": False,
+    "connector": "stack-mlp",
+    "k": 6,
+    "hidden": 256,
+    "lora": 0,
+}
+STEPS = 50  # of the demo's training, on the GPU and on the CPU
+
+
+# ---- what the checks have in common ----
+
+
+def tiny_model(bits=16, precision="fp32"):
+    """The tiny LLM with an untrained connector, the same whenever it is made; dropout is off."""
+    llm = load_llm("tiny", bits, precision)
+    model = SpeechLLM.build({**SPEC, "bits": bits}, llm, load_encoder("tiny"))
+    return model.train(False)
+
+
+def conversations(model, n=6, frames=60, answer=8):
+    """[Example] of random speech and tokens, each of another length; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(model.tokenizer)
+
+    def ids(length):
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    examples = []
+    for i in range(n):
+        heard = torch.randn(frames + 7 * i, model.encoder.width, generator=generator)
+        parts = [Text(ids(9)), Speech(heard.half()), Text(ids(4)), Response(ids(answer))]
+        examples.append(Example(parts, None))
+    return examples
+
+
+def gradients(model, examples, scale=1.0):
+    """(loss, the gradients of everything trained as one vector) of a step."""
+    model.zero_grad(set_to_none=True)
+    piece = Piece(examples, "smoke")
+    loss = accumulate_gradients(model, [piece], piece.tokens(), scale=scale)
+    found = [p.grad.flatten().float() / scale for p in model.trainable().values()]
+    return loss, torch.cat(found)
+
+
+def off_by(found, expected):
+    """The relative error: the distance of two tensors, over the length of the second."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def within(found, expected, tolerance, what):
+    """Says by how much they differ; AssertionError if it is more than the tolerance."""
+    error = off_by(found, expected)
+    assert error <= tolerance, f"{what} differ by {error:.2g}, and {tolerance:g} is allowed"
+    return f"{what} differ by {error:.1g}"
+
+
+@contextmanager
+def allowed(n_bytes):
+    """Within it torch may take so many bytes of the GPU, and is out of memory beyond that."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, n_bytes / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+def peak_of(action):
+    """(what an action returns, bytes that are there before it, its peak)."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = action()
+    torch.cuda.synchronize()
+    return result, before, torch.cuda.max_memory_reserved()
+
+
+# ---- numbers: each precision against fp32 ----
+
+
+def nf4_is_right(_):
+    """NF4 gives what its unpacked weights give, forward and backward."""
+    model = tiny_model(4)
+    examples = conversations(model)
+    _, packed = gradients(model, examples)
+    for name, module in list(model.llm.named_modules()):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            model.llm.set_submodule(name, unpacked(module))
+    _, whole = gradients(model, examples)
+    return within(packed, whole, 1e-3, "gradients packed and unpacked")
+
+
+def unpacked(module):
+    """A linear layer of the weights of a packed one."""
+    weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    linear = nn.Linear(*weight.shape[::-1], bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.float(), requires_grad=False)
+    return linear
+
+
+def against_fp32(bits, precision, tolerance):
+    """The gradients with such weights in such a precision, beside those of fp32."""
+    whole = tiny_model()
+    _, expected = gradients(whole, conversations(whole))
+    model = tiny_model(bits, precision)
+    _, found = gradients(model, conversations(model))
+    return within(found, expected, tolerance, "gradients")
+
+
+def int8_is_close(_):
+    """LLM.int8 is near fp32, forward and backward."""
+    return against_fp32(8, "fp16" if ON_GPU else "fp32", 0.3)
+
+
+def bf16_is_close(_):
+    """bf16 is near fp32."""
+    return against_fp32(16, "bf16", 0.1)
+
+
+def fp16_scales_its_loss(_):
+    """A forced overflow is skipped and halves the scale; the first scale gives fp32's gradients."""
+    said = against_fp16_scaled(FIRST_SCALE)
+    model = tiny_model(16, "fp16")
+    parameters = model.trainable()
+    before = torch.cat([p.detach().flatten().clone() for p in parameters.values()])
+    progress = Progress(loss_scale=2.0**60)
+    piece = Piece(conversations(model), "smoke")
+    loss = accumulate_gradients(model, [piece], piece.tokens(), scale=progress.loss_scale)
+    optimizer = adam_w(parameters, 1e-3)
+    _, finite = update(optimizer, list(parameters.values()), loss, progress, 1.0)
+    progress.adjust_loss_scale(finite)
+    after = torch.cat([p.detach().flatten() for p in parameters.values()])
+    assert not finite and torch.equal(before, after), "a step that overflowed was taken"
+    assert progress.loss_scale == 2.0**59, f"the scale became {progress.loss_scale:g}"
+    return f"{said}; an overflow was skipped and halved the scale"
+
+
+def against_fp16_scaled(scale):
+    whole = tiny_model()
+    _, expected = gradients(whole, conversations(whole))
+    model = tiny_model(16, "fp16")
+    _, found = gradients(model, conversations(model), scale)
+    return within(found, expected, 0.03, "gradients")
+
+
+# ---- attention, checkpointing ----
+
+
+@torch.no_grad()
+def padding_changes_nothing(_):
+    """Attention with padding on the left: a row is what it is alone, and what the CPU computes."""
+    model = tiny_model()
+    batch = [example.parts for example in conversations(model)]
+    together, _ = model.logits(batch)  # (R, V)
+    alone = torch.cat([model.logits([parts])[0] for parts in batch])  # (R, V)
+    said = within(together, alone, 1e-4, "rows padded and alone")
+
+    embeds, mask, labels = model.embed(batch)  # (B, L, D), (B, L), (B, L)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+    answered = labels[:, 1:] != -100
+    on_cpu = copy.deepcopy(model.llm).to("cpu")
+    expected = on_cpu(
+        inputs_embeds=embeds.cpu(), attention_mask=mask.cpu(), position_ids=positions.cpu()
+    ).logits[:, :-1][answered.cpu()]  # (R, V)
+    return f"{said}; {within(together, expected, 1e-3, 'GPU and CPU')}"
+
+
+def checkpointing_changes_nothing(_):
+    """Gradient checkpointing gives the gradients of none."""
+    model = tiny_model(4)
+    _, expected = gradients(model, conversations(model))
+    model.checkpoint_gradients()
+    for layer in model.checkpointed:
+        layer.training = True
+    _, found = gradients(model, conversations(model))
+    return within(found, expected, 1e-5, "gradients with and without")
+
+
+# ---- the encoder and its frames ----
+
+
+def some_speech(folder, seconds=(1.0, 2.5, 4.0)):
+    """[Utterance] of noise, in folder."""
+    generator = torch.Generator().manual_seed(0)
+    utterances = []
+    for i, length in enumerate(seconds):
+        path = folder / f"noise-{i}.wav"
+        samples = 0.1 * torch.randn(round(16000 * length), generator=generator)
+        write_audio(path, samples.numpy())
+        utterances.append(Utterance(path, "noise", length, id=path.name, split="train"))
+    return utterances
+
+
+def encoder_leaves_the_card(folder):
+    """The encoder is on the card while it hears, and its memory is free afterwards."""
+    gc.collect()
+    start = torch.cuda.memory_allocated()
+    encoder = HuggingFaceEncoder("tiny")
+    loaded = torch.cuda.memory_allocated()
+    encode_all(encoder, some_speech(folder), folder / "features")
+    gc.collect()
+    end = torch.cuda.memory_allocated()
+    assert loaded > start, "the encoder was not on the card"
+    assert end <= start, f"{end - start} bytes of it are still on the card"
+    return f"{(loaded - start) / 1e6:.1f} MB came and went"
+
+
+def frames_are_the_same_from_disk(folder):
+    """Frames mapped from disk are those kept in memory, to the bit."""
+    utterances = some_speech(folder)
+    encoder = load_encoder("tiny")
+    on_disk = encode_all(encoder, utterances, folder / "features", "disk")
+    in_memory = encode_all(encoder, utterances, folder / "none", "ram")
+    for u in utterances:
+        assert torch.equal(on_disk[u.id], in_memory[u.id]), "they differ"
+    return f"{len(utterances)} utterances"
+
+
+# ---- out of memory ----
+
+
+class OneStep:
+    """What step_gradients asks of data.Examples, for one micro-batch."""
+
+    accumulate, seed, recipe = 1, 0, Recipe("smoke")
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def batch(self, step, micro):
+        return self.examples
+
+
+def micro_batch_is_halved(_):
+    """Too little memory for a step: it is taken in halves, with the same gradients."""
+    model = tiny_model(4)
+    step = OneStep(conversations(model, 48, 400, 60))
+
+    def once():
+        model.zero_grad(set_to_none=True)
+        progress = Progress()
+        step_gradients(model, step, progress)
+        vector = torch.cat([p.grad.flatten().clone() for p in model.trainable().values()])
+        return progress.halvings, vector
+
+    (halvings, expected), before, peak = peak_of(once)
+    assert halvings == 0
+    model.zero_grad(set_to_none=True)
+    with allowed(before + 0.6 * (peak - before)):
+        halvings, found = once()
+    assert halvings >= 1, "there was memory enough: nothing was tried"
+    said = within(found, expected, 1e-4, "gradients whole and in pieces")
+    return f"{halvings} halvings; {said}"
+
+
+def benchmark_is_halved(_):
+    """Too little memory for a batch of questions: they are answered in halves, with one result."""
+    model = tiny_model(4)
+    batch = [example.parts[:-1] for example in conversations(model, 64, 1200)]
+
+    def once():
+        return answer_in_memory(model, batch, 12)
+
+    expected, before, peak = peak_of(once)
+    with allowed(before + 0.6 * (peak - before)):
+        found = once()
+    same = sum(a == b for a, b in zip(found, expected))
+    assert same >= 0.95 * len(batch), f"{len(batch) - same} of {len(batch)} answers differ"
+    return f"{same} of {len(batch)} answers are the same"
+
+
+def optimizer_says_what_to_do(_):
+    """No memory for the optimizer's moments: nothing is damaged unsaid, one line says what to do."""
+    wide = nn.Parameter(torch.zeros(64 * 2**20, device=DEVICE))  # 256 MB, and twice for the moments
+    wide.grad = torch.ones_like(wide)
+    optimizer = adam_w({"wide": wide}, 1e-3)
+    with allowed(torch.cuda.memory_allocated() + 300 * 2**20):
+        try:
+            update(optimizer, [wide], 1.0, Progress(), 1.0)
+        except UserError as error:
+            return first_line(error)[:60] + " …"
+    raise AssertionError("there was memory enough: nothing was tried")
+
+
+def encoder_goes_on(folder):
+    """Too little memory for the encoder: it hears on the CPU, and the frames are the same."""
+    utterances = some_speech(folder, (30.0, 30.0))
+    encoder = HuggingFaceEncoder("tiny")
+    expected = encode_all(encoder, utterances, folder / "a", "ram")
+    encoder = HuggingFaceEncoder("tiny")
+    with allowed(torch.cuda.memory_allocated() + 4 * 2**20):
+        found = encode_all(encoder, utterances, folder / "b", "ram")
+    here = utterances[0].id
+    return within(found[here].float(), expected[here].float(), 2e-2, "frames of GPU and CPU")
+
+
+# ---- the whole pipeline: killed, resumed, and beside the CPU ----
+
+
+def mtbi(*words, on_cpu=False, wait=True):
+    """A command of mtbi.py as a program of its own; what it says is kept for an error."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "mtbi.py"), *map(str, words)],
+        cwd=PROJECT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return ended(process) if wait else process
+
+
+def ended(process):
+    """Waits for a program; AssertionError with its last line if it failed."""
+    said = process.communicate()[0]
+    last = said.strip().splitlines()[-1:] or ["nothing"]
+    assert process.returncode == 0, f"a command ended with {process.returncode}: {last[0]}"
+
+
+def small_run(folder):
+    """(RUN of a little tiny speech, a copy of it, another); the same behaviors in each."""
+    run = folder / "run"
+    if not run.exists():
+        mtbi("prepare", "tiny", "--out", folder / "data", "--train", "200", "--test", "20")
+        mtbi("behaviors", folder / "data", "--out", run)
+        for name in ("killed", "cpu"):
+            shutil.copytree(run, folder / name)
+    return run, folder / "killed", folder / "cpu"
+
+
+def train_words(run):
+    """The command that trains so few steps; in fp32, so that it can be held against a CPU's."""
+    options = ["--steps", str(STEPS), "--save-every", "10", "--precision", "fp32"]
+    return ["train", run, "--recipe", "mtbi", *options]
+
+
+def resumes_where_it_was_killed(folder):
+    """A training that is killed and goes on ends with the weights of one that was not."""
+    run, killed, _ = small_run(folder)
+    mtbi(*train_words(run))
+    process = mtbi(*train_words(killed), wait=False)
+    deadline = time.monotonic() + 120
+    while not list((killed / "mtbi" / "state").glob("[0-9]*")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "no state was saved in two minutes"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    was_whole = (killed / "mtbi" / "connector.safetensors").exists()
+    assert not was_whole, "it had ended before it was killed"
+    mtbi(*train_words(killed))
+    whole = load_file(run / "mtbi" / "connector.safetensors")
+    resumed = load_file(killed / "mtbi" / "connector.safetensors")
+    if all(torch.equal(whole[name], resumed[name]) for name in whole):
+        return "the same to the bit"
+    flat = [torch.cat([t.flatten() for t in weights.values()]) for weights in (resumed, whole)]
+    return within(*flat, 1e-3, "weights") + " (some kernel is not deterministic)"
+
+
+def loss_is_that_of_a_cpu(folder):
+    """The demo's first steps: the loss comes down as on a CPU."""
+    run, _, on_cpu = small_run(folder)
+    if not (run / "mtbi" / "log.jsonl").exists():
+        mtbi(*train_words(run))
+    mtbi(*train_words(on_cpu), on_cpu=True)
+    ends = []
+    for folder in (run, on_cpu):
+        losses = [row["loss"] for _, row in read_jsonl(folder / "mtbi" / "log.jsonl")]
+        ends.append(sum(losses[-10:]) / 10)
+    here, there = ends
+    assert abs(here / there - 1) <= 0.1, f"after {STEPS} steps {here:.3f}, on the CPU {there:.3f}"
+    return f"after {STEPS} steps {here:.3f}, on the CPU {there:.3f}; dropout is drawn otherwise"
+
+
+# ---- the list, and how it is run ----
+
+
+class Check(NamedTuple):
+    function: Callable  # takes a folder for its files
+    advice: str  # what to do where it fails
+    needs_gpu: bool = False
+
+
+UPDATE = "update the driver, torch and bitsandbytes (pip install -r requirements.txt)"
+BATCH = "choose a --batch-size that `plan` says fits, and twice the --accumulate"
+CHECKS = [
+    Check(nf4_is_right, f"{UPDATE}, or use --bits 16"),
+    Check(int8_is_close, f"{UPDATE}, or use --bits 4"),
+    Check(bf16_is_close, "use --precision fp16"),
+    Check(fp16_scales_its_loss, "use --precision fp32"),
+    Check(padding_changes_nothing, UPDATE),
+    Check(checkpointing_changes_nothing, "use --gradient-checkpointing off"),
+    Check(frames_are_the_same_from_disk, "use --cache-features ram"),
+    Check(encoder_leaves_the_card, "use `encode` first, as a command of its own", True),
+    Check(micro_batch_is_halved, BATCH, True),
+    Check(benchmark_is_halved, BATCH, True),
+    Check(optimizer_says_what_to_do, BATCH, True),
+    Check(encoder_goes_on, "close what else uses the card while the frames are made", True),
+    Check(resumes_where_it_was_killed, "do not rely on --resume; report it"),
+    Check(loss_is_that_of_a_cpu, "train with --precision fp32, and report it"),
+]
+
+
+def smoke():
+    """Run every check and say what came of it; returns how many failed."""
+    device = "no GPU: what can be tried on a CPU"
+    if ON_GPU:
+        device = torch.cuda.get_device_name()
+    print(f"{device}; torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}\n")
+    failed = 0
+    start = time.monotonic()
+    with TemporaryDirectory(prefix="mtbi-smoke-") as folder:
+        for check in CHECKS:
+            failed += not run_check(check, Path(folder))
+    took = time.monotonic() - start
+    print(f"\n{len(CHECKS)} checks, {failed} failed, {took:.0f} s")
+    return failed
+
+
+def run_check(check, folder):
+    """Say whether a path works; False if it does not."""
+    about = check.function.__doc__.strip().splitlines()[0]
+    if check.needs_gpu and not ON_GPU:
+        print(f"needs a GPU  {about}")
+        return True
+    if check.function not in (resumes_where_it_was_killed, loss_is_that_of_a_cpu):
+        folder = folder / check.function.__name__
+        folder.mkdir()
+    start = time.monotonic()
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            said = check.function(folder)
+    except Exception as error:  # whatever it is, the next check is tried, too
+        what = first_line(error) or type(error).__name__
+        print(f"FAILED       {about} {what}. What to do: {check.advice}")
+        return False
+    print(f"works        {about} ({said}; {time.monotonic() - start:.0f} s)", flush=True)
+    return True
