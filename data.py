@@ -840,6 +840,17 @@ class Run:
     data: Path  # the data folder
     utterances: list
 
+    def packing(self):
+        """{name: value}: how the LLM's weights are packed, which is part of what the LLM is."""
+        packing = {"bits": self.options["bits"]}
+        if self.options["head_bits"] != 16:
+            packing["head_bits"] = self.options["head_bits"]
+        return packing
+
+
+# how an LLM may be loaded
+LLM_OPTIONS = {"bits": (4, 8, 16), "head_bits": (4, 16), "embeddings": ("gpu", "host")}
+
 
 def open_run(folder):
     """The Run in a folder; UserError if its behaviors are not complete or its data has changed."""
@@ -850,8 +861,12 @@ def open_run(folder):
         raise UserError(
             f"{folder}: its behaviors are not complete; run `behaviors … --out {folder}` first"
         )
-    if options["bits"] not in (4, 8, 16):
-        raise UserError(f"{folder / 'config.json'}: bits is {options['bits']}, not 4, 8 or 16")
+    options = {"head_bits": 16, "embeddings": "gpu", **options}  # a run of old does not say
+    for name, possible in LLM_OPTIONS.items():
+        if options[name] not in possible:
+            raise UserError(
+                f"{folder / 'config.json'}: {name} is {options[name]}, which is none of {possible}"
+            )
     data = folder / options["data"]
     utterances = read_manifest(data / "manifest.jsonl")
     if fingerprint_of_utterances(utterances) != content["utterances"]:

@@ -24,7 +24,7 @@ from data import Run, Speech, Task, Text, Utterance, ask, chat_parts, dialogue, 
 from data import normalize, open_run, positions_of, read_manifest, response_tokens
 from data import transcript_tokens
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
-from model import load_encoder, shared_llm
+from model import llm_of, load_encoder, shared_llm
 from support.answers import answer_all, answer_in_memory, keep_record
 from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
@@ -204,7 +204,7 @@ def plan_bench(options, table):
         "audio": fingerprint_of_audio(tested, data / "features"),
         "tasks": run.content["task_table"],
         "llm": run.content["llm"],
-        "bits": run.options["bits"],
+        **run.packing(),
         "asr": None,
         "trained": weights,
     }
@@ -242,7 +242,7 @@ def measure_all(bench, look_into):
     """
     options, run = bench.options, bench.run
     say_device()
-    llm = shared_llm(run.options["llm"], run.options["bits"], options.precision)
+    llm = shared_llm(*llm_of(run.options, options.precision))
     systems = systems_of(bench, llm)
     tasks = load_tasks(PROJECT / run.options["tasks"])
     if bench.folder != run.folder:

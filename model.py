@@ -31,10 +31,10 @@ from support.console import timed
 from support.files import UserError, ceil_div, explained, first_line
 from support.files import whole_file, write_json
 from support.frames import keep_frames
-from support.hub import check_frames, check_tokenizer, check_vocabulary
+from support.hub import PackedHead, check_frames, check_tokenizer, check_vocabulary
 from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
-from support.hub import located, quantization, save_adapter
+from support.hub import keep_embeddings_on_host, located, pack_head, quantization, save_adapter
 from support.processes import DEVICE, first_process
 from support.recognizer import encoder_behind, fingerprint_of_recognizer, is_recognizer
 from support.recognizer import open_recognizer
@@ -459,10 +459,12 @@ def compute_precision(precision="auto"):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def load_llm(name, bits=4, precision="auto"):
+def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
     """(LLM frozen and in eval mode, tokenizer).
 
-    bits: 4 = NF4 with double quantization, 8 = LLM.int8, 16 = not quantized.
+    bits: of all linear layers but the vocabulary projection; 4 = NF4 with double quantization,
+    8 = LLM.int8, 16 = not quantized. head_bits: of that projection, 4 or 16. embeddings: where
+    their table is, "gpu" or "host", which changes no result.
     """
     where = located(name, "llm")
     compute = PRECISIONS[compute_precision(precision)]
@@ -487,28 +489,41 @@ def load_llm(name, bits=4, precision="auto"):
         # and generation:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if head_bits == 4:
+        pack_head(llm, compute, DEVICE)
+    if embeddings == "host":
+        keep_embeddings_on_host(llm, DEVICE)
     # Greedy decoding and nothing else, whatever the checkpoint recommends; its end tokens are kept.
     llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)
     return llm.eval().requires_grad_(False), tokenizer
 
 
 @lru_cache(maxsize=1)
-def shared_llm(name, bits, precision="auto"):
+def shared_llm(*options):
     """load_llm once: a frozen LLM is shared by the commands of one process."""
     with timed("load the LLM"):
-        return load_llm(name, bits, precision)
+        return load_llm(*options)
+
+
+def llm_of(made, precision):
+    """The arguments of load_llm for the LLM of a RUN's options or of a trained recipe's spec."""
+    head_bits, embeddings = made.get("head_bits", 16), made.get("embeddings", "gpu")
+    return made["llm"], made["bits"], precision, head_bits, embeddings
 
 
 def fingerprint_of_llm(llm, tokenizer):
     """Tells one LLM from another by what is never quantized.
 
-    Its shape, its vocabulary, a slice of its embeddings, its norms.
+    Its shape, its vocabulary, a slice of its embeddings, its norms; and whether its vocabulary
+    projection is.
     """
     text = llm.config.get_text_config()  # of a model that also sees, the part that reads
     weights = [llm.get_input_embeddings().weight[:64]]
     weights += [p for name, p in llm.named_parameters() if "norm" in name]
     weights = [w.to(torch.bfloat16) for w in weights]  # whatever precision it was loaded in
     shape = (text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)
+    if isinstance(llm.get_output_embeddings(), PackedHead):
+        shape += ("projection in NF4",)
     return fingerprint_of_tensors(weights, shape, samples=None)
 
 
@@ -809,9 +824,10 @@ class SpeechLLM(nn.Module):
     def build(cls, spec, llm=None, encoder=None, seed=0, precision="auto"):
         """A SpeechLLM from its spec; pass loaded models to share them.
 
-        spec: {"llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora"}.
+        spec: {"llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora"}, and,
+        if they are not the usual ones, "head_bits" and "embeddings".
         """
-        llm, tokenizer = llm or load_llm(spec["llm"], spec["bits"], precision)
+        llm, tokenizer = llm or load_llm(*llm_of(spec, precision))
         encoder = encoder or load_encoder(spec["encoder"], spec["pad_whisper"])
         width = llm.get_input_embeddings().weight.shape[1]
         size = (spec["connector"], encoder.width, width, spec["k"], spec["hidden"])

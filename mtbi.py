@@ -46,7 +46,7 @@ from data import Behavior, Recipe, ask, chat_parts, fingerprint_of_utterances, l
 from data import open_run, read_manifest, transcript_tokens
 from eval import BenchOptions, measure_all, plan_bench
 from lab.mistakes import Mistakes
-from model import SpeechLLM, compute_precision, shared_llm
+from model import SpeechLLM, compute_precision, llm_of, shared_llm
 from support.answers import answer_all, forget_parts
 from support.console import say_device, timed
 from support.files import PROJECT, UserError, WriteError, fingerprint, fingerprint_of_file
@@ -235,7 +235,12 @@ class BehaviorsOptions:
     llm: str = "tiny"
     """the LLM: `tiny`, a local folder, or a Hugging Face name"""
     bits: Literal[4, 8, 16] = 4
-    """load the LLM in 4 (NF4), 8 or 16 (not quantized) bits"""
+    """load the LLM in 4 (NF4), 8 or 16 (not quantized) bits,"""
+    head_bits: Literal[4, 16] = 16
+    """and its vocabulary projection in 4 (NF4) or 16: a smaller GPU, another LLM"""
+    embeddings: Literal["gpu", "host"] = "gpu"
+    """where its table of embeddings is: on the host it takes no memory of the GPU, changes no
+    result, and costs little time"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
     CPU"""
@@ -253,7 +258,7 @@ class BehaviorsOptions:
     """transcripts the LLM answers at once"""
 
     MAKES: ClassVar = ("behaviors.jsonl", "behaviors*.part-[0-9]*.jsonl")
-    CHANGES_NOTHING: ClassVar = ("out", "batch_size")
+    CHANGES_NOTHING: ClassVar = ("out", "batch_size", "embeddings")
 
 
 def ask_behaviors(options):
@@ -289,7 +294,7 @@ def ask_behaviors(options):
         print(f"{out}: has its behaviors already")
         return
     say_device()
-    model = SpeechLLM(*shared_llm(options.llm, options.bits, options.precision))
+    model = SpeechLLM(*shared_llm(*llm_of(asdict(options), options.precision)))
     with alone(out), timed("behaviors"):
         if options.force:
             forget_parts(out / "behaviors*")

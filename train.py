@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import Examples, Speech, open_run, read_behaviors
-from model import LOSSES, SpeechLLM, compute_precision, connector_class, encode_all
+from model import LOSSES, SpeechLLM, compute_precision, connector_class, encode_all, llm_of
 from model import fingerprint_of_encoder, load_encoder, load_llm, shared_llm
 from support.console import progress_bar, say_device, stop_signals, timed
 from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
@@ -193,7 +193,7 @@ def made_from(run, utterances, recipe, options):
     return {
         "recipe": row,
         "llm": llm,
-        "bits": run.options["bits"],
+        **run.packing(),
         "encoder": fingerprint_of_encoder(options.encoder),
         "audio": fingerprint_of_audio(utterances, run.data / "features"),
         "behaviors": fingerprint_of_file(run.folder / "behaviors.jsonl"),
@@ -208,10 +208,11 @@ def build(run, utterances, recipe, options):
     # the frames come before the LLM, which needs the memory
     frames = encode_all(encoder, utterances, run.data / "features", options.cache_features)
     load = load_llm if recipe.lora else shared_llm  # an LLM with an adapter is nobody else's
-    llm = load(run.options["llm"], run.options["bits"], options.precision)
+    llm = load(*llm_of(run.options, options.precision))
     spec = {
         "llm": run.options["llm"],
-        "bits": run.options["bits"],
+        **run.packing(),
+        "embeddings": run.options["embeddings"],
         "encoder": options.encoder,
         "pad_whisper": options.pad_whisper,
         "connector": recipe.connector,

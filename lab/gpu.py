@@ -12,7 +12,7 @@ import gc
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from torch import nn
 from data import SAMPLE_RATE, Response
 from lab.memory import CONTEXT, GB
 from lab.model_shapes import find_config
+from lab.plan import FRUGAL
 from lab.programs import run_program
 from lab.smoke import smoke
 from lab.step import StepOptions, build_random, compare_steps, describe_device, random_conversations
@@ -45,7 +46,14 @@ LLMS = {
     "meta-llama/Llama-3.1-8B-Instruct": 4,
     "Qwen/Qwen2.5-14B-Instruct": 2,
 }
-LARGER = {"Qwen/Qwen2.5-7B-Instruct": 32}  # where the card is larger
+# where the card is larger: (conversations in a micro-batch, gradient checkpointing)
+LARGER = {"Qwen/Qwen2.5-7B-Instruct": [(32, "on"), (16, "off")]}
+# where the card is smaller: the projection in NF4, the embeddings in host memory
+FRUGAL_LLMS = [
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen/Qwen2.5-3B-Instruct",
+    "Qwen/Qwen2.5-7B-Instruct",
+]
 ANSWERED = ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct")
 ANSWERS_AT_ONCE = 32
 SMALLEST = ("tiny", "openai/whisper-tiny")  # without a GPU
@@ -60,7 +68,7 @@ class GpuOptions:
     minutes: Count = 25
     """no row is begun after so many minutes; the same command goes on with those left"""
     only: str = ""
-    """only rows whose name has this in it, like 7B, or lora"""
+    """only rows whose name has one of these in it, like 7B, or lora,demo"""
 
 
 # ---- the rows ----
@@ -71,6 +79,7 @@ class Row(NamedTuple):
 
     name: str
     llm: str = ""
+    frugal: bool = False  # is the projection in NF4, and the table of embeddings on the host?
     step: StepOptions | None = None  # of a training step
     encoder: str = ""  # whose speed is measured
     answers: bool = False  # stage 1 and the benchmark of the LLM
@@ -92,26 +101,43 @@ def all_rows():
 
 def rows_of_steps(llm):
     """The training steps of one LLM; those with an adapter last, which stays on the LLM."""
-    batch = LLMS.get(llm, 2)
-    steps = []
-    for encoder in ENCODERS if ON_GPU else SMALLEST[1:]:
-        for seconds in (15.0, 30.0) if ON_GPU else (1.0,):
-            steps.append((encoder, seconds, batch, 0, "ce"))
-    encoder, seconds = steps[-2][:2] if ON_GPU else steps[0][:2]
-    steps.append((encoder, seconds, batch, 0, "kl"))
-    if llm in LARGER:
-        steps.append((encoder, seconds, LARGER[llm], 0, "ce"))
-    steps.append((encoder, seconds, batch, LORA_RANK, "ce"))
+    encoders = ENCODERS if ON_GPU else SMALLEST[1:]
+    lengths = (15.0, 30.0) if ON_GPU else (1.0,)
+    batch, encoder, seconds = LLMS.get(llm, 2), encoders[-1], lengths[0]
 
     rows = []
-    for encoder, seconds, batch, lora, loss in steps:
-        adapter = f"-lora{lora}" if lora else ""
-        name = f"step-{short(llm)}-{short(encoder)}-{seconds:g}s-x{batch}-{loss}{adapter}"
-        options = StepOptions(
-            llm, encoder, seconds=seconds, batch_size=batch, lora=lora, loss=loss, steps=8
-        )
-        rows.append(Row(name, llm, options))
+    for each in encoders:
+        for length in lengths:
+            rows.append(row_of_step(StepOptions(llm, each, seconds=length, batch_size=batch)))
+    usual = StepOptions(llm, encoder, seconds=seconds, batch_size=batch)
+    rows.append(row_of_step(replace(usual, loss="kl")))
+    for size, checkpointing in LARGER.get(llm, []):
+        larger = replace(usual, batch_size=size, gradient_checkpointing=checkpointing)
+        rows.append(row_of_step(larger))
+    rows.append(row_of_step(replace(usual, lora=LORA_RANK)))
+    if llm in FRUGAL_LLMS or not ON_GPU:
+        rows.append(row_of_step(replace(usual, **FRUGAL)))
     return rows
+
+
+def row_of_step(step):
+    """The Row of a training step, by whose settings it is named."""
+    parts = [
+        "step",
+        short(step.llm),
+        short(step.encoder),
+        f"{step.seconds:g}s",
+        f"x{step.batch_size}",
+        step.loss,
+    ]
+    if step.lora:
+        parts.append(f"lora{step.lora}")
+    if step.gradient_checkpointing == "off":
+        parts.append("whole")
+    frugal = step.embeddings == "host"
+    if frugal:
+        parts.append("frugal")
+    return Row("-".join(parts), step.llm, frugal, replace(step, steps=8))
 
 
 def short(name):
@@ -131,15 +157,15 @@ def measure_rows(options):
     left = 0
     for row in all_rows():
         path = folder / "rows" / f"{row.name}.json"
-        if path.exists() or options.only not in row.name:
+        if path.exists() or not any(part in row.name for part in options.only.split(",")):
             continue
         if time.monotonic() > until:
             left += 1
             continue
-        if row.llm != made[1]:
+        if (row.llm, row.frugal) != made[1]:
             made = None, None
             free_memory()
-            made = make_llm(row.llm), row.llm
+            made = make_llm(row.llm, row.frugal), (row.llm, row.frugal)
         start = time.monotonic()
         try:
             found = measure(row, made[0], folder)
@@ -160,13 +186,13 @@ def free_memory():
         torch.cuda.empty_cache()
 
 
-def make_llm(name):
+def make_llm(name, frugal):
     """The LLM with random weights in NF4; None where a row has none."""
     if not name:
         return None
     torch.manual_seed(0)
     dtype = PRECISIONS[compute_precision("auto")]
-    return random_llm(find_config(name, "llm"), 4, dtype)
+    return random_llm(find_config(name, "llm"), 4, dtype, **(FRUGAL if frugal else {}))
 
 
 def measure(row, llm, folder):
@@ -324,6 +350,7 @@ def step_cells(row):
         return [row["row"], row["failed"], *[""] * (len(STEP_COLUMNS) - 2)]
     trained = f"connector, LoRA {row['lora']}" if row["lora"] else "connector"
     trained += ", KL" if row["loss"] == "kl" else ""
+    trained += "; projection in NF4, embeddings on the host" if row["head_bits"] == 4 else ""
     checkpointed = ", checkpointed" if row["gradient_checkpointing"] else ""
     first = [
         short(row["llm"]),
@@ -365,9 +392,8 @@ def other_lines(found):
                 f"{row['bench_answers_s']:.1f} in the benchmark"
             )
         elif name.startswith("encoder-"):
-            lines.append(
-                f"- {short(row['encoder'])}: {row['audio_hours_an_hour']:.0f} hours of audio an hour"
-            )
+            speed = f"{row['audio_hours_an_hour']:.0f} hours of audio an hour"
+            lines.append(f"- {short(row['encoder'])}: {speed}, features included")
         elif name == "demo":
             lines.append(f"- the tiny world's demo: {row['seconds']:.0f} s")
         if "card_gb" in row.get("ours", {}):

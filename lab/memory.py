@@ -19,6 +19,7 @@ from data import Recipe
 from lab.model_shapes import llm_shape
 from model import Connector, connector_class
 from support.files import ceil_div
+from support.hub import PackedHead
 
 GB = 1e9
 # CUDA's context, its kernels, workspaces and what the allocator cannot use; assumed, it differs
@@ -97,22 +98,33 @@ def fused_attention():
 # ---- weights, activations, and all of it together ----
 
 
-def weight_bytes(llm, bits, dtype):
-    """(bytes of the LLM's weights, bytes of the largest matrix once it is unpacked).
+def weight_bytes(llm, bits, dtype, head_bits=16, embeddings="gpu"):
+    """(bytes of the LLM's weights on the GPU, bytes of the largest matrix once it is unpacked).
 
-    With 4 and 8 bits all linear layers but the head are packed.
+    With 4 and 8 bits all linear layers but the head are packed; head_bits, embeddings: see
+    model.load_llm.
     """
-    head = llm.get_output_embeddings()
+    head, table = llm.get_output_embeddings(), llm.get_input_embeddings()
     linear = {}  # id of a weight -> how many numbers it has
     for module in llm.modules():
         if isinstance(module, nn.Linear) and module is not head:
             linear[id(module.weight)] = module.weight.numel()
-    whole = sum(p.numel() for p in llm.parameters() if id(p) not in linear)
+    elsewhere = {id(table.weight), id(head.weight), *linear}
+    whole = sum(p.numel() for p in llm.parameters() if id(p) not in elsewhere)
 
     packed = PACKED_BYTES.get(bits, dtype.itemsize)
     weights = sum(linear.values()) * packed + whole * dtype.itemsize
-    unpacked = 0 if bits == 16 else max(linear.values()) * dtype.itemsize
-    return weights, unpacked
+    weights += head.weight.numel() * PACKED_BYTES.get(head_bits, dtype.itemsize)
+    is_tied = table.weight is head.weight and head_bits == 16
+    if embeddings == "gpu" and not is_tied:
+        weights += table.weight.numel() * dtype.itemsize
+
+    unpacked = [0]
+    if bits != 16:
+        unpacked += linear.values()
+    if head_bits != 16:
+        unpacked.append(ceil_div(len(head.weight), PackedHead.SLICES) * head.weight.shape[1])
+    return weights, max(unpacked) * dtype.itemsize
 
 
 @dataclass
@@ -189,6 +201,8 @@ def estimate(
     answer,
     connector="stack-mlp",
     lora=0,
+    head_bits=16,
+    embeddings="gpu",
     batch,
     checkpointing,
 ):
@@ -199,7 +213,7 @@ def estimate(
     `prompt` and `answer`.
     """
     llm, adapted = llm_shape(llm_config, dtype, checkpointing, lora)
-    weights, unpacked = weight_bytes(llm, bits, dtype)
+    weights, unpacked = weight_bytes(llm, bits, dtype, head_bits, embeddings)
 
     kind, dim = connector_class(connector), llm.get_input_embeddings().weight.shape[1]
     k, hidden = kind.frames_a_token(rate, Recipe.tokens_per_second), kind.hidden_width(dim)[0]

@@ -29,7 +29,8 @@ class PlanOptions:
     vram: Size = 8.0
     """GPU memory, GB"""
     bits: Literal[4, 8, 16] = 4
-    """the LLM's weights in 4 (NF4), 8 or 16 (not quantized) bits"""
+    """the LLM's weights in 4 (NF4), 8 or 16 (not quantized) bits; the vocabulary projection and
+    the table of embeddings stay in 16 on the GPU, unless it fits only otherwise"""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """what the LLM computes in"""
     seconds: Size = 15.0
@@ -84,15 +85,20 @@ class Fit:
 
     micro_batch: int  # conversations that go through at once
     checkpointing: bool
+    frugal: bool  # is the projection in NF4, and the table of embeddings in host memory?
     parts: dict  # as `estimate` gives them
     fits: bool
+
+
+# what that takes, for estimate() and for `behaviors`
+FRUGAL = {"head_bits": 4, "embeddings": "host"}
 
 
 def best_fit(options, llm_config, encoder, room):
     """The Fit with the largest micro-batch within `room` bytes, or one of a single conversation.
 
     Without checkpointing, where that costs no more than half of the micro-batch and the LLM is
-    small.
+    small. Only where nothing fits otherwise, with FRUGAL.
     """
     estimated = partial(
         estimate,
@@ -113,17 +119,20 @@ def best_fit(options, llm_config, encoder, room):
     is_small = sum(p.numel() for p in llm.parameters()) < CHECKPOINT_FROM
     if fast.fits and is_small and 2 * fast.micro_batch >= frugal.micro_batch:
         return fast
-    return frugal
+    if frugal.fits or options.bits == 16:
+        return frugal
+    return largest_fit(estimated, options.batch_size, True, room, True)
 
 
-def largest_fit(estimated, batch_size, checkpointing, room):
+def largest_fit(estimated, batch_size, checkpointing, room, frugal=False):
     """The Fit with the largest micro-batch that fits and divides the step, halved as need be."""
     micro_batch = batch_size
     while True:
-        parts = estimated(batch=micro_batch, checkpointing=checkpointing)
+        more = FRUGAL if frugal else {}
+        parts = estimated(batch=micro_batch, checkpointing=checkpointing, **more)
         fits = parts["peak"] <= room
         if fits or micro_batch == 1:
-            return Fit(micro_batch, checkpointing, parts, fits)
+            return Fit(micro_batch, checkpointing, frugal, parts, fits)
         micro_batch //= 2
         while batch_size % micro_batch:
             micro_batch -= 1
@@ -148,6 +157,8 @@ def print_table(options, config, best, more):
     parts = best.parts
     shape = f"{config.num_hidden_layers} layers of {config.hidden_size}"
     packed = f"{options.bits} bits, the embeddings in {options.precision}"
+    if best.frugal:
+        packed = "4 bits, the vocabulary projection, too; the embeddings in host memory"
     if options.bits == 16:
         packed = "not quantized"
     llm = f"{options.llm}: {shape}, vocabulary of {config.vocab_size}; {packed}"
@@ -200,6 +211,8 @@ def print_commands(options, best, answered):
         f"python mtbi.py behaviors DATA --out RUN --llm {options.llm} --bits {options.bits}",
         f"--precision {options.precision} --batch-size {answered}",
     ]
+    if best.frugal:
+        behaviors.append("--head-bits 4 --embeddings host")
     accumulate = options.batch_size // best.micro_batch
     train = [
         f"python mtbi.py train RUN --encoder {options.encoder}",

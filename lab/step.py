@@ -38,7 +38,7 @@ from lab.programs import run_program
 from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, connector_class
 from model import embedding_rms
 from support.files import UserError, ceil_div, write_json
-from support.hub import TINY
+from support.hub import TINY, keep_embeddings_on_host, pack_head, pack_linear
 from support.options import Count, Rank, Size
 from support.processes import DEVICE
 from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, update
@@ -60,6 +60,10 @@ class StepOptions:
     """only so many layers of the LLM, where the whole is too much; default: all"""
     bits: Literal[4, 16] = 4
     """the LLM's weights in NF4, or not quantized"""
+    head_bits: Literal[4, 16] = 16
+    """and its vocabulary projection"""
+    embeddings: Literal["gpu", "host"] = "gpu"
+    """where its table of embeddings is"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
     CPU"""
@@ -89,47 +93,32 @@ class StepOptions:
 # ---- random weights of a real size ----
 
 
-def random_llm(config, bits, dtype):
+def random_llm(config, bits, dtype, head_bits=16, embeddings="gpu"):
     """The LLM of a configuration with random weights, made on the device layer by layer.
 
-    bits: 4 = all linear layers but the head in NF4, 16 = not quantized.
+    bits: 4 = all linear layers but the head in NF4, 16 = not quantized. head_bits, embeddings: as
+    in model.load_llm.
     """
     with torch.device("meta"):
         llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     head = llm.get_output_embeddings()
     for name, module in list(llm.named_modules()):
         if bits == 4 and isinstance(module, nn.Linear) and module is not head:
-            llm.set_submodule(name, random_nf4(module, dtype))
+            module.weight = nn.Parameter(random_weight(module.weight.shape, dtype))
+            if module.bias is not None:
+                module.bias = nn.Parameter(torch.zeros_like(module.bias, device=DEVICE))
+            llm.set_submodule(name, pack_linear(module, dtype, DEVICE))
         elif hasattr(module, "inv_freq"):  # of rotary embeddings: computed, not random
             llm.set_submodule(name, type(module)(module.config).to(DEVICE))
     for module in llm.modules():
         fill_with_random(module, dtype)
     llm.tie_weights()
+    if head_bits == 4:
+        pack_head(llm, dtype, DEVICE)
+    if embeddings == "host":
+        keep_embeddings_on_host(llm, DEVICE)
     llm.is_loaded_in_4bit = bits == 4  # so that num_parameters counts packed weights whole
     return llm.eval().requires_grad_(False)
-
-
-def random_nf4(module, dtype):
-    """A linear layer as large as this one, in NF4 with double quantization."""
-    packed = bitsandbytes.nn.Linear4bit(
-        module.in_features,
-        module.out_features,
-        module.bias is not None,
-        compute_dtype=dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    packed.weight = bitsandbytes.nn.Params4bit(
-        random_weight(module.weight.shape, dtype),
-        requires_grad=False,
-        quant_type="nf4",
-        compress_statistics=True,
-    ).to(DEVICE)
-    if packed.bias is not None:
-        packed.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=DEVICE))
-    packed.support_avx512bf16_for_cpu = False  # as in model.load_llm
-    return packed
 
 
 def fill_with_random(module, dtype):
@@ -358,7 +347,8 @@ def compare_steps(options, llm=None):
     precision = compute_precision(options.precision)
     dtype = PRECISIONS[precision]
     config, encoder_config = configs_of(options)
-    llm = llm or random_llm(config, options.bits, dtype)
+    if llm is None:
+        llm = random_llm(config, options.bits, dtype, options.head_bits, options.embeddings)
     parameters = llm.num_parameters()  # before it has an adapter
     model, checkpointing = build_random(options, llm, encoder_config)
     frames = round(options.seconds * FRAME_RATE)
@@ -372,6 +362,8 @@ def compare_steps(options, llm=None):
         "layers": config.num_hidden_layers,
         "llm_parameters": parameters,
         "bits": options.bits,
+        "head_bits": options.head_bits,
+        "embeddings": options.embeddings,
         "precision": precision,
         "encoder": options.encoder,
         "seconds": options.seconds,
@@ -419,6 +411,8 @@ def planned_peak(options, config, encoder_config, dtype, checkpointing):
         answer=options.answer_tokens,
         connector=CONNECTOR,
         lora=options.lora,
+        head_bits=options.head_bits,
+        embeddings=options.embeddings,
         batch=options.batch_size,
         checkpointing=checkpointing,
     )
@@ -493,7 +487,8 @@ def show_steps(result):
     r = result
     checkpointing = "on" if r["gradient_checkpointing"] else "off"
     print(
-        f"{r['llm']} ({r['layers']} layers, {r['bits']} bits, {r['precision']}) + {r['encoder']}, "
+        f"{r['llm']} ({r['layers']} layers, {r['bits']} bits, projection {r['head_bits']} bits, "
+        f"embeddings on the {r['embeddings']}, {r['precision']}) + {r['encoder']}, "
         f"{r['seconds']:g} s clips, micro-batch {r['batch_size']}, LoRA rank {r['lora']}, loss "
         f"{r['loss']}, gradient checkpointing {checkpointing}"
     )

@@ -15,10 +15,11 @@ import transformers
 from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from support.files import HALF_WRITTEN, PROJECT, UserError, first_line, writing
+from support.files import HALF_WRITTEN, PROJECT, UserError, ceil_div, first_line, writing
 from support.processes import DEVICE
 
 # bitsandbytes warns of an optional kernel package that it would load from the network
@@ -143,6 +144,76 @@ def quantization(bits, compute):
             f"unquantized, in {compute}"
         )
         return None
+
+
+def pack_linear(linear, compute, device):
+    """A linear layer in NF4 with double quantization, as `quantization` packs those of an LLM."""
+    import bitsandbytes
+
+    rows, columns = linear.weight.shape
+    has_bias = linear.bias is not None
+    packed = bitsandbytes.nn.Linear4bit(
+        columns, rows, has_bias, compute_dtype=compute, quant_type="nf4", device="meta"
+    )
+    packed.weight = bitsandbytes.nn.Params4bit(
+        linear.weight.detach().to(device, compute).contiguous(),
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=True,
+    ).to(device)
+    if has_bias:
+        bias = linear.bias.detach().to(device, compute)
+        packed.bias = nn.Parameter(bias, requires_grad=False)
+    packed.support_avx512bf16_for_cpu = False  # see model.load_llm
+    return packed
+
+
+class PackedHead(nn.Module):
+    """A vocabulary projection in NF4, in slices: one of them is unpacked at a time.
+
+    states (…, D) -> logits (…, V)
+    """
+
+    SLICES = 8
+
+    def __init__(self, head, compute, device):
+        super().__init__()
+        self.in_features, self.out_features = head.in_features, head.out_features
+        every = ceil_div(head.out_features, self.SLICES)
+        self.slices = nn.ModuleList()
+        for start in range(0, head.out_features, every):
+            rows = head.weight[start : start + every]
+            part = nn.Linear(head.in_features, len(rows), bias=False, device="meta")
+            part.weight = nn.Parameter(rows.detach(), requires_grad=False)
+            self.slices.append(pack_linear(part, compute, device))
+
+    def forward(self, states):
+        return torch.cat([part(states) for part in self.slices], dim=-1)  # (…, V)
+
+
+def pack_head(llm, compute, device):
+    """Put the LLM's vocabulary projection into NF4; UserError if it has a bias."""
+    head = llm.get_output_embeddings()
+    if head.bias is not None:
+        raise UserError("this LLM's vocabulary projection has a bias; leave --head-bits at 16")
+    llm.set_output_embeddings(PackedHead(head, compute, device))
+
+
+def keep_embeddings_on_host(llm, device):
+    """Keep the LLM's table of embeddings in host memory: only the rows looked up travel.
+
+    UserError if the table is the vocabulary projection, too.
+    """
+    table = llm.get_input_embeddings()
+    head = llm.get_output_embeddings()
+    if getattr(head, "weight", None) is table.weight:
+        raise UserError(
+            "this LLM's table of embeddings is its vocabulary projection, too, which the GPU needs;"
+            " --embeddings host goes with --head-bits 4"
+        )
+    table.to("cpu")
+    table.register_forward_pre_hook(lambda module, args: (args[0].to("cpu"), *args[1:]))
+    table.register_forward_hook(lambda module, args, rows: rows.to(device))
 
 
 def save_adapter(llm, folder):

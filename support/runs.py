@@ -6,7 +6,7 @@ from what content (fingerprints), which files are its own, and whether the work 
 
 import json
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -119,10 +119,17 @@ def is_done(folder, command, options, content, output, *, half_way, advice=CHOOS
     if options.force or not path.exists():
         return False
     old = read_json(path, "command", "options", "content", "done")
+    if isinstance(old["options"], dict):  # an option that is newer than the folder was not given
+        old["options"] = {**defaults(options), **old["options"]}
     if not old["done"] and not any(Path(folder).glob(half_way)):
         return False  # nothing was kept of it
     refuse_changes(folder, old, settings_of(options, content), without_effect(options), advice)
     return bool(old["done"]) and (Path(folder) / output).exists()
+
+
+def defaults(options):
+    """{name: default} of the options that have one."""
+    return {f.name: f.default for f in fields(options) if f.default is not MISSING}
 
 
 def refuse_changes(folder, old, new, ignored, advice):
