@@ -186,6 +186,8 @@ class HuggingFaceEncoder(nn.Module):
         inputs = inputs.to(self.device)
         try:
             out = self.model(**inputs)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError) as error:
             # how convolutions say that the input is shorter than they are
             raise UserError(

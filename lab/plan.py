@@ -182,7 +182,7 @@ def print_table(options, config, best, more):
             parts["unpacked"],
             "quantized weights are unpacked as they are used",
         ),
-        ("CUDA itself", CONTEXT, "assumed"),
+        ("CUDA itself", CONTEXT, "as measured on an H200"),
         ("peak", parts["peak"] + CONTEXT, f"of {options.vram:g} GB"),
         *more,
     ]

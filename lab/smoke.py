@@ -330,7 +330,7 @@ def benchmark_is_halved(_):
 
 
 def optimizer_says_what_to_do(_):
-    """No memory for the optimizer's moments: nothing is damaged unsaid, one line says what to do."""
+    """No memory for the optimizer's moments: one line says so, and what to do."""
     wide = nn.Parameter(torch.zeros(64 * 2**20, device=DEVICE))  # 256 MB, and twice for the moments
     wide.grad = torch.ones_like(wide)
     optimizer = adam_w({"wide": wide}, 1e-3)
@@ -445,6 +445,7 @@ class Check(NamedTuple):
     function: Callable  # takes a folder for its files
     advice: str  # what to do where it fails
     needs_gpu: bool = False
+    runs_programs: bool = False  # commands, which share one folder
 
 
 UPDATE = "update the driver, torch and bitsandbytes (pip install -r requirements.txt)"
@@ -463,8 +464,8 @@ CHECKS = [
     Check(benchmark_is_halved, BATCH, True),
     Check(optimizer_says_what_to_do, BATCH, True),
     Check(encoder_goes_on, "close what else uses the card while the frames are made", True),
-    Check(resumes_where_it_was_killed, "do not rely on --resume; report it"),
-    Check(loss_is_that_of_a_cpu, "train with --precision fp32, and report it"),
+    Check(resumes_where_it_was_killed, "do not rely on --resume; report it", False, True),
+    Check(loss_is_that_of_a_cpu, "train with --precision fp32; report it", False, True),
 ]
 
 
@@ -490,7 +491,7 @@ def run_check(check, folder):
     if check.needs_gpu and not ON_GPU:
         print(f"needs a GPU  {about}")
         return True
-    if check.function not in (resumes_where_it_was_killed, loss_is_that_of_a_cpu):
+    if not check.runs_programs:
         folder = folder / check.function.__name__
         folder.mkdir()
     start = time.monotonic()

@@ -33,7 +33,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data import Example, Recipe, Response, Speech, Text
 from lab.memory import GB, LiveBytes, estimate
-from lab.model_shapes import find_config
+from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
 from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, connector_class
 from model import embedding_rms
@@ -108,6 +108,7 @@ def random_llm(config, bits, dtype, head_bits=16, embeddings="gpu"):
             if module.bias is not None:
                 module.bias = nn.Parameter(torch.zeros_like(module.bias, device=DEVICE))
             llm.set_submodule(name, pack_linear(module, dtype, DEVICE))
+            module.weight = None  # before the next one is made
         elif hasattr(module, "inv_freq"):  # of rotary embeddings: computed, not random
             llm.set_submodule(name, type(module)(module.config).to(DEVICE))
     for module in llm.modules():
@@ -349,7 +350,7 @@ def compare_steps(options, llm=None):
     config, encoder_config = configs_of(options)
     if llm is None:
         llm = random_llm(config, options.bits, dtype, options.head_bits, options.embeddings)
-    parameters = llm.num_parameters()  # before it has an adapter
+    parameters = sum(p.numel() for p in llm_shape(config, dtype)[0].parameters())
     model, checkpointing = build_random(options, llm, encoder_config)
     frames = round(options.seconds * FRAME_RATE)
     examples = random_conversations(options, encoder_config.d_model, frames)

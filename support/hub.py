@@ -199,21 +199,38 @@ def pack_head(llm, compute, device):
     llm.set_output_embeddings(PackedHead(head, compute, device))
 
 
+class HostEmbeddings(nn.Module):
+    """A table of embeddings in host memory: only the rows that are looked up travel.
+
+    ids (…) -> embeddings (…, D) on the device. The table is no parameter of this module: an LLM
+    says of itself that it is where its parameters are, which is the GPU.
+    """
+
+    def __init__(self, table, device):
+        super().__init__()
+        self.hidden = [table.to("cpu").requires_grad_(False)]
+        self.target = device
+
+    @property
+    def weight(self):
+        return self.hidden[0].weight  # (V, D)
+
+    def forward(self, ids):
+        return self.hidden[0](ids.to("cpu")).to(self.target)
+
+
 def keep_embeddings_on_host(llm, device):
-    """Keep the LLM's table of embeddings in host memory: only the rows looked up travel.
+    """Keep the LLM's table of embeddings in host memory.
 
     UserError if the table is the vocabulary projection, too.
     """
     table = llm.get_input_embeddings()
-    head = llm.get_output_embeddings()
-    if getattr(head, "weight", None) is table.weight:
+    if getattr(llm.get_output_embeddings(), "weight", None) is table.weight:
         raise UserError(
             "this LLM's table of embeddings is its vocabulary projection, too, which the GPU needs;"
             " --embeddings host goes with --head-bits 4"
         )
-    table.to("cpu")
-    table.register_forward_pre_hook(lambda module, args: (args[0].to("cpu"), *args[1:]))
-    table.register_forward_hook(lambda module, args, rows: rows.to(device))
+    llm.set_input_embeddings(HostEmbeddings(table, device))
 
 
 def save_adapter(llm, folder):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,8 @@ from conftest import FEW_TASKS, made_once, mtbi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lab.gpu
+import lab.smoke
 import lab.step
 from eval import CELLS, DIALOGUES
 from lab.claims import (
@@ -657,14 +660,18 @@ SMALL_QWEN = {
 }
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(
+    "bits, frugal", [(4, {}), (16, {}), (4, {"head_bits": 4, "embeddings": "host"})]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_estimate_is_within_15_percent_of_the_measured_peak(bits, checkpointing, precision):
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(
+    bits, frugal, checkpointing, precision
+):
     """On a CPU: the tensors that are alive in a real step, on real weights."""
     config, dtype = transformers.Qwen2Config(**SMALL_QWEN), PRECISIONS[precision]
-    options = SimpleNamespace(batch_size=6, prompt_tokens=40, answer_tokens=30)
-    llm = lab.step.random_llm(config, bits, dtype)
+    options = SimpleNamespace(batch_size=6, prompt_tokens=40, answer_tokens=30, seconds=6.0)
+    llm = lab.step.random_llm(config, bits, dtype, **frugal)
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "llm")
     model = SpeechLLM(llm, tokenizer, None, Connector("stack-mlp", 128, 256, 9, 1024))
     if checkpointing:
@@ -672,8 +679,9 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(bits, checkpoint
     model.train()
     optimizer = torch.optim.AdamW(model.trainable().values())
     examples = lab.step.random_conversations(options, 128, 300)
-    lab.step.our_step(model, optimizer, examples, None)
-    measured = lab.step.peak_bytes(lab.step.our_step, model, optimizer, examples, None)
+    step = partial(lab.step.our_step, loss="ce")
+    step(model, optimizer, examples, None)
+    measured = 1e9 * lab.step.peak_bytes(step, model, optimizer, examples, None)["peak_gb"]
     planned = estimate(
         config,
         128,
@@ -685,6 +693,7 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(bits, checkpoint
         answer=30,
         batch=6,
         checkpointing=checkpointing,
+        **frugal,
     )
     megabytes = {name: round(value / 1e6, 1) for name, value in planned.items()}
     assert planned["peak"] == pytest.approx(measured, rel=0.15), megabytes
@@ -843,3 +852,60 @@ def test_info_tells_the_scores_of_the_last_report(benched_world, capsys):
 def test_info_says_of_a_folder_that_it_is_no_run(tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 2
     assert "there is no folder made by `behaviors`" in capsys.readouterr().err
+
+
+# ---- the first meeting with a GPU; here what a CPU can try of it ----
+
+IN_PROCESS = []
+for each in lab.smoke.CHECKS:
+    if not each.runs_programs and not each.needs_gpu:
+        IN_PROCESS.append(each)
+
+
+@pytest.mark.parametrize("check", IN_PROCESS, ids=lambda check: check.function.__name__)
+def test_a_check_of_the_smoke_test_works_on_a_cpu(check, tmp_path, capsys):
+    assert lab.smoke.run_check(check, tmp_path), capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("works ")
+
+
+def test_a_path_that_does_not_work_is_named_with_what_to_do(tmp_path, capsys, monkeypatch):
+    def broken(folder):
+        """It gives what it should."""
+        raise AssertionError("it gives something else")
+
+    monkeypatch.setattr(lab.smoke, "CHECKS", [lab.smoke.Check(broken, "mend it")])
+    with pytest.raises(UserError, match="do not work"):
+        lab.gpu.meet_gpu(lab.gpu.GpuOptions(smoke=True))
+    said = capsys.readouterr().out
+    assert "FAILED" in said and "it gives something else. What to do: mend it" in said
+    assert "1 checks, 1 failed" in said
+
+
+def test_what_a_gpu_is_measured_by_is_written_row_by_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab.gpu, "STEPS", 1)
+    out = tmp_path / "gpu"
+    options = lab.gpu.GpuOptions(out=str(out), only="encoder,frugal")
+    lab.gpu.meet_gpu(options)
+    rows = {path.stem: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
+    assert sorted(rows) == ["encoder-whisper-tiny", "step-tiny-whisper-tiny-1s-x2-ce-frugal"]
+    page = (out / "gpu.md").read_text()
+    assert "hours of audio an hour" in page and "embeddings on the host" in page
+    assert set(read_json(out / "gpu.json")["rows"]) == set(rows)
+
+    capsys.readouterr()
+    lab.gpu.meet_gpu(options)
+    assert "measured" not in capsys.readouterr().out, "a row that is there was measured again"
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("dear diary")
+    with pytest.raises(UserError, match="not made by this"):
+        lab.gpu.meet_gpu(lab.gpu.GpuOptions(out=str(tmp_path / "mine")))
+
+
+def test_where_nothing_else_fits_the_embeddings_go_to_the_host(capsys):
+    words = ["plan", "--llm", "Qwen2.5-7B", "--encoder", "whisper-large-v3", "--vram"]
+    assert main([*words, "6"]) == 0
+    said = capsys.readouterr().out
+    assert "--head-bits 4 --embeddings host" in said and "It fits 6 GB" in said
+    assert main([*words, "12"]) == 0
+    assert "--embeddings" not in capsys.readouterr().out

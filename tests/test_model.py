@@ -419,6 +419,37 @@ def test_4_8_and_16_bits(bits, encoder, frames, utterances, tmp_path):
     assert model.generate([rows[0][:-1]], 4)
 
 
+def test_a_projection_in_nf4_makes_another_llm_and_stays_near(frames, utterances, encoder):
+    whole, tokenizer = load_llm("tiny", 4)
+    packed, _ = load_llm("tiny", 4, "auto", 4)
+    states = torch.randn(50, whole.config.hidden_size)
+    expected, found = (llm.get_output_embeddings()(states) for llm in (whole, packed))
+    assert (found - expected).norm() < 0.15 * expected.norm()
+    prints = [SpeechLLM(llm, tokenizer).fingerprint for llm in (whole, packed)]
+    assert prints[0] != prints[1]
+
+
+def test_embeddings_that_are_the_projection_too_stay_where_it_is(tmp_path):
+    with pytest.raises(UserError, match="--embeddings host goes with --head-bits 4"):
+        load_llm(save_llm(tmp_path, "qwen2", tie_word_embeddings=True), 4, "auto", 16, "host")
+
+
+def test_an_encoder_without_memory_on_the_gpu_hears_on_the_cpu(monkeypatch, capsys):
+    ears = models.HuggingFaceEncoder("tiny")
+    samples, expected = noise(1), ears(noise(1))
+    hear, tried = ears.hear, []
+
+    def too_little_at_first(*args):
+        tried.append(args)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("2 GB are missing")
+        return hear(*args)
+
+    monkeypatch.setattr(ears, "hear", too_little_at_first)
+    assert torch.equal(ears(samples), expected)
+    assert "2 GB are missing" in capsys.readouterr().err
+
+
 def test_where_bitsandbytes_does_not_work_the_llm_runs_unquantized_and_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     llm, _ = load_llm("tiny", 4)
