@@ -9,7 +9,7 @@ goes on and ends with the very same weights.
 import math
 import random
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -188,8 +188,12 @@ def made_from(run, utterances, recipe, options):
             f"{run.options['llm']}: is not the LLM any more that gave the behaviors of "
             f"{run.folder}; run `behaviors` again with --force"
         )
-    row = asdict(recipe)
-    row.pop("about")
+    # only what the row says: a knob that is new in the table changes no training of before
+    row = {}
+    for knob in fields(recipe):
+        value = getattr(recipe, knob.name)
+        if knob.name != "about" and value != knob.default:
+            row[knob.name] = value
     return {
         "recipe": row,
         "llm": llm,
