@@ -202,13 +202,13 @@ def measure(row, llm, folder):
     if row.step:
         return compare_steps(row.step, llm)
     if row.answers:
-        return measure_answers(row.llm, llm)
+        return speed_of_answers(row.llm, llm)
     if row.encoder:
-        return measure_encoder(row.encoder)
-    return measure_demo(folder)
+        return speed_of_encoder(row.encoder)
+    return time_demo(folder)
 
 
-def measure_answers(name, llm):
+def speed_of_answers(name, llm):
     """Answers a second, of 64 tokens: of stage 1 to transcripts, of the benchmark to speech."""
     options = StepOptions(llm=name, batch_size=ANSWERS_AT_ONCE if ON_GPU else 2)
     encoder_config = find_config(ENCODERS[0], "encoder")
@@ -240,7 +240,7 @@ class RandomWhisper(HuggingFaceEncoder):
         self.extractor = transformers.WhisperFeatureExtractor(config.num_mel_bins)
 
 
-def measure_encoder(name):
+def speed_of_encoder(name):
     """Hours of audio that an encoder hears in an hour, in clips of 15 s, features included."""
     encoder = RandomWhisper(name)
     rng = np.random.default_rng(0)
@@ -257,7 +257,7 @@ def measure_encoder(name):
     return {"encoder": name, "audio_hours_an_hour": clips * seconds / took, "peak_gb": peak}
 
 
-def measure_demo(folder):
+def time_demo(folder):
     """Wall time of the tiny world's demo; its short form where there is no GPU."""
     words = ["demo", "--out", str((folder / "demo").resolve())]
     if not ON_GPU:
