@@ -9,6 +9,7 @@
     bench        unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
     generate     ask a trained model about sound files
     chat         talk to it, in several turns
+    inspect      a picture of what it makes of a recording, or of a training example
     export       a folder of it that can be published, with a model card
     doctor       what will run on this machine, and how to mend what will not
     info         what a run folder is: models, recipes, data, steps, scores
@@ -39,6 +40,7 @@ import app.chat
 import app.doctor
 import app.export
 import app.generate
+import app.inspecting
 import lab.compare
 import lab.demo
 import lab.info
@@ -462,6 +464,14 @@ def chat(options):
     app.chat.talk(options, list(RECIPES))
 
 
+def inspect_inside(options):
+    """Draw what a trained model makes of a recording, from the sound to the LLM's attention.
+
+    Or one conversation of its training, with what is text, what is speech, and what carries loss.
+    """
+    app.inspecting.draw_inside(options, list(RECIPES))
+
+
 def export(options):
     """Make a folder of a trained recipe that can be published as it is, with a model card."""
     app.export.write_folder(options, list(RECIPES))
@@ -523,6 +533,7 @@ COMMANDS = {  # the dataclass of its options, and the function that does it
     "bench": (BenchOptions, bench_run),
     "generate": (app.generate.GenerateOptions, generate),
     "chat": (app.chat.ChatOptions, chat),
+    "inspect": (app.inspecting.InspectOptions, inspect_inside),
     "export": (app.export.ExportOptions, export),
     "doctor": (app.doctor.DoctorOptions, app.doctor.examine),
     "info": (InfoOptions, info),

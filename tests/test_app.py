@@ -9,6 +9,8 @@ import app.chat
 import app.doctor
 import app.microphone
 from app.generate import GenerateOptions, answer_questions
+from app.inside import attention_on_speech, hear, nearest_words
+from data import load_audio
 from model import SpeechLLM
 from mtbi import RECIPES, main
 from support.files import UserError, read_json
@@ -160,6 +162,50 @@ def test_an_answer_that_is_stopped_is_taken_back(run, wav, monkeypatch, capsys):
     monkeypatch.setattr(app.chat, "answer_streaming", stopped)
     assert chat.take("Who did it?")
     assert chat.messages == [] and chat.heard == [str(wav)]
+
+
+# ---- inspect ----
+
+
+def test_a_recording_is_drawn_from_its_sound_to_the_attention(run, wav, tmp_path, capsys):
+    out = tmp_path / "inside.png"
+    assert main(["inspect", str(run), str(wav), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 20_000
+    assert main(["inspect", str(run), str(wav), "--out", str(out)]) == 2
+    one_line(capsys, "is there already")
+
+
+def test_a_conversation_of_the_training_is_drawn(run, tmp_path, capsys):
+    out = tmp_path / "example.png"
+    assert main(["inspect", str(run), "--example", "3", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    out = tmp_path / "none.png"
+    assert main(["inspect", str(run), "--example", "99999999", "--out", str(out)]) == 2
+    one_line(capsys, "counted from 0 to")
+    assert main(["inspect", str(run), "--out", str(out)]) == 2
+    one_line(capsys, "name one sound file, or --example N")
+    assert not out.exists()
+
+
+def test_what_is_said_of_the_inside_adds_up(run, wav):
+    model = SpeechLLM.from_pretrained(run / "mtbi")
+    heard = hear(model, load_audio(wav), wav)
+    n = len(heard.tokens)
+    assert n == -(-len(heard.frames) // model.connector.k)
+    assert len(heard.borders) == n + 1 and heard.borders == sorted(heard.borders)
+    assert len(heard.nearest) == n
+    on_speech, on_prompt = attention_on_speech(model, heard, "Who did it?")
+    assert on_speech.shape == (len(on_prompt), n)
+    total = on_speech.sum(1) + on_prompt
+    assert (total > 0).all() and (total <= 1 + 1e-5).all()
+
+
+def test_the_word_nearest_to_an_embedding_is_its_own(llm):
+    model = SpeechLLM(*llm)
+    some = [300, 400, 500]
+    table = model.llm.get_input_embeddings().weight
+    found = nearest_words(model, table[some])
+    assert [row[0][0] for row in found] == [model.tokenizer.decode([i]).strip() for i in some]
 
 
 # ---- export ----

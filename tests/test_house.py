@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "eval": {"model", "data", "support"},
     "corpora": {"eval", "model", "data", "support", "tiny"},
     "lab": {"eval", "model", "train", "data", "support"},
-    "app": {"lab", "model", "data", "support", "tiny"},
+    "app": {"lab", "eval", "model", "data", "support", "tiny"},
     "mtbi": {"app", "corpora", "lab", "eval", "model", "train", "data", "support", "tiny"},
 }
 
