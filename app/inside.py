@@ -94,7 +94,7 @@ def mel_of(samples):
 
 
 def draw_heard(pyplot, model, heard, prompt, answer, words=None):
-    """A figure of a recording, from its sound to the attention; words: [[word, start, end], ...]."""
+    """A figure of a recording from its sound to the attention; words: [[word, start, end], ...]."""
     n = len(heard.tokens)
     size = (max(8, 0.42 * n), 11)
     figure, axes = pyplot.subplots(5, 1, figsize=size, height_ratios=[1, 2, 2, 1.4, 2])

@@ -21,7 +21,7 @@ class InspectOptions:
     audio: called_many("AUDIO") = ()
     """a WAV, FLAC, OGG or MP3 file"""
     example: Annotated[int, Between(0, 2**31)] | None = None
-    """instead of a file: this conversation of the training, counted from 0 over all its steps"""
+    """this conversation of the training instead of a file, counted from 0 over all its steps"""
     prompt: str = "Repeat this."
     """what the model is asked about the file"""
     recipe: str | None = None

@@ -90,7 +90,7 @@ def with_help(kind):
     hints = get_type_hints(kind, include_extras=True)
     columns = []
     for field in fields(kind):
-        unsaid = field.default is None or field.default is False or field.default == ""
+        unsaid = field.default is None or field.default is False or field.default in ("", ())
         text = " ".join(texts[field.name].split())
         explained = tyro.conf.arg(help=text, help_behavior_hint="" if unsaid else None)
         kept = copy.copy(field)  # make_dataclass writes the new type into the field it is given
