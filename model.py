@@ -34,11 +34,13 @@ from support.frames import keep_frames
 from support.hub import PackedHead, check_frames, check_tokenizer, check_vocabulary
 from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
-from support.hub import keep_embeddings_on_host, located, pack_head, quantization, save_adapter
+from support.hub import keep_embeddings_on_host, local_or_fetched, located, pack_head
+from support.hub import quantization, save_adapter
 from support.processes import DEVICE, first_process
 from support.recognizer import encoder_behind, fingerprint_of_recognizer, is_recognizer
 from support.recognizer import open_recognizer
 from support.runs import fingerprint_of_training, read_spec
+from support.states import TRAINED
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IGNORE = -100  # label of a position without loss
@@ -754,10 +756,11 @@ class SpeechLLM(nn.Module):
         return LOSSES[loss](self, batch, teacher)
 
     @torch.no_grad()
-    def generate_rows(self, batch, max_new_tokens=64):
+    def generate_rows(self, batch, max_new_tokens=64, streamer=None):
         """Greedy answers to open conversations: parts -> [(text, did it end by itself)].
 
-        An answer ends at the latest where the LLM's context does.
+        An answer ends at the latest where the LLM's context does. streamer: of transformers, which
+        gets the tokens of a single conversation as they come.
         """
         embeds, mask, _ = self.embed(batch)
         length = embeds.shape[1]
@@ -770,6 +773,7 @@ class SpeechLLM(nn.Module):
             do_sample=False,
             eos_token_id=self.ends,
             pad_token_id=self.eot,
+            streamer=streamer,
         ).tolist()  # (B, up to max_new_tokens)
         answers = []
         for row in rows:
@@ -791,6 +795,10 @@ class SpeechLLM(nn.Module):
         path.
         """
         messages = ask(question, audio) if isinstance(question, str) else question
+        return self.generate([self.listen(messages)], max_new_tokens)[0]
+
+    def listen(self, messages):
+        """The parts of a conversation in the message format, what its audio entries hold heard."""
         check_messages(messages)
         speech = []
         for message in messages:
@@ -799,8 +807,7 @@ class SpeechLLM(nn.Module):
                 if entry["type"] == "audio":
                     samples = load_audio(entry["audio"])
                     speech.append([Speech(self.encoder(samples, entry["audio"]))])
-        parts = chat_parts(self.tokenizer, messages, speech)
-        return self.generate([parts], max_new_tokens)[0]
+        return chat_parts(self.tokenizer, messages, speech)
 
     # -- RUN/RECIPE holds the connector (and the adapter), and names the LLM and the encoder --
 
@@ -840,11 +847,11 @@ class SpeechLLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, llm=None, encoder=None, precision="auto"):
-        """Load what save() wrote (RUN/RECIPE).
+        """Load what save() wrote (RUN/RECIPE, or a hub name of such a folder).
 
         UserError if it was trained for another LLM or another encoder.
         """
-        folder = Path(folder)
+        folder = local_or_fetched(folder, TRAINED)
         spec = read_spec(folder)
         again = "train again with --force"
         try:

@@ -7,7 +7,11 @@
     behaviors    stage 1: the LLM answers the transcripts, over many tasks  ->  RUN/behaviors.jsonl
     train        stage 2, Imitate: the connector learns to get the same answers from the speech
     bench        unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
-    generate     ask a trained model about a sound file
+    generate     ask a trained model about sound files
+    chat         talk to it, in several turns
+    inspect      a picture of what it makes of a recording, or of a training example
+    export       a folder of it that can be published, with a model card
+    doctor       what will run on this machine, and how to mend what will not
     info         what a run folder is: models, recipes, data, steps, scores
     plan         will it fit my GPU? before anything is loaded
     recipes      the table of recipes
@@ -22,7 +26,6 @@ import inspect
 import os
 import random
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +36,11 @@ gc.disable()  # a second less: a million objects of libraries are made, and none
 import support  # noqa: F401  first: torch reads what it sets
 import transformers
 
+import app.chat
+import app.doctor
+import app.export
+import app.generate
+import app.inspecting
 import lab.compare
 import lab.demo
 import lab.info
@@ -42,7 +50,7 @@ from corpora.encoding import EncodeOptions, encode_data
 from corpora.prepare import PrepareOptions, prepare
 from corpora.recognizing import RecognizerOptions, train_recognizer
 from corpora.word_times import WordTimesOptions, add_word_times
-from data import Behavior, Recipe, ask, chat_parts, fingerprint_of_utterances, load_tasks
+from data import Behavior, Recipe, chat_parts, fingerprint_of_utterances, load_tasks
 from data import open_run, read_manifest, transcript_tokens
 from eval import BenchOptions, measure_all, plan_bench
 from lab.mistakes import Mistakes
@@ -52,9 +60,9 @@ from support.console import say_device, timed
 from support.files import PROJECT, UserError, WriteError, fingerprint, fingerprint_of_file
 from support.files import relative, write_jsonl
 from support.hub import fingerprint_of_weights, named
-from support.options import Between, Count, DataFolder, RunFolder, Seed, called, parse_options
+from support.options import Between, Count, DataFolder, RunFolder, Seed, parse_options
 from support.processes import MAIN, WORLD
-from support.runs import alone, begin, finish, is_done, settings_of, trained_recipes
+from support.runs import alone, begin, finish, is_done, settings_of
 from train import TrainOptions, train_recipe
 
 gc.freeze()
@@ -443,38 +451,30 @@ def bench_run(options):
     lab.report.show(report, planned.folder)
 
 
-@dataclass
-class GenerateOptions:
-    run: RunFolder
-    """a run folder with a trained recipe"""
-    audio: called("AUDIO")
-    """a WAV, FLAC, OGG or MP3 file"""
-    prompt: called("PROMPT")
-    """what to ask"""
-    recipe: str | None = None
-    """which of its recipes; default: the first of the table that is there"""
-    system: str = ""
-    """a system turn before the question; default: none"""
-    max_new_tokens: Count = 64
-    """longest answer, in tokens"""
-
-
 def generate(options):
-    """Ask a trained model about a sound file."""
-    run = Path(options.run)
-    found = list(trained_recipes(run, list(RECIPES)))
-    name = options.recipe or (found[0] if found else "")
-    if name not in found:
-        wanted = f" {name!r}" if name else ""
-        there = ", ".join(found) or "none: run `train` first"
-        raise UserError(f"{run}: holds no trained recipe{wanted}; there are {there}")
-    model = SpeechLLM.from_pretrained(run / name)
-    messages = ask(options.prompt, options.audio)
-    if options.system:
-        messages = [{"role": "system", "content": options.system}, *messages]
-    start = time.perf_counter()
-    print(model.answer(messages, max_new_tokens=options.max_new_tokens))
-    print(f"{run / name}: answered in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    """Ask a trained model about sound files, each by itself, or go on with a conversation.
+
+    The answers stream.
+    """
+    app.generate.answer_questions(options, list(RECIPES))
+
+
+def chat(options):
+    """Talk to a trained model, in several turns of speech and text."""
+    app.chat.talk(options, list(RECIPES))
+
+
+def inspect_inside(options):
+    """Draw what a trained model makes of a recording, from the sound to the LLM's attention.
+
+    Or one conversation of its training, with what is text, what is speech, and what carries loss.
+    """
+    app.inspecting.draw_inside(options, list(RECIPES))
+
+
+def export(options):
+    """Make a folder of a trained recipe that can be published as it is, with a model card."""
+    app.export.write_folder(options, list(RECIPES))
 
 
 @dataclass
@@ -531,7 +531,11 @@ COMMANDS = {  # the dataclass of its options, and the function that does it
     "behaviors": (BehaviorsOptions, ask_behaviors),
     "train": (TrainOptions, train_named),
     "bench": (BenchOptions, bench_run),
-    "generate": (GenerateOptions, generate),
+    "generate": (app.generate.GenerateOptions, generate),
+    "chat": (app.chat.ChatOptions, chat),
+    "inspect": (app.inspecting.InspectOptions, inspect_inside),
+    "export": (app.export.ExportOptions, export),
+    "doctor": (app.doctor.DoctorOptions, app.doctor.examine),
     "info": (InfoOptions, info),
     "plan": (lab.plan.PlanOptions, lab.plan.plan),
     "recipes": (RecipesOptions, recipes),

@@ -32,28 +32,11 @@ def look(options):
     """One batch of a training: some of its conversations as parts, and the shapes embed gives."""
     run = open_run(options.run)
     folder = run.folder / options.recipe
-    kinds = {"steps": int, "batch_size": int, "accumulate": int, "seed": int}
-    trained, content, _ = read_config(folder, "train", **kinds)
-    with explained(f"{folder / 'config.json'}: its recipe is none", TypeError):
-        recipe = Recipe(about="", **content["recipe"])
-    steps = trained["steps"]
+    model, examples = examples_of(run, folder)
+    steps = examples.steps
     step = steps // 2 if options.step is None else options.step
     if step >= steps:
         raise UserError(f"--step {step}: the {steps} steps of {folder} are 0 to {steps - 1}")
-    model = SpeechLLM.from_pretrained(folder)
-    utterances = [u for u in run.utterances if u.split == "train"]
-    examples = Examples(
-        model.tokenizer,
-        utterances,
-        read_behaviors(run.folder / "behaviors.jsonl"),
-        encode_all(model.encoder, utterances, run.data / "features"),
-        recipe,
-        k=model.connector.k,
-        steps=steps,
-        batch_size=trained["batch_size"],
-        accumulate=trained["accumulate"],
-        seed=trained["seed"],
-    )
     batch = [example.parts for example in examples.batch(step)]
     print(f"\nstep {step} of {steps}, counted from 0: a micro-batch of {len(batch)} conversations")
     most_parts = max(range(len(batch)), key=lambda i: len(batch[i]))
@@ -66,6 +49,29 @@ def look(options):
     used, answered = int(mask.sum()), int((labels >= 0).sum())
     print(f"\nembed: embeddings {tuple(embeds.shape)} (B, L, D), mask and labels (B, L)")
     print(f"{used} of {mask.numel()} positions are used, {answered} of them carry loss")
+
+
+def examples_of(run, folder):
+    """(the trained model in a folder, the Examples that it was trained on)."""
+    kinds = {"steps": int, "batch_size": int, "accumulate": int, "seed": int}
+    trained, content, _ = read_config(folder, "train", **kinds)
+    with explained(f"{folder / 'config.json'}: its recipe is none", TypeError):
+        recipe = Recipe(about="", **content["recipe"])
+    model = SpeechLLM.from_pretrained(folder)
+    utterances = [u for u in run.utterances if u.split == "train"]
+    examples = Examples(
+        model.tokenizer,
+        utterances,
+        read_behaviors(run.folder / "behaviors.jsonl"),
+        encode_all(model.encoder, utterances, run.data / "features"),
+        recipe,
+        k=model.connector.k,
+        steps=trained["steps"],
+        batch_size=trained["batch_size"],
+        accumulate=trained["accumulate"],
+        seed=trained["seed"],
+    )
+    return model, examples
 
 
 def describe_part(part, model):

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -231,6 +233,20 @@ def keep_embeddings_on_host(llm, device):
             " --embeddings host goes with --head-bits 4"
         )
     llm.set_input_embeddings(HostEmbeddings(table, device))
+
+
+def local_or_fetched(name, files):
+    """The folder of a trained recipe: a local one, or these files of a hub name, OWNER/NAME."""
+    folder = Path(name)
+    is_hub_name = str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
+    if folder.exists() or not is_hub_name:
+        return folder
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"{name}: is no local folder, and cannot be fetched from the hub ({first_line(error)})"
+        ) from None
 
 
 def save_adapter(llm, folder):

@@ -22,6 +22,11 @@ def called(metavar):
     return Positional[Annotated[str, tyro.conf.arg(metavar=metavar)]]
 
 
+def called_many(metavar):
+    """Any number of texts that stand in their place on the command line."""
+    return Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar=metavar)]]
+
+
 RunFolder, DataFolder = called("RUN"), called("DATA")
 
 
@@ -85,7 +90,7 @@ def with_help(kind):
     hints = get_type_hints(kind, include_extras=True)
     columns = []
     for field in fields(kind):
-        unsaid = field.default is None or field.default is False or field.default == ""
+        unsaid = field.default is None or field.default is False or field.default in ("", ())
         text = " ".join(texts[field.name].split())
         explained = tyro.conf.arg(help=text, help_behavior_hint="" if unsaid else None)
         kept = copy.copy(field)  # make_dataclass writes the new type into the field it is given
@@ -113,8 +118,9 @@ def check(options):
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
         value, name = getattr(options, field.name), as_option(field.name)
-        if isinstance(value, str) and value != field.default:
-            refuse_odd_text(name, value)
+        for text in value if isinstance(value, tuple) else [value]:
+            if isinstance(text, str) and text != field.default:
+                refuse_odd_text(name, text)
         problem = what_is_wrong(value, hints[field.name])
         if problem:
             raise UserError(f"{name} {value}: is {problem}")
@@ -148,6 +154,8 @@ def what_is_wrong(value, hint):
         choices = ", ".join(map(str, get_args(hint)))
         return "" if value in get_args(hint) else f"none of {choices}"
     bounds = None
+    if isinstance(value, tuple):  # of called_many: each of its texts was looked at
+        return ""
     if get_origin(hint) is Annotated:
         bounds = next((mark for mark in hint.__metadata__ if isinstance(mark, Between)), None)
         hint = get_args(hint)[0]

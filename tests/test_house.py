@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 THE_FIVE = ["data", "model", "train", "eval", "mtbi"]
-PACKAGES = ["corpora", "lab", "support", "tiny"]
+PACKAGES = ["app", "corpora", "lab", "support", "tiny"]
 
 # place -> the places that it may import
 MAY_IMPORT = {
@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "eval": {"model", "data", "support"},
     "corpora": {"eval", "model", "data", "support", "tiny"},
     "lab": {"eval", "model", "train", "data", "support"},
-    "mtbi": {"corpora", "lab", "eval", "model", "train", "data", "support", "tiny"},
+    "app": {"lab", "eval", "model", "data", "support", "tiny"},
+    "mtbi": {"app", "corpora", "lab", "eval", "model", "train", "data", "support", "tiny"},
 }
 
 
@@ -75,14 +76,14 @@ def test_imports_run_one_way(place):
         assert imports_of(path, place) <= MAY_IMPORT[place], path.name
 
 
-def test_there_are_at_most_27_imports_between_places_on_at_most_6_levels():
+def test_there_are_at_most_33_imports_between_places_on_at_most_7_levels():
     between, level = {}, {}
     for place in MAY_IMPORT:
         between[place] = set().union(*(imports_of(path, place) for path in files_of(place)))
     for place in MAY_IMPORT:  # in an order in which every place stands above what it imports
         level[place] = 1 + max((level[below] for below in between[place]), default=0)
-    assert sum(map(len, between.values())) <= 27
-    assert max(level.values()) <= 6
+    assert sum(map(len, between.values())) <= 33
+    assert max(level.values()) <= 7
 
 
 def test_no_function_name_stands_twice():

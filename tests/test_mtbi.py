@@ -4,6 +4,7 @@ import ast
 import inspect
 import io
 import random
+import shlex
 import shutil
 from dataclasses import MISSING, fields, replace
 from fnmatch import fnmatch
@@ -294,8 +295,8 @@ def test_help_explains_every_option_with_its_default(name, capsys):
     explained = documented_fields(kind)
     for field in fields(kind):
         assert explained[field.name].split("(default: ")[0].strip() in said, field.name
-        if field.default not in (MISSING, None, "", False):
-            assert f"(default: {field.default})" in said, field.name
+        if field.default not in (MISSING, None, "", False, ()):
+            assert f"(default: {shlex.quote(str(field.default))})" in said, field.name
 
 
 def documented_fields(kind):

@@ -1,0 +1,69 @@
+"""`inspect`: one picture of what a trained model makes of a recording, or of a training example."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from app.generate import chosen_recipe
+from app.inside import draw_example, draw_heard, hear
+from data import load_audio, open_run
+from lab.look import examples_of
+from lab.plots import finish_figure, pyplot
+from model import SpeechLLM
+from support.files import UserError
+from support.options import Between, RunFolder, called_many
+
+
+@dataclass
+class InspectOptions:
+    run: RunFolder
+    """a run folder with a trained recipe"""
+    audio: called_many("AUDIO") = ()
+    """a WAV, FLAC, OGG or MP3 file"""
+    example: Annotated[int, Between(0, 2**31)] | None = None
+    """this conversation of the training instead of a file, counted from 0 over all its steps"""
+    prompt: str = "Repeat this."
+    """what the model is asked about the file"""
+    recipe: str | None = None
+    """which of its recipes; default: the first of the table that is there"""
+    out: str = "inspect.png"
+    """the picture to write"""
+
+
+def draw_inside(options, recipes):
+    """Draw the picture; recipes: the names of the table."""
+    if (options.example is None) != (len(options.audio) == 1):
+        raise UserError("inspect: name one sound file, or --example N")
+    if Path(options.out).exists():
+        raise UserError(f"{options.out}: is there already; name another --out")
+    folder = chosen_recipe(options.run, options.recipe, recipes)
+    if options.example is None:
+        figure = figure_of_clip(options, folder)
+    else:
+        figure = figure_of_example(options, folder)
+    finish_figure(figure, Path(options.out))
+    print(f"{options.out}: written")
+
+
+def figure_of_clip(options, folder):
+    """Sound, mel, frames, speech tokens, attention."""
+    path = options.audio[0]
+    samples = load_audio(path)
+    model = SpeechLLM.from_pretrained(folder)
+    answer = model.answer(options.prompt, path)
+    words = None
+    for utterance in open_run(options.run).utterances:  # of the run's own, word times are known
+        if utterance.audio.resolve() == Path(path).resolve():
+            words = utterance.words
+    return draw_heard(pyplot, model, hear(model, samples, path), options.prompt, answer, words)
+
+
+def figure_of_example(options, folder):
+    """A conversation of the training, text and speech in colours."""
+    model, examples = examples_of(open_run(options.run), folder)
+    step, i = divmod(options.example, examples.batch_size)
+    if step >= examples.steps:
+        most = examples.steps * examples.batch_size - 1
+        raise UserError(f"--example {options.example}: they are counted from 0 to {most}")
+    title = f"{folder}: conversation {i} of step {step}"
+    return draw_example(pyplot, model, examples.batch(step)[i], title)

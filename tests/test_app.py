@@ -1,0 +1,274 @@
+"""What a trained model is used with: asking, talking, giving away, looking for what is missing."""
+
+import json
+
+import pytest
+from programs import one_line
+
+import app.chat
+import app.doctor
+import app.microphone
+from app.generate import GenerateOptions, answer_questions
+from app.inside import attention_on_speech, hear, nearest_words
+from data import load_audio
+from model import SpeechLLM
+from mtbi import RECIPES, main
+from support.files import UserError, read_json
+
+
+@pytest.fixture
+def wav(trained_world):
+    return trained_world / "data" / "audio" / "test-00000.wav"
+
+
+@pytest.fixture
+def run(trained_world):
+    return trained_world / "run"
+
+
+def typed(monkeypatch, *lines):
+    """The lines that `input` gives, then the end of the file."""
+    left = list(lines)
+
+    def read(_):
+        if not left:
+            raise EOFError
+        line = left.pop(0)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+# ---- generate ----
+
+
+def test_each_of_several_clips_is_answered_and_what_it_took_is_said(run, wav, capsys):
+    words = ["generate", str(run), str(wav), str(wav), "Who did it?", "--max-new-tokens", "4"]
+    assert main([*words, "--verbose"]) == 0
+    said = capsys.readouterr()
+    first, second = said.out.splitlines()
+    assert first == second and first.startswith(f"{wav}: ")
+    assert "first token after" in said.err and "speech tokens heard" in said.err
+
+
+def test_what_streams_is_the_answer(run, wav, capsys):
+    assert main(["generate", str(run), str(wav), "Who did it?"]) == 0
+    streamed = capsys.readouterr().out.strip()
+    model = SpeechLLM.from_pretrained(run / "mtbi")
+    assert streamed == model.answer("Who did it?", str(wav))
+
+
+def test_a_conversation_comes_from_a_file_whose_paths_are_its_own(run, wav, tmp_path, capsys):
+    (tmp_path / "clip.wav").write_bytes(wav.read_bytes())
+    content = [{"type": "text", "text": "Who did it?"}, {"type": "audio", "audio": "clip.wav"}]
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([{"role": "user", "content": content}]))
+    assert main(["generate", str(run), "--messages", str(path)]) == 0
+    from_file = capsys.readouterr().out
+    assert main(["generate", str(run), str(wav), "Who did it?"]) == 0
+    assert capsys.readouterr().out == from_file
+
+
+@pytest.mark.parametrize(
+    "words, refusal",
+    [
+        ([], "say what to ask"),
+        (["Who did it?"], "name the sound files, then what to ask"),
+        (["missing.wav", "Who did it?"], "missing.wav"),
+        (["a.wav", "Who?", "--messages", "talk.json"], "name no AUDIO or PROMPT"),
+        (["a.wav", "Who?", "--record", "3"], "takes the place of the sound files"),
+        (["--messages", "missing.json"], "missing.json: there is no such"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_a_line(run, words, refusal, capsys):
+    assert main(["generate", str(run), *words]) == 2
+    one_line(capsys, refusal)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "[1]", '[{"role": "user"}]', "[" * 9999])
+def test_a_file_that_is_no_conversation_is_refused(run, text, tmp_path, capsys):
+    path = tmp_path / "talk.json"
+    path.write_text(text)
+    assert main(["generate", str(run), "--messages", str(path)]) == 2
+    one_line(capsys)
+
+
+def test_without_a_microphone_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sounddevice", None)
+    with pytest.raises(UserError, match="pip install sounddevice"):
+        app.microphone.recorded(1.0)
+
+
+# ---- chat ----
+
+
+def test_a_chat_mixes_speech_and_text_and_is_saved_and_replayed(
+    run, wav, tmp_path, monkeypatch, capsys
+):
+    saved = tmp_path / "talk.json"
+    typed(
+        monkeypatch,
+        "/help",
+        f"/audio '{wav}'",
+        "Who did it?",
+        "/say three five nine",
+        "Repeat this.",
+        "And what is the last word?",
+        f"/save {saved}",
+    )
+    assert main(["chat", str(run), "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "/record SECONDS" in said and "spoken by" in said and "6 messages" in said
+    messages = json.loads(saved.read_text())
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 3
+    assert isinstance(messages[0]["content"], list) and isinstance(messages[4]["content"], str)
+    messages.append({"role": "user", "content": "Go on."})
+    saved.write_text(json.dumps(messages))
+    assert main(["generate", str(run), "--messages", str(saved), "--max-new-tokens", "4"]) == 0
+
+
+def test_a_bad_line_of_a_chat_is_said_and_the_chat_goes_on(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.json").write_text("mine")
+    typed(
+        monkeypatch,
+        "/nosuch",
+        "/audio missing.wav",
+        "/say",
+        "/record soon",
+        "/record 99",
+        f"/save {tmp_path / 'mine.json'}",
+        KeyboardInterrupt,
+        "/reset",
+        "",
+        "/quit",
+        "never read",
+    )
+    assert main(["chat", str(run)]) == 0
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("chat: ")]
+    assert len(lines) == 6 and "Traceback" not in said.err
+    assert (tmp_path / "mine.json").read_text() == "mine"
+
+
+def test_an_answer_that_is_stopped_is_taken_back(run, wav, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    model = SpeechLLM.from_pretrained(run / "mtbi")
+    chat = app.chat.Chat(model, app.chat.ChatOptions(str(run)))
+    chat.take(f"/audio {wav}")
+    monkeypatch.setattr(app.chat, "answer_streaming", stopped)
+    assert chat.take("Who did it?")
+    assert chat.messages == [] and chat.heard == [str(wav)]
+
+
+# ---- inspect ----
+
+
+def test_a_recording_is_drawn_from_its_sound_to_the_attention(run, wav, tmp_path, capsys):
+    out = tmp_path / "inside.png"
+    assert main(["inspect", str(run), str(wav), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 20_000
+    assert main(["inspect", str(run), str(wav), "--out", str(out)]) == 2
+    one_line(capsys, "is there already")
+
+
+def test_a_conversation_of_the_training_is_drawn(run, tmp_path, capsys):
+    out = tmp_path / "example.png"
+    assert main(["inspect", str(run), "--example", "3", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    out = tmp_path / "none.png"
+    assert main(["inspect", str(run), "--example", "99999999", "--out", str(out)]) == 2
+    one_line(capsys, "counted from 0 to")
+    assert main(["inspect", str(run), "--out", str(out)]) == 2
+    one_line(capsys, "name one sound file, or --example N")
+    assert not out.exists()
+
+
+def test_what_is_said_of_the_inside_adds_up(run, wav):
+    model = SpeechLLM.from_pretrained(run / "mtbi")
+    heard = hear(model, load_audio(wav), wav)
+    n = len(heard.tokens)
+    assert n == -(-len(heard.frames) // model.connector.k)
+    assert len(heard.borders) == n + 1 and heard.borders == sorted(heard.borders)
+    assert len(heard.nearest) == n
+    on_speech, on_prompt = attention_on_speech(model, heard, "Who did it?")
+    assert on_speech.shape == (len(on_prompt), n)
+    total = on_speech.sum(1) + on_prompt
+    assert (total > 0).all() and (total <= 1 + 1e-5).all()
+
+
+def test_the_word_nearest_to_an_embedding_is_its_own(llm):
+    model = SpeechLLM(*llm)
+    some = [300, 400, 500]
+    table = model.llm.get_input_embeddings().weight
+    found = nearest_words(model, table[some])
+    assert [row[0][0] for row in found] == [model.tokenizer.decode([i]).strip() for i in some]
+
+
+# ---- export ----
+
+
+@pytest.mark.parametrize("recipe", ["mtbi", "asr"])
+def test_an_exported_folder_loads_and_has_a_card_with_the_scores(
+    benched_world, recipe, tmp_path, capsys
+):
+    run, out = benched_world / "run", tmp_path / "published"
+    assert main(["export", str(run), "--out", str(out), "--recipe", recipe]) == 0
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name") and "seen" in card and "utterances" in card
+    assert str(run) not in card and "Not measured" not in card
+    wav = benched_world / "data" / "audio" / "test-00000.wav"
+    answers = []
+    for folder in (out, run / recipe):
+        answers.append(SpeechLLM.from_pretrained(folder).answer("Who did it?", str(wav)))
+    assert answers[0] == answers[1]
+
+    capsys.readouterr()
+    assert main(["export", str(run), "--out", str(out)]) == 2
+    one_line(capsys, "is there already")
+
+
+def test_an_export_without_a_benchmark_says_so(run, tmp_path):
+    out = tmp_path / "published"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert "Not measured" in (out / "README.md").read_text()
+    assert read_json(out / "model.json")["llm"] == "tiny"
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_said_in_a_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot be fetched from the hub"):
+        SpeechLLM.from_pretrained("nobody/nothing-of-this-name")
+
+
+# ---- doctor ----
+
+
+def test_the_doctor_finds_this_machine_ready(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "MISSING" not in said and "mtbi.py demo" in said
+    for what in ("Python", "packages", "GPU", "bitsandbytes", "espeak-ng", "memory", "disk"):
+        assert f" {what} " in said
+
+
+def test_the_doctor_names_what_is_missing_and_the_command_that_mends_it(capsys, monkeypatch):
+    def broken(*_):
+        raise OSError("libespeak-ng.so: no such file")
+
+    monkeypatch.setattr("tiny.speech.speak", broken)
+    monkeypatch.setattr(app.doctor, "MEMORY", 1e18)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("MISSING") == 2 and "libespeak-ng.so" in said
+    assert "mend: pip install -r requirements.txt" in said
+    assert "Not ready: espeak-ng, memory." in said
+
+
+def test_generate_answers_nothing_before_everything_asked_was_understood(run, wav):
+    options = GenerateOptions(str(run), (str(wav), "Who?"), recipe="nosuch")
+    with pytest.raises(UserError, match="holds no trained recipe 'nosuch'"):
+        answer_questions(options, list(RECIPES))
