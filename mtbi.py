@@ -9,6 +9,7 @@
     bench        unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
     generate     ask a trained model about sound files
     chat         talk to it, in several turns
+    serve        a page in the browser: a microphone, every model side by side
     inspect      a picture of what it makes of a recording, or of a training example
     export       a folder of it that can be published, with a model card
     doctor       what will run on this machine, and how to mend what will not
@@ -41,6 +42,7 @@ import app.doctor
 import app.export
 import app.generate
 import app.inspecting
+import app.serve
 import lab.compare
 import lab.demo
 import lab.info
@@ -472,6 +474,11 @@ def inspect_inside(options):
     app.inspecting.draw_inside(options, list(RECIPES))
 
 
+def serve(options):
+    """A page in the browser: speak to the models of a run, side by side, and look inside them."""
+    app.serve.serve_page(options, list(RECIPES))
+
+
 def export(options):
     """Make a folder of a trained recipe that can be published as it is, with a model card."""
     app.export.write_folder(options, list(RECIPES))
@@ -534,6 +541,7 @@ COMMANDS = {  # the dataclass of its options, and the function that does it
     "generate": (app.generate.GenerateOptions, generate),
     "chat": (app.chat.ChatOptions, chat),
     "inspect": (app.inspecting.InspectOptions, inspect_inside),
+    "serve": (app.serve.ServeOptions, serve),
     "export": (app.export.ExportOptions, export),
     "doctor": (app.doctor.DoctorOptions, app.doctor.examine),
     "info": (InfoOptions, info),

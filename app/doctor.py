@@ -19,6 +19,7 @@ INSTALL = "pip install -r requirements.txt"
 MEMORY, DISK = 4e9, 2e9  # bytes that the demo wants free
 # optional packages: what for, and how they come
 OPTIONAL = {
+    "gradio": ("the page (`serve`)", "pip install -r requirements-page.txt"),
     "sounddevice": ("the microphone in the terminal", "pip install sounddevice"),
 }
 

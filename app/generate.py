@@ -117,11 +117,14 @@ def read_messages(path):
 
 
 class Stream(TextStreamer):
-    """Prints an answer's words as they come, and notes when its tokens came."""
+    """Prints an answer's words as they come, and notes when its tokens came.
 
-    def __init__(self, tokenizer, say=print):
+    say: what prints. until: a time of time.perf_counter(), after which it ends by TimeoutError.
+    """
+
+    def __init__(self, tokenizer, say=print, until=None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.say = say
+        self.say, self.until = say, until
         self.times = []  # when each token came
         self.text = ""
         self.speech_tokens = 0
@@ -131,6 +134,8 @@ class Stream(TextStreamer):
         super().put(value)
         if not was_prompt:
             self.times.append(time.perf_counter())
+        if self.until and time.perf_counter() > self.until:
+            raise TimeoutError
 
     def on_finalized_text(self, text, stream_end=False):
         if not self.text:

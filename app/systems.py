@@ -1,0 +1,115 @@
+"""What answers side by side on the page: each trained recipe, the cascade, the LLM that reads."""
+
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from app.generate import Stream
+from data import Speech, chat_parts, open_run, transcript_tokens
+from model import SpeechLLM, llm_of, load_encoder, shared_llm
+from support.files import UserError
+from support.runs import read_spec, trained_recipes
+
+SECONDS = 20  # the longest that one system may answer
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, what was heard with it, and what each system answered."""
+
+    question: str
+    samples: np.ndarray | None = None  # float32, SAMPLE_RATE
+    transcript: str = ""
+    answers: dict = field(default_factory=dict)  # system -> its answer
+
+
+class Systems:
+    """The models of a run, which share one LLM and, if they can, one encoder; one answers at a
+    time."""
+
+    def __init__(self, run_folder, table, max_new_tokens):
+        self.run = open_run(run_folder)
+        self.max_new_tokens = max_new_tokens
+        self.lock = threading.Lock()
+        self.recipes = {}
+        llm = shared_llm(*llm_of(self.run.options, "auto"))
+        self.reader = SpeechLLM(*llm)
+        for name in trained_recipes(self.run.folder, table):
+            folder = self.run.folder / name
+            spec = read_spec(folder)
+            encoder = load_encoder(spec["encoder"], spec["pad_whisper"])
+            shared = None if spec["lora"] else llm  # an LLM with an adapter is nobody else's
+            self.recipes[name] = SpeechLLM.from_pretrained(folder, shared, encoder)
+        if not self.recipes:
+            raise UserError(f"{run_folder}: holds no trained recipe: run `train` first")
+        first = next(iter(self.recipes.values()))
+        self.transcriber = first.encoder if first.encoder.can_transcribe else None
+
+    def names(self):
+        """The systems, in the order of the page."""
+        names = list(self.recipes)
+        if self.transcriber:
+            names.append("cascade")
+        return [*names, "text"]
+
+    def model(self, name):
+        return self.recipes.get(name, self.reader)
+
+    def heard_as(self, name, turn):
+        """What stands for a turn's speech in a system's conversation; UserError if nothing can."""
+        if name == "text":
+            if not turn.transcript:
+                raise UserError("type the transcript, and the LLM reads it")
+            return [transcript_tokens(self.reader.tokenizer, turn.transcript)]
+        if name == "cascade":
+            text = self.transcriber.transcribe(self.transcriber(turn.samples)) or "…"
+            return [transcript_tokens(self.reader.tokenizer, text)]
+        return [Speech(self.model(name).encoder(turn.samples))]
+
+    def parts(self, name, turns):
+        """The conversation of a system; the last turn is still to be answered."""
+        messages, audio = [], []
+        for turn in turns:
+            content = [{"type": "text", "text": turn.question}] if turn.question else []
+            if turn.samples is not None:
+                content.append({"type": "audio", "audio": None})
+                audio.append(self.heard_as(name, turn))
+            messages.append({"role": "user", "content": content})
+            if turn is not turns[-1]:
+                messages.append({"role": "assistant", "content": turn.answers[name]})
+        return chat_parts(self.model(name).tokenizer, messages, audio)
+
+    def answer(self, name, turns):
+        """Yields a system's answer to the last turn as it grows; what is wrong is the answer."""
+        said = queue.Queue()
+        worker = threading.Thread(target=self.work, args=(name, turns, said), daemon=True)
+        worker.start()
+        text = ""
+        while True:
+            piece = said.get()
+            if piece is None:
+                break
+            text += piece
+            yield text
+        worker.join()
+
+    def work(self, name, turns, said):
+        """Put the pieces of an answer into the queue `said`, then None."""
+        try:
+            with self.lock:
+                parts = self.parts(name, turns)
+                stream = Stream(
+                    self.model(name).tokenizer,
+                    lambda text, **_: said.put(text),
+                    until=time.perf_counter() + SECONDS,
+                )
+                self.model(name).generate_rows([parts], self.max_new_tokens, stream)
+        except TimeoutError:
+            said.put(f" … (stopped after {SECONDS} s)")
+        except UserError as error:
+            said.put(f"({error})")
+        finally:
+            said.put(None)
