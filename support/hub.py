@@ -296,6 +296,23 @@ def check_vocabulary(llm, vocabulary, name):
         )
 
 
+def check_rows(llm, name):
+    """UserError if bitsandbytes would unpack an LLM in 4 bits wrongly.
+
+    Its kernel for CPUs (0.50.2) takes every row to begin a block of 64 weights; packed is without
+    regard to rows. A GPU's is right.
+    """
+    if DEVICE != "cpu" or not getattr(llm, "is_loaded_in_4bit", False):
+        return
+    for module_name, module in llm.named_modules():
+        width = getattr(module, "in_features", 64)
+        if width % 64 and hasattr(module.weight, "quant_state"):
+            raise UserError(
+                f"LLM {name}: {module_name} has rows of {width} weights, no multiple of 64, which "
+                "bitsandbytes unpacks wrongly on a CPU; use --bits 16, or a GPU"
+            )
+
+
 # ---- names of weights ----
 
 

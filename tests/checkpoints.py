@@ -189,7 +189,7 @@ def save_llm(folder, family, tokenizer=None, std=0.05, sure=1.0, brief=1.0, **sh
     tokenizer = tokenizer or tokenizer_of(family)
     size = {
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import bitsandbytes
 import jiwer
 import numpy as np
 import pytest
@@ -448,6 +449,21 @@ def test_an_encoder_without_memory_on_the_gpu_hears_on_the_cpu(monkeypatch, caps
     monkeypatch.setattr(ears, "hear", too_little_at_first)
     assert torch.equal(ears(samples), expected)
     assert "2 GB are missing" in capsys.readouterr().err
+
+
+def test_rows_that_bitsandbytes_unpacks_wrongly_on_a_cpu_are_refused(tmp_path):
+    odd = save_llm(tmp_path, "qwen2", intermediate_size=96)
+    with pytest.raises(UserError, match="down_proj has rows of 96 weights, no multiple of 64"):
+        load_llm(odd, 4)
+    assert load_llm(odd, 16)
+
+
+@pytest.mark.xfail(strict=True, reason="bitsandbytes 0.50.2: once it passes, check_rows may go")
+def test_bitsandbytes_unpacks_rows_of_any_width_on_a_cpu():
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+    unpacked = bitsandbytes.functional.dequantize_4bit(packed, state)
+    assert (unpacked - weight).norm() < 0.12 * weight.norm()
 
 
 def test_where_bitsandbytes_does_not_work_the_llm_runs_unquantized_and_says_so(monkeypatch, capsys):
