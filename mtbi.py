@@ -48,6 +48,7 @@ import lab.demo
 import lab.info
 import lab.plan
 import lab.report
+from corpora.digits import download_digits
 from corpora.encoding import EncodeOptions, encode_data
 from corpora.prepare import PrepareOptions, prepare
 from corpora.recognizing import RecognizerOptions, train_recognizer
@@ -524,8 +525,8 @@ def compare_recipes(options):
 
 
 def demo(options):
-    """The whole pipeline in the tiny world: the other commands in a row."""
-    lab.demo.show_demo(options, run_command)
+    """The whole pipeline, the other commands in a row: in the tiny world, or on human voices."""
+    lab.demo.show_demo(options, run_command, download_digits)
 
 
 # ---- the command line ----

@@ -150,15 +150,15 @@ def what_is_wrong(value, hint):
     if get_origin(hint) in (Union, UnionType):
         wrong = [what_is_wrong(value, part) for part in get_args(hint)]
         return "" if "" in wrong else wrong[0]
-    if get_origin(hint) is Literal:
-        choices = ", ".join(map(str, get_args(hint)))
-        return "" if value in get_args(hint) else f"none of {choices}"
     bounds = None
     if isinstance(value, tuple):  # of called_many: each of its texts was looked at
         return ""
     if get_origin(hint) is Annotated:
         bounds = next((mark for mark in hint.__metadata__ if isinstance(mark, Between)), None)
         hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        choices = ", ".join(map(str, get_args(hint)))
+        return "" if value in get_args(hint) else f"none of {choices}"
     kind, is_flag = (int, float) if hint is float else hint, isinstance(value, bool)
     of_kind = isinstance(value, kind) and is_flag == (hint is bool)
     if not bounds:

@@ -16,6 +16,8 @@ from checkpoints import save_llm
 from conftest import ROOT, shared
 from programs import program
 
+import lab.demo
+import lab.jobs
 from data import read_manifest
 from mtbi import RECIPES, main
 from support.files import read_json, read_jsonl
@@ -181,3 +183,26 @@ def test_every_recipe_trains_and_is_measured_with_a_real_encoder_and_a_real_toke
         assert row["audio_seconds"] > 0
         assert row["trained_parameters"] > 0
         assert adapter.exists() == (RECIPES[row["system"]].lora > 0)
+
+
+def test_the_demo_on_human_voices_holds_a_speaker_out(tmp_path, capsys, monkeypatch):
+    short = {
+        "prepare": ["--join", "3:4", "--count", "60"],
+        "behaviors": ["--per-utterance", "1"],
+        "train": ["--steps", "2", "--batch-size", "8", "--k", "12"],
+        "bench": ["--per-prompt", "1", "--dialogues", "1", "--probes", "2"],
+    }
+    monkeypatch.setattr(lab.demo, "SHORT_DIGITS", short)
+    monkeypatch.setattr(lab.jobs, "jobs_that_fit", lambda tiny: (1, "because this is a test"))
+    words = ["demo", "digits", "--short", "--out", tmp_path / "run"]
+    words += ["--speech", shared("data/fsdd") / "manifest.jsonl"]
+    words += ["--encoder", shared("models/whisper-tiny.en"), "--test-speaker", "george"]
+    assert main([str(word) for word in words]) == 0
+    said = capsys.readouterr().out
+    assert "held out from everything: george" in said and "mtbi.py serve" in said
+    speakers = {"train": set(), "test": set()}
+    for u in read_manifest(tmp_path / "run" / "data" / "manifest.jsonl"):
+        speakers[u.split].add(u.speaker)
+    assert speakers["test"] == {"george"} and "george" not in speakers["train"]
+    assert main([*map(str, words[:-1]), "nobody"]) == 2
+    assert "--test-speaker nobody: there are george" in capsys.readouterr().err
