@@ -31,7 +31,8 @@ from support.console import timed
 from support.files import UserError, ceil_div, explained, first_line
 from support.files import whole_file, write_json
 from support.frames import keep_frames
-from support.hub import PackedHead, check_frames, check_rows, check_tokenizer, check_vocabulary
+from support.hub import PackedHead, check_frames, check_row_widths, check_tokenizer
+from support.hub import check_vocabulary
 from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
 from support.hub import keep_embeddings_on_host, local_or_fetched, located, pack_head
@@ -487,7 +488,7 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
         device_map={"": DEVICE},
     )
     check_vocabulary(llm, vocabulary, where)
-    check_rows(llm, where)
+    check_row_widths(llm, where)
     for module in llm.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call without gradients,
         # into a kernel that has no backward and other rounding. One set of weights for training

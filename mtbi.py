@@ -9,15 +9,15 @@
     bench        unseen prompts, unseen tasks, unseen voices  ->  RUN/report.md
     generate     ask a trained model about sound files
     chat         talk to it, in several turns
-    serve        a page in the browser: a microphone, every model side by side
     inspect      a picture of what it makes of a recording, or of a training example
+    serve        a page in the browser: a microphone, every model side by side
     export       a folder of it that can be published, with a model card
     doctor       what will run on this machine, and how to mend what will not
     info         what a run folder is: models, recipes, data, steps, scores
     plan         will it fit my GPU? before anything is loaded
     recipes      the table of recipes
     compare      every recipe, several seeds: which of the papers' claims hold?
-    demo         all of it in the tiny world: offline, on a laptop CPU
+    demo         all of it in the tiny world: offline, on a laptop CPU; or on human digits
 
 `python mtbi.py COMMAND --help` explains every option of a command.
 """

@@ -130,7 +130,7 @@ def prompts_of(systems):
     return choices
 
 
-def lay_out(gradio, page):
+def blocks_of_page(gradio, page):
     """The page as gradio's Blocks."""
     names = page.systems.names()
     with gradio.Blocks(title="MTBI", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
@@ -205,7 +205,7 @@ def serve_page(options, recipes):
         raise UserError("the page needs gradio: pip install -r requirements-page.txt") from None
 
     page = Page(Systems(options.run, recipes, options.max_new_tokens))
-    blocks = lay_out(gradio, page)
+    blocks = blocks_of_page(gradio, page)
     blocks.queue(default_concurrency_limit=1, max_size=IN_FLIGHT, api_open=False)
     print(f"http://{options.host}:{options.port} shows {', '.join(page.systems.names())}")
     print("Ctrl-C closes it.", flush=True)

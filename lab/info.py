@@ -1,6 +1,6 @@
 """What `info` says of a run folder; it loads no model."""
 
-from data import read_behaviors
+from data import Recipe, read_behaviors
 from lab.report import percent
 from support.files import UserError, read_json
 from support.logs import read_log
@@ -56,8 +56,9 @@ def describe_recipe(folder, scored):
         spec = read_spec(folder)
         size = f" (k {spec['k']}, hidden {spec['hidden']})"
     lora = recipe.get("lora")
+    connector = recipe.get("connector", Recipe.connector)
     adapter = f", LoRA of rank {lora}" if lora else ", LLM frozen"
-    yield f"encoder {options['encoder']}, connector {recipe.get('connector')}{size}{adapter}"
+    yield f"encoder {options['encoder']}, connector {connector}{size}{adapter}"
 
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     steps = log[-1]["step"] + 1 if log else 0

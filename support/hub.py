@@ -296,7 +296,7 @@ def check_vocabulary(llm, vocabulary, name):
         )
 
 
-def check_rows(llm, name):
+def check_row_widths(llm, name):
     """UserError if bitsandbytes would unpack an LLM in 4 bits wrongly.
 
     Its kernel for CPUs (0.50.2) takes every row to begin a block of 64 weights; packed is without

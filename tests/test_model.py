@@ -458,7 +458,9 @@ def test_rows_that_bitsandbytes_unpacks_wrongly_on_a_cpu_are_refused(tmp_path):
     assert load_llm(odd, 16)
 
 
-@pytest.mark.xfail(strict=True, reason="bitsandbytes 0.50.2: once it passes, check_rows may go")
+@pytest.mark.xfail(
+    strict=True, reason="bitsandbytes 0.50.2: once it passes, check_row_widths may go"
+)
 def test_bitsandbytes_unpacks_rows_of_any_width_on_a_cpu():
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")

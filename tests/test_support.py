@@ -161,6 +161,7 @@ REQUIRED = {  # what a command cannot do without
     "compare": ["--out", "x"],
     "chat": ["x"],
     "inspect": ["x"],
+    "serve": ["x"],
     "export": ["x", "--out", "x"],
 }
 TAKE_MANY = ("generate", "inspect")  # words in their places
