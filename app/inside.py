@@ -125,16 +125,17 @@ def draw_heard(pyplot, model, heard, prompt, answer, words=None):
     for i, found in enumerate(heard.nearest):
         for row, (word, cosine) in enumerate(found):
             shade = min(1.0, 0.25 + max(0.0, cosine))
-            names.text(i, -row - 0.5, word, ha="center", fontsize=7, alpha=shade, rotation=30)
+            names.text(i, -row - 0.5, word, ha="center", fontsize=9, alpha=shade, rotation=30)
 
     on_speech, on_prompt = attention_on_speech(model, heard, prompt)
     attention.imshow(on_speech.numpy(), aspect="auto", cmap="Blues", vmin=0)
     attention.set(
-        title="attention of the first answer token on each speech token, by layer "
-        f"(on the instruction: {', '.join(f'{share:.0%}' for share in on_prompt.tolist())})",
+        title="attention of the first answer token on each speech token, by layer",
         xlabel="speech token",
-        ylabel="layer",
+        ylabel="layer (and on the instruction)",
     )
+    layers = [f"{i} ({share:.0%})" for i, share in enumerate(on_prompt.tolist())]
+    attention.set_yticks(range(len(layers)), layers)
     figure.tight_layout()
     return figure
 

@@ -419,7 +419,7 @@ def test_with_two_cores_the_demos_commands_run_side_by_side_and_what_they_said_i
 ):
     jobs_at_once(monkeypatch, 2)
     world = shutil.copytree(trained_world, tmp_path / "world")
-    demo = Demo(DemoOptions(str(world / "run")), run_command)
+    demo = Demo(DemoOptions(out=str(world / "run")), run_command)
     train_short = ["train", str(world / "run"), "--recipe", "mtbi@99", *SHORT]
     demo.side_by_side(["encode", str(world / "data")], train_short)
     said = capsys.readouterr().out
@@ -431,7 +431,7 @@ def test_with_two_cores_the_demos_commands_run_side_by_side_and_what_they_said_i
 
 def test_where_a_process_of_the_demo_fails_the_demo_says_why(tmp_path, monkeypatch):
     jobs_at_once(monkeypatch, 2)
-    demo = Demo(DemoOptions(str(tmp_path)), run_command)
+    demo = Demo(DemoOptions(out=str(tmp_path)), run_command)
 
     def fails(words, folder, more=None):
         raise lab.jobs.Failed("there is no speech", "all that was said")

@@ -164,7 +164,7 @@ REQUIRED = {  # what a command cannot do without
     "serve": ["x"],
     "export": ["x", "--out", "x"],
 }
-TAKE_MANY = ("generate", "inspect")  # words in their places
+TAKE_MANY = ("generate", "inspect", "demo")  # words in their places, or one of some
 
 
 def bounds_in(hint):
