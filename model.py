@@ -528,7 +528,7 @@ def fingerprint_of_llm(llm, tokenizer):
     weights += [p for name, p in llm.named_parameters() if "norm" in name]
     weights = [w.to(torch.bfloat16) for w in weights]  # whatever precision it was loaded in
     shape = (text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)
-    if isinstance(llm.get_output_embeddings(), PackedHead):
+    if has_packed_head(llm):
         shape += ("projection in NF4",)
     return fingerprint_of_tensors(weights, shape, samples=None)
 
@@ -545,6 +545,10 @@ def embedding_rms(llm):
     return table(some).float().pow(2).mean().sqrt()
 
 
+def has_packed_head(llm):
+    return isinstance(llm.get_output_embeddings(), PackedHead)
+
+
 def with_lora(llm, rank):
     """The LLM with a LoRA adapter of this rank on all its linear layers; itself for rank 0.
 
@@ -558,7 +562,8 @@ def with_lora(llm, rank):
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
-        target_modules="all-linear",
+        target_modules="all-linear",  # but the vocabulary projection, whole or in slices
+        exclude_modules=PackedHead.PARTS if has_packed_head(llm) else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(llm, config)

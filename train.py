@@ -498,7 +498,7 @@ def train(
     steps = examples.steps
     parameters = model.trainable()
     optimizer = adam_w(parameters, lr)
-    fp16 = next(model.llm.parameters()).dtype == torch.float16
+    fp16 = model.llm.get_input_embeddings().weight.dtype == torch.float16
     start = Progress(loss_scale=FIRST_SCALE if fp16 else 1.0)
     progress = load_state(folder, parameters, optimizer, start, made_with)
     progress.in_a_row = 0  # after a stop for want of finite gradients it may try as often again

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from data import Recipe
-from lab.memory import CONTEXT, GB, behaviors_bytes, estimate
+from lab.memory import CONTEXT, GB, behaviors_bytes, estimate, weight_bytes
 from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
 from model import PRECISIONS
 from support.options import Count, Rank, Size
@@ -66,6 +66,13 @@ def plan(options):
     answered = answers_at_once(options, llm_config, best.parts["weights"], room)
     if best.fits and answered:
         print_commands(options, best, answered)
+        if best.frugal:
+            llm, _ = llm_shape(llm_config, PRECISIONS[options.precision])
+            whole, _ = weight_bytes(llm, options.bits, PRECISIONS[options.precision])
+            print(
+                f"Loading takes {(whole + CONTEXT) / GB:.1f} GB for a moment: the table and the "
+                "projection are shrunk when they are there."
+            )
         return
     needed = (best.parts["peak"] + CONTEXT) / GB
     packed = "" if options.bits == 4 else "--bits 4, "
@@ -158,7 +165,7 @@ def print_table(options, config, best, more):
     shape = f"{config.num_hidden_layers} layers of {config.hidden_size}"
     packed = f"{options.bits} bits, the embeddings in {options.precision}"
     if best.frugal:
-        packed = "4 bits, the vocabulary projection, too; the embeddings in host memory"
+        packed = f"{options.bits} bits, the vocabulary projection in 4; the embeddings on the host"
     if options.bits == 16:
         packed = "not quantized"
     llm = f"{options.llm}: {shape}, vocabulary of {config.vocab_size}; {packed}"

@@ -177,6 +177,7 @@ class PackedHead(nn.Module):
     """
 
     SLICES = 8
+    PARTS = r".*\.slices\.\d+"  # the names of the slices in an LLM
 
     def __init__(self, head, compute, device):
         super().__init__()

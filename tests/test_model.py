@@ -430,6 +430,13 @@ def test_a_projection_in_nf4_makes_another_llm_and_stays_near(frames, utterances
     assert prints[0] != prints[1]
 
 
+def test_an_adapter_leaves_the_projection_alone_also_in_slices():
+    llm, tokenizer = load_llm("tiny", 4, "auto", 4, "host")
+    adapted = SpeechLLM(llm, tokenizer, lora=2)
+    names = list(adapted.trainable())
+    assert names and not any("slices" in name or "lm_head" in name for name in names)
+
+
 def test_embeddings_that_are_the_projection_too_stay_where_it_is(tmp_path):
     with pytest.raises(UserError, match="--embeddings host goes with --head-bits 4"):
         load_llm(save_llm(tmp_path, "qwen2", tie_word_embeddings=True), 4, "auto", 16, "host")
