@@ -383,9 +383,9 @@ def score_rows(results, systems, measures):
             found = results.over(system, measure)
             low, high = found["ci95"]
             if low is not None:
-                # no score is below 0 or above 1, whatever Student's t says; a gain may be below 0
+                # no score is below 0 or above 1, whatever Student's t says; gains and drops may be
                 most = np.inf if measure == "behavior gap" else 1.0
-                least = -np.inf if measure.startswith("gain") else 0.0
+                least = -np.inf if measure.startswith(("gain", "drop")) else 0.0
                 low, high = (float(np.clip(end, least, most)) for end in (low, high))
             rows.append(
                 {

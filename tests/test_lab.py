@@ -909,3 +909,16 @@ def test_where_nothing_else_fits_the_embeddings_go_to_the_host(capsys):
     assert "--head-bits 4 --embeddings host" in said and "It fits 6 GB" in said
     assert main([*words, "12"]) == 0
     assert "--embeddings" not in capsys.readouterr().out
+
+
+def test_a_drop_is_not_blurred_by_how_high_the_scores_are():
+    """Two systems that lose nothing on unseen prompts: 0, and no doubt about it."""
+    rows = []
+    for i in range(60):
+        cell = "seen" if i % 3 else "unseen_prompt"
+        rows.append({"utterance": f"u{i}", "cell": cell, "set": "questions", "task": "who"})
+    for level in (0.5, 0.9):
+        answers = pandas.DataFrame(rows).assign(score=level, copy=0.0)
+        found = over_utterances(rows_of(answers, "drop from seen to unseen prompts", ()))
+        assert found["score"] == pytest.approx(0.0)
+        assert found["ci95"] == pytest.approx([0.0, 0.0])
