@@ -78,8 +78,8 @@ def with_drop(rows):
     """The rows with a column `drop`, whose mean is that of seen prompts minus that of unseen ones.
 
     Tasks that the rows are about have both; where one is missing, there is no drop. A row's value
-    is the whole drop and what the row adds to it, as its score differs from its cell's mean: drawing
-    more rows of one cell than of the other then adds no noise.
+    is the whole drop and what the row adds to it, as its score differs from its cell's mean:
+    drawing more rows of one cell than of the other then adds no noise.
     """
     means = rows.groupby("cell")["score"].mean()
     if len(means) < 2:
