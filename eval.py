@@ -758,17 +758,26 @@ def attention_shares(system, cases, responses):
             parts = chat_parts(
                 model.tokenizer, ask(case.prompt), [spoken], response, instruction=case.prompt
             )
-            embeds, mask, _ = model.embed([parts])
-            out = model.llm(
-                inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
-            )
-            first = -len(response) - 1  # the position that predicts the first token
-            layers = []
-            for attention in out.attentions:
-                if attention is not None:  # (1, heads, L, L)
-                    layers.append(attention[0, :, first].float().mean(0))  # (L,)
-            shares.append(shares_of_parts(torch.stack(layers), parts, spoken, model))
+            # the position that predicts the first token
+            attention = attention_from(model, parts, -len(response) - 1)  # (layers, L)
+            shares.append(shares_of_parts(attention, parts, spoken, model))
     return shares
+
+
+def attention_from(model, parts, position):
+    """Attention (layers, L) from one position of a conversation on all, averaged over heads.
+
+    Within attention_weights.
+    """
+    embeds, mask, _ = model.embed([parts])
+    out = model.llm(
+        inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
+    )
+    layers = []
+    for attention in out.attentions:
+        if attention is not None:  # (1, heads, L, L)
+            layers.append(attention[0, :, position].float().mean(0))  # (L,)
+    return torch.stack(layers)
 
 
 def shares_of_parts(attention, parts, spoken, model):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.generate import chosen_recipe
-from data import open_run, read_manifest
-from lab.report import percent
+from data import open_run
+from lab.report import markdown_table, percent
 from support.files import HALF_WRITTEN, UserError, read_json, read_json_if_whole, writing
 from support.options import RunFolder
 from support.runs import fingerprint_of_training, read_spec
@@ -118,7 +118,7 @@ def data_for_card(run):
     """How much speech it was trained and measured on."""
     lines = []
     for split in ("train", "test"):
-        rows = [u for u in read_manifest(run.data / "manifest.jsonl") if u.split == split]
+        rows = [u for u in run.utterances if u.split == split]
         hours = sum(u.duration for u in rows) / 3600
         speakers = len({u.speaker for u in rows})
         lines.append(f"- {split}: {len(rows)} utterances, {hours:.2f} hours, {speakers} speakers")
@@ -132,18 +132,13 @@ def scores_for_card(run, recipe):
     entry = (report or {}).get("recipes", {}).get(recipe)
     if not entry:
         return "Not measured: no benchmark was run before the export."
-    lines = [
-        "Held-out speech; *gain* is the share of the way from copying the transcript to the text "
-        "LLM that reads it; in brackets 95% over utterances.",
-        "",
-        "| tasks and prompts | score | gain |",
-        "|---|---|---|",
-    ]
+    rows = []
     for name, cell in entry["cells"].items():
-        low, high = cell["ci95"]
-        gain = percent(cell["gain"])
-        lines.append(
-            f"| {name.replace('_', ' ')} | {percent(cell['score'])} | {gain} [{percent(low)}, "
-            f"{percent(high)}] |"
-        )
-    return "\n".join(lines)
+        low, high = (percent(end) for end in cell["ci95"])
+        gain = f"{percent(cell['gain'])} [{low}, {high}]"
+        rows.append([name.replace("_", " "), percent(cell["score"]), gain])
+    about = (
+        "Held-out speech; *gain* is the share of the way from copying the transcript to the text "
+        "LLM that reads it; in brackets 95% over utterances."
+    )
+    return f"{about}\n\n{markdown_table(['tasks and prompts', 'score', 'gain'], rows)}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchaudio
 
 from data import SAMPLE_RATE, Response, Speech, ask, chat_parts, positions_of
-from eval import attention_weights
+from eval import attention_from, attention_weights
 from support.processes import DEVICE
 
 NEAREST = 3  # words of the vocabulary that are named for a speech token
@@ -61,17 +61,8 @@ def attention_on_speech(model, heard, prompt):
     Averaged over heads. Beside them the shares (layers,) on the instruction.
     """
     parts = chat_parts(model.tokenizer, ask(prompt), [[Speech(heard.frames)]], instruction=prompt)
-    embeds, mask, _ = model.embed([parts])
-    llm = model.llm.get_base_model() if model.lora else model.llm
-    with attention_weights(llm):
-        out = model.llm(
-            inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
-        )
-    layers = []
-    for attention in out.attentions:
-        if attention is not None:  # (1, heads, L, L)
-            layers.append(attention[0, :, -1].float().mean(0).cpu())  # (L,)
-    shares = torch.stack(layers)  # (layers, L)
+    with attention_weights(model.llm.get_base_model() if model.lora else model.llm):
+        shares = attention_from(model, parts, -1).cpu()  # (layers, L)
     on_speech, on_prompt = None, torch.zeros(len(shares))
     at = 0
     for part in parts:

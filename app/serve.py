@@ -140,31 +140,7 @@ def blocks_of_page(gradio, page):
             "who obeys. `cascade` reads what a recognizer heard, `text` the transcript you type. "
             "To go on about what was said before, take the recording away and ask again."
         )
-        with gradio.Row():
-            with gradio.Column():
-                audio = gradio.Audio(
-                    sources=["microphone", "upload"],
-                    type="filepath",
-                    label=f"your speech, up to {MOST_SECONDS} s",
-                    buttons=[],
-                    elem_id="speech",
-                )
-                transcript = gradio.Textbox(
-                    label="its transcript, for `text`", elem_id="transcript"
-                )
-            with gradio.Column():
-                sentence = gradio.Textbox(
-                    label="or a sentence that is spoken for you",
-                    placeholder="the farmer sold three red apples in the market yesterday",
-                    max_length=LONGEST,
-                    elem_id="sentence",
-                )
-                with gradio.Row():
-                    voice = gradio.Dropdown(VOICES, value=VOICES[0], label="voice")
-                    rate = gradio.Slider(100, 220, 160, label="words a minute")
-                    pitch = gradio.Slider(0, 99, 50, label="pitch")
-                    noise = gradio.Slider(0, 1, 0, label="noise")
-                speak = gradio.Button("speak it", elem_id="speak")
+        audio, transcript = lay_out_speech(gradio, page)
         menu = gradio.Dropdown(prompts_of(page.systems), label="tasks of this run", value=None)
         question = gradio.Textbox(
             label="what is asked", max_length=PROMPT_CHARACTERS, elem_id="question"
@@ -179,19 +155,53 @@ def blocks_of_page(gradio, page):
                     label=name, elem_id=f"chat-{name}", height=320, buttons=["copy"]
                 )
                 chats.append(chat)
-        with gradio.Accordion("look inside", open=False):
-            which = gradio.Radio(list(page.systems.recipes), value=names[0], label="recipe")
-            look = gradio.Button("look at the last recording", elem_id="look")
-            picture = gradio.Plot(elem_id="inside")
+        lay_out_inside(gradio, page, turns)
 
-        speak.click(page.say, [sentence, voice, rate, pitch, noise], [audio, transcript])
         menu.change(lambda prompt: prompt, [menu], [question])
         ask.click(page.ask, [turns, question, audio, transcript], [turns, *chats])
         anew.click(
             lambda: [[], None, "", *[[] for _ in names]], None, [turns, audio, transcript, *chats]
         )
-        look.click(page.look_inside, [turns, which], [picture])
     return blocks
+
+
+def lay_out_speech(gradio, page):
+    """The microphone and the sentence that is spoken for you; (the recording, its transcript)."""
+    with gradio.Row():
+        with gradio.Column():
+            audio = gradio.Audio(
+                sources=["microphone", "upload"],
+                type="filepath",
+                label=f"your speech, up to {MOST_SECONDS} s",
+                buttons=[],
+                elem_id="speech",
+            )
+            transcript = gradio.Textbox(label="its transcript, for `text`", elem_id="transcript")
+        with gradio.Column():
+            sentence = gradio.Textbox(
+                label="or a sentence that is spoken for you",
+                placeholder="the farmer sold three red apples in the market yesterday",
+                max_length=LONGEST,
+                elem_id="sentence",
+            )
+            with gradio.Row():
+                voice = gradio.Dropdown(VOICES, value=VOICES[0], label="voice")
+                rate = gradio.Slider(100, 220, 160, label="words a minute")
+                pitch = gradio.Slider(0, 99, 50, label="pitch")
+                noise = gradio.Slider(0, 1, 0, label="noise")
+            speak = gradio.Button("speak it", elem_id="speak")
+    speak.click(page.say, [sentence, voice, rate, pitch, noise], [audio, transcript])
+    return audio, transcript
+
+
+def lay_out_inside(gradio, page, turns):
+    """What a recipe made of the last recording, when it is asked for."""
+    recipes = list(page.systems.recipes)
+    with gradio.Accordion("look inside", open=False):
+        which = gradio.Radio(recipes, value=recipes[0], label="recipe")
+        look = gradio.Button("look at the last recording", elem_id="look")
+        picture = gradio.Plot(elem_id="inside")
+    look.click(page.look_inside, [turns, which], [picture])
 
 
 def serve_page(options, recipes):

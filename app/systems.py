@@ -24,6 +24,14 @@ class Turn:
     samples: np.ndarray | None = None  # float32, SAMPLE_RATE
     transcript: str = ""
     answers: dict = field(default_factory=dict)  # system -> its answer
+    frames: dict = field(default_factory=dict)  # fingerprint of an encoder -> what it heard
+
+
+def hear_once(encoder, turn):
+    """The frames of a turn's speech: systems that share an encoder hear it once."""
+    if encoder.fingerprint not in turn.frames:
+        turn.frames[encoder.fingerprint] = encoder(turn.samples)
+    return turn.frames[encoder.fingerprint]
 
 
 class Systems:
@@ -65,9 +73,9 @@ class Systems:
                 raise UserError("type the transcript, and the LLM reads it")
             return [transcript_tokens(self.reader.tokenizer, turn.transcript)]
         if name == "cascade":
-            text = self.transcriber.transcribe(self.transcriber(turn.samples)) or "…"
+            text = self.transcriber.transcribe(hear_once(self.transcriber, turn)) or "…"
             return [transcript_tokens(self.reader.tokenizer, text)]
-        return [Speech(self.model(name).encoder(turn.samples))]
+        return [Speech(hear_once(self.model(name).encoder, turn))]
 
     def parts(self, name, turns):
         """The conversation of a system; the last turn is still to be answered."""

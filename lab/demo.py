@@ -145,7 +145,7 @@ def show_demo(options, run_command, download_digits):
     print(f"\ndemo: {time.perf_counter() - start:.0f} s{shortened}")
     if options.profile:
         show_times()
-    show_next(demo.out)
+    show_next(demo.out, options.world)
 
 
 def digits_of(options, download_digits):
@@ -173,8 +173,8 @@ def show_times():
         print(f"| {name} | {seconds:.1f} | {seconds / total:.0%} |")
 
 
-def show_next(out):
-    if (out / "data" / "audio" / "00004.flac").exists():
+def show_next(out, world):
+    if world == "digits":
         print(f"""
 What to try next
   python mtbi.py serve {out}                (pip install -r requirements-page.txt)

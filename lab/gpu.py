@@ -27,6 +27,7 @@ from lab.memory import CONTEXT, GB
 from lab.model_shapes import find_config
 from lab.plan import FRUGAL
 from lab.programs import run_program
+from lab.report import markdown_table
 from lab.smoke import smoke
 from lab.step import StepOptions, build_random, compare_steps, describe_device, random_conversations
 from lab.step import random_llm, random_whisper, seconds_of, wait_for_device
@@ -344,11 +345,8 @@ STEP_COLUMNS = [
 
 def step_table(found):
     """Lines of the table of training steps."""
-    lines = ["", "| " + " | ".join(STEP_COLUMNS) + " |", "|---" * len(STEP_COLUMNS) + "|"]
-    for name, row in found.items():
-        if name.startswith("step-"):
-            lines.append("| " + " | ".join(step_cells(row)) + " |")
-    return lines
+    rows = [step_cells(row) for name, row in found.items() if name.startswith("step-")]
+    return ["", markdown_table(STEP_COLUMNS, rows)]
 
 
 def step_cells(row):
