@@ -428,9 +428,15 @@ def draw_dialogues(cases, answers, n, seed):
     everything = range(len(cases))
     for kind in DIALOGUES:
         again = kind == "speech_then_text_question"
-        # a first turn may be any other case, or, if it is asked about again, one of its speech
-        firsts = [about[case.utterance.id] if again else everything for case in cases]
-        fitting = [i for i in everything if len(firsts[i]) > 1]
+        firsts = []
+        for case in cases:
+            if again:
+                # of its speech, and of another task: or the answer would stand there already
+                about_it = about[case.utterance.id]
+                firsts.append([j for j in about_it if cases[j].task is not case.task])
+            else:
+                firsts.append(everything)
+        fitting = [i for i in everything if len(firsts[i]) > (0 if again else 1)]
         for i in rng.sample(fitting, min(n, len(fitting))):
             first = rng.choice([j for j in firsts[i] if j != i])
             before = cases[first]
@@ -609,7 +615,7 @@ def row_of(name, which, case, reference, answer):
     """A row of the table of answers: who was asked what, and how the answer scores."""
     metrics = all_metrics(reference, answer)
     ignored = None
-    if which == "questions" and case.task.name != "repeat":
+    if which == "questions" and can_be_told(case, reference):
         ignored = float(repeats_instead(case, reference, answer))
     return {
         "system": name,
@@ -681,13 +687,21 @@ def all_metrics(reference, answer):
     }
 
 
+NEARLY = 0.25  # of the words are other ones, at most
+
+
+def can_be_told(case, reference):
+    """Would an answer that repeats the transcript be another one than the right one?"""
+    return word_error_rate(case.utterance.text, reference) > NEARLY
+
+
 def repeats_instead(case, reference, answer):
     """The model ignored the instruction.
 
     Asked for another task, it answered with the transcript, give or take a quarter of its words.
     """
-    said = case.utterance.text
-    return word_error_rate(said, answer) <= 0.25 < word_error_rate(said, reference)
+    repeated = word_error_rate(case.utterance.text, answer) <= NEARLY
+    return repeated and can_be_told(case, reference)
 
 
 # ---- directives: what the speech says to do ----

@@ -234,7 +234,7 @@ def comparison_as_markdown(report):
     return f"""# {title_of(meta)}
 
 On held-out speakers and sentences; in percent, the behavior gap in nats a token; in brackets 95% \
-bootstrap intervals over {over}.
+intervals over {over}.
 
 {TERMS}
 

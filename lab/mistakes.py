@@ -104,7 +104,9 @@ def kind_of_mistake(case, reference, answer, heard, reply, others, possible):
     """
     if not heard:
         return "misheard"
-    if repeats_instead(case, reference, answer):
+    # the answer is known to be wrong: the transcript, word for word, is copied even where the right
+    # answer differs from it by a word
+    if exact_match(case.utterance.text, answer) or repeats_instead(case, reference, answer):
         return "copied"
     if reply is not None and exact_match(reply, answer):
         return "obeyed"

@@ -1,10 +1,12 @@
 """From the table of answers to numbers: means, intervals, metrics over whole tasks (pandas)."""
 
+from fnmatch import fnmatch
+
 import numpy as np
 import pandas
 
 from data import normalize
-from eval import CELLS, DIALOGUES
+from eval import CELLS, DIALOGUES, word_error_rate
 
 LINES = ("text", "copy", "cascade")  # the systems that every recipe is held against
 AT = "-at-"  # mtbi-at-250 is mtbi as it was after 250 steps
@@ -13,6 +15,10 @@ RESAMPLES = 1000  # bootstrap resamples of the utterances
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 STUDENT |= {11: 2.23, 12: 2.20, 13: 2.18, 14: 2.16, 15: 2.14, 16: 2.13, 17: 2.12, 18: 2.11}
 STUDENT |= {19: 2.10, 20: 2.09}
+NORMAL = 1.96  # that of the normal distribution
+
+# the kinds of conversations of two turns: the first turn was spoken, or typed
+ABOUT_SPEECH, AFTER_TEXT = ["speech_then_text_question", "two_speeches"], ["text_then_speech"]
 
 # What is measured: the column of the table, which rows, and which cells.
 MEASURES = {}
@@ -26,7 +32,10 @@ for what in ("gain", "score", "exact"):
     }
 MEASURES |= {
     "drop from seen to unseen prompts": ("drop", "questions", ["seen", "unseen_prompt"]),
+    "word accuracy on one wording": ("word_accuracy", "questions", ["seen"]),
     "conversations of two turns": ("score", "dialogues", DIALOGUES),
+    "gain, a second turn about speech": ("gain", "dialogues", ABOUT_SPEECH),
+    "gain, a second turn after text": ("gain", "dialogues", AFTER_TEXT),
     "ignored instruction": ("ignored_instruction", "questions", CELLS),
     "anchor rate": ("anchored", "questions", CELLS),
     "behavior gap": ("behavior_gap", "questions", CELLS),
@@ -36,13 +45,15 @@ MEASURES |= {
 for kind in DIALOGUES:  # each by itself, by its own name
     MEASURES[kind] = ("score", "dialogues", [kind])
 NAMES = {"seen": "seen", "unseen_prompt": "unseen prompts", "unseen_task": "unseen tasks"}
+QUESTION = ["utterance", "transcript", "task", "prompt"]  # the columns that say what was asked
 TASK = "task "  # "task NAME" is the score of one task
 
 
 def rows_of(answers, measure, tasks=()):
-    """What a measure is about: a table with the columns utterance, value and weight, in order.
+    """What a measure is about: a table of the questions with columns value and weight, in order.
 
-    What is measured is the weighted mean of the values. tasks: of these alone; none: of all.
+    What is measured is the weighted mean of the values. tasks: of these alone, names or patterns
+    like translate*; none: of all.
     """
     if measure.startswith(TASK):
         column, part = "score", "questions"
@@ -51,13 +62,15 @@ def rows_of(answers, measure, tasks=()):
         column, part, cells = MEASURES[measure]
         chosen = answers["cell"].isin(cells)
     if tasks:
-        chosen &= answers["task"].isin(tasks)
+        chosen &= answers["task"].map(lambda name: any(fnmatch(name, task) for task in tasks))
     rows = answers[chosen & (answers["set"] == part)].assign(weight=1.0)
     if column == "gain":
         rows = with_gain(rows)
     if column == "drop":
         rows = with_drop(rows)
-    rows = rows[["utterance", column, "weight"]].rename(columns={column: "value"})
+    if column == "word_accuracy":
+        rows = with_word_accuracy(rows)
+    rows = rows[[*QUESTION, column, "weight"]].rename(columns={column: "value"})
     return rows.dropna().astype({"value": float})
 
 
@@ -77,70 +90,100 @@ def with_gain(rows):
 def with_drop(rows):
     """The rows with a column `drop`, whose mean is that of seen prompts minus that of unseen ones.
 
-    Tasks that the rows are about have both; where one is missing, there is no drop. A row's value
-    is the whole drop and what the row adds to it, as its score differs from its cell's mean:
-    drawing more rows of one cell than of the other then adds no noise.
+    Task by task, so that a hard task with more prompts of one sort is not taken for a drop; a task
+    without both sorts has none, and is left out. A row's value is its task's whole drop and what
+    the row adds to it, as its score differs from its cell's mean: drawing more rows of one cell
+    than of the other then adds no noise.
     """
-    means = rows.groupby("cell")["score"].mean()
-    if len(means) < 2:
-        return rows[:0].assign(drop=0.0)
-    counts = rows["cell"].value_counts()
-    share = {"seen": len(rows) / counts["seen"]}
-    share["unseen_prompt"] = -len(rows) / counts["unseen_prompt"]
-    whole = means["seen"] - means["unseen_prompt"]
-    adds = rows["cell"].map(share) * (rows["score"] - rows["cell"].map(means))
-    return rows.assign(drop=whole + adds)
+    parts = [rows[:0].assign(drop=0.0)]
+    for _, asked in rows.groupby("task", sort=False):
+        means = asked.groupby("cell")["score"].mean()
+        if len(means) == 2:
+            counts = asked["cell"].value_counts()
+            share = {"seen": len(asked) / counts["seen"]}
+            share["unseen_prompt"] = -len(asked) / counts["unseen_prompt"]
+            whole = means["seen"] - means["unseen_prompt"]
+            adds = asked["cell"].map(share) * (asked["score"] - asked["cell"].map(means))
+            parts.append(asked.assign(drop=whole + adds))
+    return pandas.concat(parts)
+
+
+def with_word_accuracy(rows):
+    """The rows of each task's first wording with a column: 1 - WER against the true transcript.
+
+    The first is the one that a recipe of one prompt is trained on (data.py): what is lost on
+    wordings that it never saw is left out.
+    """
+    first = rows.groupby("task")["prompt"].transform("min")
+    rows = rows[rows["prompt"] == first]
+    errors = rows.apply(lambda row: word_error_rate(row["transcript"], row["answer"]), axis=1)
+    return rows.assign(word_accuracy=1.0 - errors.astype(float).clip(upper=1.0))
 
 
 def weighted_mean(rows):
     return float(np.average(rows["value"], weights=rows["weight"]))
 
 
-def bootstrap(rows, rng):
-    """RESAMPLES means of rows_of, each over as many utterances, drawn with replacement.
+def bootstrap(groups, rng):
+    """RESAMPLES means of the means of some runs' rows, each over utterances drawn anew.
 
-    Answers about one utterance are no independent observations.
+    Answers about one utterance are no independent observations, so utterances are drawn, with
+    replacement; and one that several runs were asked about is drawn in all of them or in none.
     """
-    ids = np.unique(rows["utterance"], return_inverse=True)[1]
-    weights = np.asarray(rows["weight"])
-    sums = np.bincount(ids, np.asarray(rows["value"]) * weights)  # (utterances,)
-    totals = np.bincount(ids, weights)  # (utterances,)
-    picks = rng.integers(0, len(sums), (RESAMPLES, len(sums)))
-    return sums[picks].sum(1) / totals[picks].sum(1)  # (RESAMPLES,)
+    keys = [rows["utterance"] + "\n" + rows["transcript"] for rows in groups]
+    known = pandas.Index(pandas.concat(keys).unique())  # the utterances, U
+    picks = rng.integers(0, len(known), (RESAMPLES, len(known)))
+    means = []
+    for rows, key in zip(groups, keys):
+        ids, weights = known.get_indexer(key), rows["weight"].to_numpy()
+        sums = np.bincount(ids, rows["value"] * weights, len(known))  # (U,)
+        totals = np.bincount(ids, weights, len(known))  # (U,)
+        drawn = totals[picks].sum(1)  # (RESAMPLES,)
+        none = drawn == 0  # utterances of other runs alone
+        means.append(np.where(none, np.nan, sums[picks].sum(1) / np.where(none, 1, drawn)))
+    return np.nanmean(means, axis=0)  # (RESAMPLES,)
 
 
 def over_utterances(rows, seed=0):
     """{"score", "n", "ci95"} of one run: the mean, and its 95% bootstrap interval."""
     if not len(rows):
         return {"score": None, "n": 0, "ci95": [None, None]}
-    low, high = np.percentile(bootstrap(rows, np.random.default_rng(seed)), [2.5, 97.5])
+    resampled = bootstrap([rows], np.random.default_rng(seed))
+    low, high = np.percentile(resampled, [2.5, 97.5])
     return {"score": weighted_mean(rows), "n": len(rows), "ci95": [float(low), float(high)]}
 
 
 def over_runs(groups, seed=0):
     """{"score", "ci95", "n", "by_run"} of one table of rows a run.
 
-    The mean of the runs' means, and an interval in which the differences between runs are widened
-    as Student's t does, because few runs show too little of them.
+    The mean of the runs' means. Its 95% interval is Student's t over them, for trainings differ,
+    and so do the runs' utterances. Runs that are asked about the same utterances agree too well:
+    then what a bootstrap over the utterances shows is added, as variances add.
     """
     groups = [rows for rows in groups if len(rows)]
     if not groups:
         return {"score": None, "ci95": [None, None], "n": 0, "by_run": []}
-    rng, n = np.random.default_rng(seed), len(groups)
+    n = len(groups)
+    if n == 1:
+        found = over_utterances(groups[0], seed)
+        return {**found, "n": 1, "by_run": [found["score"]]}
     means = np.array([weighted_mean(rows) for rows in groups])  # (runs,)
-    resampled = [bootstrap(rows, rng) for rows in groups]
-    within = np.array(resampled) - means[:, None]  # (runs, RESAMPLES)
-    picks = rng.integers(0, n, (n, RESAMPLES))
-    between = (means - means.mean())[picks].mean(0)  # (RESAMPLES,)
-    wider = STUDENT[min(n, 20)] / 1.96 * (n / (n - 1)) ** 0.5 if n > 1 else 0.0
-    spread = means.mean() + wider * between + within.mean(0)
-    low, high = np.percentile(spread, [2.5, 97.5])
+    reach = STUDENT[min(n, 20)] * means.std(ddof=1) / n**0.5
+    if share_utterances(groups):
+        resampled = bootstrap(groups, np.random.default_rng(seed))
+        reach = np.hypot(reach, NORMAL * resampled.std())
     return {
         "score": float(means.mean()),
-        "ci95": [float(low), float(high)],
+        "ci95": [float(means.mean() - reach), float(means.mean() + reach)],
         "n": n,
         "by_run": means.tolist(),
     }
+
+
+def share_utterances(groups):
+    """Were two runs asked about the same utterance, by its name and its words?"""
+    asked = pandas.concat([rows[QUESTION[:2]].drop_duplicates() for rows in groups])
+    return bool(asked.duplicated().any())
 
 
 def task_metrics(answers):

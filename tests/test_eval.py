@@ -83,6 +83,17 @@ def test_repeating_ignores_no_instruction_where_it_is_asked_for():
     assert row_of("asr", "text", case_about(WHO), "the farmer", SAID)["ignored_instruction"] is None
 
 
+def test_whoever_copies_the_transcript_ignores_every_instruction_of_which_one_can_tell():
+    """Where the right answer is nearly the transcript, one cannot."""
+    question = Task("question", "unseen", "exact", ["As a question?"], ["Ask it."])
+    asked = "who sold them"
+    row = row_of("copy", "questions", case_about(question), asked, SAID)
+    assert row["ignored_instruction"] == 1.0
+    nearly = SAID.replace("three", "four")
+    row = row_of("copy", "questions", case_about(question), nearly, SAID)
+    assert row["ignored_instruction"] is None
+
+
 # ---- mistakes ----
 
 
@@ -109,6 +120,13 @@ def test_how_a_wrong_answer_is_wrong(answer, heard, mistake):
         possible={"the baker", "the farmer"},
     )
     assert found == mistake
+
+
+def test_a_copy_is_a_copy_where_the_right_answer_differs_by_a_word():
+    """Not the answer to *repeat*, which is another task, too."""
+    reference = SAID.replace("the farmer", "who")
+    found = kind_of_mistake(case_about(WHO), reference, SAID, True, None, [SAID], set())
+    assert found == "copied"
 
 
 def test_wrong_answers_are_looked_into_and_right_ones_are_not(benched_world):
@@ -173,6 +191,7 @@ def test_dialogues_are_of_all_kinds_and_about_held_out_speech(cases):
         assert d.again == (d.cell == "speech_then_text_question")
         assert spoken == (d.cell != "text_then_speech")
         assert not d.again or utterance is d.utterance
+        assert not d.again or case.task is not d.task, "the answer stands there already"
 
 
 # ---- probes ----

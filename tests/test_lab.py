@@ -53,9 +53,11 @@ from support.hub import TINY
 from support.options import parse_options
 
 
-def values_of(rows):
-    """A table of (utterance, value), which weigh alike."""
-    return pandas.DataFrame(rows, columns=["utterance", "value"]).assign(weight=1.0)
+def values_of(rows, run=""):
+    """A table of (utterance, value), which weigh alike; runs of other names have other words."""
+    table = pandas.DataFrame(rows, columns=["utterance", "value"]).astype({"utterance": str})
+    said = run + table["utterance"]
+    return table.assign(weight=1.0, transcript=said, task="who", prompt="Who?")
 
 
 # ---- intervals ----
@@ -112,14 +114,34 @@ def test_when_runs_differ_more_than_utterances_do_three_that_agree_by_chance_dec
     """Under no true difference, with runs that scatter, about one in twenty may be decided."""
     rng, decided = np.random.default_rng(0), 0
 
-    def a_run():
+    def a_run(name):
         values = rng.normal(rng.normal(0, 0.1), 0.3, 60)
-        return values_of(list(enumerate(values)))
+        return values_of(list(enumerate(values)), name)
 
-    for _ in range(200):
-        low, high = over_runs([a_run() for _ in range(3)])["ci95"]
+    for _ in range(400):
+        low, high = over_runs([a_run(name) for name in "abc"])["ci95"]
         decided += low > 0 or high < 0
-    assert decided / 200 < 0.1
+    assert 0.01 < decided / 400 < 0.1
+
+
+def test_runs_that_are_asked_about_the_same_utterances_do_not_wash_these_out():
+    """With one test set what its utterances happen to be like is common to all runs."""
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(100):
+        common = rng.normal(0, 0.3, 50)
+        groups = []
+        for _ in range(4):
+            values = common + rng.normal(rng.normal(0, 0.01), 0.05, 50)
+            groups.append(values_of(list(enumerate(values))))
+        low, high = over_runs(groups)["ci95"]
+        missed += low > 0 or high < 0
+    assert missed / 100 < 0.15
+
+
+def test_two_runs_are_judged_by_students_t():
+    """Two runs that differ by 2 d leave 12.7 d on either side of their mean."""
+    groups = [values_of([(0, 0.1)], "a"), values_of([(0, 0.3)], "b")]
+    assert over_runs(groups)["ci95"] == pytest.approx([0.2 - 1.271, 0.2 + 1.271])
 
 
 # ---- claims and verdicts ----
@@ -133,6 +155,8 @@ def table(run, system, value, n=40):
             for i in range(n):
                 row = {"run": run, "system": system, "set": part, "cell": cell, "task": "who"}
                 row |= {"utterance": f"u{i}", "copy": 0.0}  # so a gain is a score
+                said = f"words of {run} {i}"
+                row |= {"transcript": said, "answer": said, "prompt": f"{cell}?"}
                 for column in ("score", "exact", "anchored", "ignored_instruction", "behavior_gap"):
                     row[column] = value(i)
                 row["attention_on_instruction"] = value(i)
@@ -247,6 +271,35 @@ def test_a_gain_is_the_share_of_the_way_from_copying_to_the_top_line():
     found = rows_of(pandas.DataFrame(rows), "gain, seen")
     assert len(found) == 3, "what the transcript answers is left out"
     assert weighted_mean(found) == pytest.approx((0.8 - 0.4) / (1 - 0.4))
+
+
+def test_word_accuracy_is_that_of_one_wording_against_what_was_said():
+    rows = table("seed-0", "self-powered", always(0.0), n=4)
+    for row in rows:
+        if row["utterance"] == "u0":
+            row["answer"] = "words of another one 0"
+    other = [{**row, "prompt": "the other wording?", "answer": ""} for row in rows]
+    found = rows_of(pandas.DataFrame(rows + other), "word accuracy on one wording")
+    assert found["value"].tolist() == pytest.approx([0.6, 1.0, 1.0, 1.0])
+
+
+def test_a_claim_names_the_tasks_that_were_asked_of_those_it_is_about():
+    claim = Claim("a claim", "a paper", "score, all", above("mtbi", "asr"), tasks=("wh*", "where"))
+    found = decide(claim, results_of({"mtbi": always(0.9), "asr": always(0.5)}))
+    assert found["measure"] == "score, all (who)"
+
+
+def test_four_utterances_give_no_verdict():
+    rows = table("seed-0", "mtbi", always(1.0), n=4) + table("seed-0", "asr", always(0.0), n=4)
+    assert decide(MTBI_OVER_ASR, Results(pandas.DataFrame(rows)))["verdict"] == "undecided"
+
+
+def test_a_hard_task_with_more_unseen_prompts_is_no_drop():
+    easy, hard = table("seed-0", "asr", always(0.9)), table("seed-0", "asr", always(0.1))
+    hard = [{**row, "task": "where"} for row in hard]
+    few = [row for row in easy if row["cell"] == "seen" or row["utterance"] == "u1"]
+    found = rows_of(pandas.DataFrame(few + hard), "drop from seen to unseen prompts")
+    assert weighted_mean(found) == pytest.approx(0.0)
 
 
 def test_a_drop_is_what_unseen_prompts_cost_on_the_tasks_that_are_named():
@@ -917,6 +970,7 @@ def test_a_drop_is_not_blurred_by_how_high_the_scores_are():
     for i in range(60):
         cell = "seen" if i % 3 else "unseen_prompt"
         rows.append({"utterance": f"u{i}", "cell": cell, "set": "questions", "task": "who"})
+        rows[-1] |= {"transcript": f"words {i}", "prompt": cell}
     for level in (0.5, 0.9):
         answers = pandas.DataFrame(rows).assign(score=level, copy=0.0)
         found = over_utterances(rows_of(answers, "drop from seen to unseen prompts", ()))
