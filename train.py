@@ -9,7 +9,7 @@ goes on and ends with the very same weights.
 import math
 import random
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -29,6 +29,7 @@ from support.options import Count, FramesAToken, Rank, Rate, RunFolder, Seed, ch
 from support.processes import add_up, add_up_gradients, anyone, my_micro_batches
 from support.runs import alone, begin, finish, is_done, read_config, settings_of
 from support.states import ON_THE_WAY, TRAINED, clear, load_state, save_state, saved_states
+from support.tracking import TRACKERS, Tracker
 
 PEAK_AT_192 = 4e-3  # the best peak learning rate for the tiny LLM; see docs/notes.md
 CHECKPOINT_FROM = 2.5e9  # parameters; "3B" models count 3.1e9
@@ -96,6 +97,9 @@ class TrainOptions:
     """steps between two saved states; the last two are kept,"""
     keep_states: bool = False
     """or all of them, so that `bench --step` can measure how the training went"""
+    track: Literal[TRACKERS] = "off"
+    """also show the log in TensorBoard (RUN/tensorboard) or in Weights & Biases, which are packages
+    of their own"""
 
     MAKES: ClassVar = TRAINED + ON_THE_WAY
     CHANGES_NOTHING: ClassVar = (
@@ -105,6 +109,7 @@ class TrainOptions:
         "cache_features",
         "save_every",
         "keep_states",
+        "track",
     )
 
 
@@ -141,7 +146,10 @@ def train_recipe(options, row):
     with alone(folder):
         clear(folder, options.force)
         begin(folder, "train", options, content)
-        with timed(f"train {options.recipe}"):
+        with (
+            timed(f"train {options.recipe}"),
+            Tracker(options.track, folder, asdict(options)) as tracker,
+        ):
             train(
                 model,
                 examples,
@@ -150,6 +158,7 @@ def train_recipe(options, row):
                 save_every=options.save_every,
                 keep=None if options.keep_states else 2,
                 made_with=fingerprint(settings_of(options, content)),
+                track=tracker.log,
             )
         model.save(folder, spec)
         finish(folder, "train", options, content)
@@ -485,14 +494,25 @@ def update(optimizer, parameters, loss, progress, clip):
 
 
 def train(
-    model, examples, folder, *, lr, warmup=50, clip=1.0, save_every=100, keep=2, made_with=""
+    model,
+    examples,
+    folder,
+    *,
+    lr,
+    warmup=50,
+    clip=1.0,
+    save_every=100,
+    keep=2,
+    made_with="",
+    track=None,
 ):
     """Train what is trainable of `model` on `examples` for examples.steps steps.
 
     It resumes from the newest state in folder/state; keep: how many stay there, None: all.
     made_with: a fingerprint of the settings, so that the state of another training is not taken for
-    one of this. Writes folder/log.jsonl and, every `save_every` steps and when it is interrupted, a
-    state. UserError if there is no finite gradient any more.
+    one of this. track: gets each row of the log, too. Writes folder/log.jsonl and, every
+    `save_every` steps and when it is interrupted, a state. UserError if there is no finite gradient
+    any more.
     """
     folder = Path(folder)
     steps = examples.steps
@@ -502,7 +522,7 @@ def train(
     start = Progress(loss_scale=FIRST_SCALE if fp16 else 1.0)
     progress = load_state(folder, parameters, optimizer, start, made_with)
     progress.in_a_row = 0  # after a stop for want of finite gradients it may try as often again
-    log = Log(folder / "log.jsonl", progress.step)
+    log = Log(folder / "log.jsonl", progress.step, track)
     bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
 
     model.train()

@@ -38,7 +38,7 @@ def join_words(utterances, lengths, options, out):
         split = "test" if tested else "train"
         speaker = rng.choice(sorted(pools[split]))
         words, text = draw_words(rng, pools[split][speaker], lengths, split)
-        samples, times = lay_out(rng, words)
+        samples, times = say(rng, words, options.one_go, split)
         seconds = len(samples) / SAMPLE_RATE
         with explained(f"--join {options.join}: a string of {len(words)} words cannot be made"):
             check_length(seconds, None, options.max_seconds)
@@ -47,6 +47,19 @@ def join_words(utterances, lengths, options, out):
         write_audio(path, samples)
         made.append(Utterance(path, text, seconds, speaker, split, times))
     return made
+
+
+def say(rng, recordings, one_go, split):
+    """(samples, word times) of recordings as one string.
+
+    Before each word is a pause of 50 to 250 ms; or, with one_go, they follow each other as in
+    speech, and those for training are varied.
+    """
+    words = [(u.text, load_audio(u.audio, u.duration)) for u in recordings]
+    if not one_go:
+        return lay_out(words, [rng.uniform(0.05, 0.25) for _ in words])
+    samples, times = spoken_in_one_go(rng, words)
+    return varied(rng, samples, times) if split == "train" else (samples, times)
 
 
 def pools_by_speaker(utterances):
@@ -73,17 +86,80 @@ def draw_words(rng, recordings, lengths, split):
     )
 
 
-def lay_out(rng, words):
+def lay_out(words, pauses):
     """(samples at SAMPLE_RATE, [[word, start_s, end_s], ...]) of recordings one after the other.
 
-    Before each word is a pause of 50 to 250 ms.
+    pauses: for each word the seconds before it; less than nothing: it is cross-faded so long with
+    the end of the word before, and the times of the two meet in the middle.
     """
-    pieces, times, at = [], [], 0  # at: samples so far
-    for u in words:
-        pause = np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLE_RATE), dtype=np.float32)
-        samples = load_audio(u.audio, u.duration)
-        start = at + len(pause)
-        at = start + len(samples)
-        pieces += [pause, samples]
-        times.append([u.text, start / SAMPLE_RATE, at / SAMPLE_RATE])
-    return np.concatenate(pieces), times
+    samples, spans = np.zeros(0, dtype=np.float32), []  # spans: from, to, in samples
+    before = 0  # samples of the word before
+    for (_, sound), pause in zip(words, pauses):
+        gap = int(pause * SAMPLE_RATE)
+        shared = min(max(0, -gap), before // 2, len(sound) // 2)  # samples of both words
+        before = len(sound)
+        if shared:
+            rising = np.linspace(0.0, 1.0, shared, dtype=np.float32)
+            mixed = samples[-shared:] * (1 - rising) + sound[:shared] * rising
+            samples = np.concatenate([samples[:-shared], mixed, sound[shared:]])
+            spans[-1][1] -= shared / 2
+        else:
+            silence = np.zeros(max(0, gap), dtype=np.float32)
+            samples = np.concatenate([samples, silence, sound])
+        spans.append([len(samples) - len(sound) + shared / 2, len(samples)])
+    times = []
+    for (text, _), (start, end) in zip(words, spans):
+        times.append([text, start / SAMPLE_RATE, end / SAMPLE_RATE])
+    return samples, times
+
+
+# ---- as people say several words in one go ----
+
+
+def spoken_in_one_go(rng, words):
+    """lay_out of words without the silence around them; three joins in five have no pause.
+
+    words: [(text, samples at SAMPLE_RATE)].
+    """
+    pauses = [rng.uniform(0.0, 0.1)]
+    for _ in words[1:]:
+        tight = rng.random() < 0.6
+        pauses.append(-rng.uniform(0.0, 0.06) if tight else rng.uniform(0.02, 0.25))
+    trimmed = [(text, without_silence(sound)) for text, sound in words]
+    return lay_out(trimmed, pauses)
+
+
+def without_silence(samples, threshold=0.05, margin=0.01):
+    """The samples between the first and the last loud window of 10 ms, and a margin in seconds.
+
+    Loud: at least the threshold of the loudest window.
+    """
+    window = SAMPLE_RATE // 100
+    whole = samples[: len(samples) // window * window].reshape(-1, window)  # (windows, window)
+    if not len(whole):
+        return samples
+    loudness = np.sqrt((whole**2).mean(1))  # (windows,)
+    loud = np.flatnonzero(loudness >= threshold * loudness.max())
+    margin = round(margin * SAMPLE_RATE)
+    start = max(0, loud[0] * window - margin)
+    return samples[start : (loud[-1] + 1) * window + margin]
+
+
+def varied(rng, samples, times):
+    """lay_out's result in another room: faster or slower, louder or softer, with noise.
+
+    Speed 0.85 to 1.25, which moves the pitch along; the loudest sample 0.2 to 0.9; white noise 12
+    to 40 dB below the speech.
+    """
+    import torch
+    from torchaudio.functional import resample
+
+    played = 200 * round(SAMPLE_RATE * rng.uniform(0.85, 1.25) / 200)  # Hz; coarse, to be quick
+    samples = resample(torch.from_numpy(samples), played, SAMPLE_RATE).numpy()
+    speed = played / SAMPLE_RATE
+    times = [[word, start / speed, end / speed] for word, start, end in times]
+    samples = samples * (rng.uniform(0.2, 0.9) / max(1e-3, float(np.abs(samples).max())))
+    level = float(np.sqrt(np.mean(samples**2))) * 10 ** (-rng.uniform(12, 40) / 20)
+    noise = np.random.default_rng(rng.getrandbits(32))
+    noise = noise.standard_normal(len(samples), dtype=np.float32)
+    return samples + level * noise, times

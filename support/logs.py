@@ -7,9 +7,13 @@ from support.files import UserError, read_jsonl, write_jsonl
 
 
 class Log:
-    """log.jsonl: a row for each step."""
+    """log.jsonl: a row for each step.
 
-    def __init__(self, path, step):
+    track: also gets each row, or None.
+    """
+
+    def __init__(self, path, step, track=None):
+        self.track = track
         self.path, self.rows, self.smooth = path, earlier_rows(path, step), None
         spent = self.rows[-1]["seconds"] if self.rows else 0
         self.start = time.perf_counter() - spent
@@ -25,6 +29,8 @@ class Log:
         else:
             self.smooth = 0.95 * self.smooth + 0.05 * loss
         self.rows.append(row)
+        if self.track:
+            self.track(row)
 
     def shown(self, skipped):
         """What the progress bar says."""

@@ -8,10 +8,13 @@ import pytest
 import soundfile
 from checkpoints import SENTENCES, save_encoder
 from conftest import shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from programs import one_line
 
 import corpora.prepare
 import mtbi
+from corpora.joining import lay_out, without_silence
 from corpora.word_times import pauses_in, spell, word_times
 from data import SAMPLE_RATE, held_out, load_audio, normalize, read_manifest
 from model import HuggingFaceEncoder
@@ -292,6 +295,54 @@ def test_test_only_joins_words_to_a_test_set(tmp_path):
     made = prepared(tmp_path, tmp_path / "words.jsonl", *join, "--test-only")
     assert len(made) == 6 and splits(made) == {"test"}
     assert all(held_out(u.text) and 2 <= len(u.words) <= 4 for u in made)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 4000), st.floats(-0.06, 0.25)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_words_follow_each_other_with_pauses_or_cross_faded_and_their_times_never_overlap(words):
+    said = [(f"word{n}", np.ones(length, dtype=np.float32)) for n, (length, _) in enumerate(words)]
+    samples, times = lay_out(said, [pause for _, pause in words])
+    assert [word for word, _, _ in times] == [word for word, _ in said]
+    edges = [edge for _, *both in times for edge in both]
+    assert edges == sorted(edges) and edges[0] >= 0
+    assert edges[-1] == pytest.approx(len(samples) / SAMPLE_RATE)
+    assert 0 <= samples.min() and samples.max() <= 1 + 1e-6, "cross-fading adds up to one"
+    assert samples.sum() <= sum(length for length, _ in words) + 1e-3
+
+
+def test_silence_around_a_word_goes_and_the_word_stays():
+    quiet, word = np.zeros(8000, dtype=np.float32), np.full(4000, 0.5, dtype=np.float32)
+    heard = without_silence(np.concatenate([quiet, word, quiet]))
+    assert 4000 <= len(heard) <= 4000 + 4 * 160
+    assert heard.sum() == pytest.approx(word.sum())
+    assert len(without_silence(quiet)) == len(quiet), "of nothing but silence nothing goes"
+
+
+def test_strings_said_in_one_go_are_tight_and_those_for_training_are_varied(tmp_path, capsys):
+    rows = []
+    for n in range(20):
+        write_sound(tmp_path / f"{n}.wav", 0.3)
+        rows.append({"audio": f"{n}.wav", "text": f"word{n}", "speaker": "ab"[n % 2]})
+    write_jsonl(tmp_path / "words.jsonl", rows)
+    join = ["--join", "4:4", "--count", 20, "--test-speakers", "b"]
+    made = prepared(tmp_path / "one", tmp_path / "words.jsonl", *join, "--one-go")
+    usual = prepared(tmp_path / "usual", tmp_path / "words.jsonl", *join)
+    lengths = {"train": [], "test": []}
+    for u in made:
+        lengths[u.split].append(u.duration)
+    tested = [u.duration for u in usual if u.split == "test"]
+    assert max(lengths["test"]) < min(tested)
+    assert np.std(lengths["train"]) > np.std(lengths["test"]), "faster and slower"
+    for u in made:
+        assert 0 <= u.words[0][1] and u.words[-1][2] <= u.duration + 1e-3
+    assert prepare(tmp_path / "words.jsonl", "--one-go", "--out", tmp_path / "x") == 2
+    one_line(capsys, "say --join")
 
 
 def test_a_manifest_of_test_rows_alone_is_a_test_set(tmp_path, capsys):

@@ -409,6 +409,29 @@ def test_resume_takes_the_options_the_training_was_begun_with(run, tmp_path, cap
     assert read_json(new / "mtbi" / "config.json")["content"]["recipe"]["loss"] == "kl"
 
 
+def test_a_training_is_shown_in_tensorboard_as_its_log_has_it(run, tmp_path, capsys):
+    reason = "tensorboard is not installed: pip install tensorboard"
+    pytest.importorskip("tensorboard", reason=reason)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    new = begun_anew(run, tmp_path)
+    words = ["train", str(new), "--steps", "3", "--batch-size", "2", "--track", "tensorboard"]
+    assert main(words) == 0
+    events = EventAccumulator(str(new / "tensorboard" / "mtbi"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    log = read_log(new / "mtbi" / "log.jsonl")
+    assert shown == [(row["step"], pytest.approx(row["loss"])) for row in log]
+    assert {"lr", "grad_norm", "tokens"} <= set(events.Tags()["scalars"])
+
+
+def test_a_tracker_that_is_not_there_is_one_line(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("support.tracking.find_spec", lambda name: None)
+    new = begun_anew(run, tmp_path)
+    assert main(["train", str(new), "--steps", "3", "--track", "wandb"]) == 2
+    one_line(capsys, "pip install wandb")
+
+
 def test_without_its_log_a_training_resumes_all_the_same(run, tmp_path, capsys, monkeypatch):
     new = begun_anew(run, tmp_path)
     cut_off_at_a_state(monkeypatch, ["train", str(new), *SMALL, "--save-every", "3"])
