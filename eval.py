@@ -307,11 +307,17 @@ class Cascade(System):
 
     def parts(self, utterance):
         if utterance.id not in self.hypotheses:
-            text = self.transcriber.transcribe(self.frames[utterance.id]) or "…"
-            heard = transcript_tokens(self.model.tokenizer, text)
-            # a head that writes at every frame must leave room for the rest of the conversation
-            self.hypotheses[utterance.id] = [Text(heard.ids[: self.model.context // 4])]
+            frames = self.frames[utterance.id]
+            self.hypotheses[utterance.id] = [hypothesis(self.transcriber, frames, self.model)]
         return self.hypotheses[utterance.id]
+
+
+def hypothesis(transcriber, frames, reader):
+    """What a recognizer makes of frames (T, D_encoder), as the LLM of a SpeechLLM reads it."""
+    text = transcriber.transcribe(frames) or "…"
+    heard = transcript_tokens(reader.tokenizer, text)
+    # a head that writes at every frame must leave room for the rest of the conversation
+    return Text(heard.ids[: reader.context // 4])
 
 
 class Trained(System):

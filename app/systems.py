@@ -9,6 +9,7 @@ import numpy as np
 
 from app.generate import Stream
 from data import Speech, chat_parts, open_run, transcript_tokens
+from eval import hypothesis
 from model import SpeechLLM, llm_of, load_encoder, shared_llm
 from support.files import UserError
 from support.runs import read_spec, trained_recipes
@@ -73,8 +74,8 @@ class Systems:
                 raise UserError("type the transcript, and the LLM reads it")
             return [transcript_tokens(self.reader.tokenizer, turn.transcript)]
         if name == "cascade":
-            text = self.transcriber.transcribe(hear_once(self.transcriber, turn)) or "…"
-            return [transcript_tokens(self.reader.tokenizer, text)]
+            frames = hear_once(self.transcriber, turn)
+            return [hypothesis(self.transcriber, frames, self.reader)]
         return [Speech(hear_once(self.model(name).encoder, turn))]
 
     def parts(self, name, turns):

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 import urllib.request
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -265,26 +266,31 @@ def test_a_microphone_is_heard_in_a_browser(url, browser_page):
     answered(tab, "mtbi", 2)
 
 
-def test_twenty_clients_are_answered_or_told_to_wait(url, wav):
-    """Every client gets an answer or a message; none gets another one's."""
+def test_twenty_clients_are_answered_or_told_to_wait_for_a_minute(url, wav):
+    """Every client gets an answer or a message, again and again; none gets another one's."""
     client_of = pytest.importorskip("gradio_client")
     outcomes, lock = [], threading.Lock()
+    until = time.monotonic() + 60
 
     def visit(i):
-        client = client_of.Client(url, verbose=False)
-        try:
-            found = client.predict(f"Say {i}.", None, "", api_name="/ask")
-            said = found[0][0]["content"]
-            outcome = f"Say {i}." in str(said)
-        except Exception as error:  # a full queue is said by an exception of gradio's client
-            outcome = "full" in str(error).lower()
-        with lock:
-            outcomes.append(outcome)
+        client, n = client_of.Client(url, verbose=False), 0
+        while n == 0 or time.monotonic() < until:
+            n += 1
+            try:
+                found = client.predict(f"Say {i} {n}.", None, "", api_name="/ask")
+                outcome = "answered" if f"Say {i} {n}." in str(found[0][0]["content"]) else "mixed"
+            except Exception as error:  # a full queue is said by an exception of gradio's client
+                outcome = "full" if "full" in str(error).lower() else str(error)
+                time.sleep(1)
+            with lock:
+                outcomes.append(outcome)
 
     clients = [threading.Thread(target=visit, args=(i,)) for i in range(20)]
     for client in clients:
         client.start()
     for client in clients:
-        client.join(timeout=120)
-    assert outcomes == [True] * 20
+        client.join(timeout=180)
+    counts = Counter(outcomes)
+    print(f"twenty clients in a minute: {dict(counts)}")
+    assert set(counts) <= {"answered", "full"} and counts["answered"] >= 20
     assert urllib.request.urlopen(url, timeout=10).status == 200
