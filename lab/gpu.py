@@ -258,6 +258,8 @@ def speed_of_encoder(name):
             encoder(samples)
 
     took = seconds_of(hear_all)
+    if encoder.left_gpu:
+        raise ValueError("out of memory: it heard on the CPU")
     peak = torch.cuda.max_memory_allocated() / GB if ON_GPU else None
     return {"encoder": name, "audio_hours_an_hour": clips * seconds / took, "peak_gb": peak}
 

@@ -6,30 +6,35 @@ it saw, in a few words, and raises AssertionError where the path does not give w
 
 import copy
 import gc
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from collections.abc import Callable
 
-import bitsandbytes
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from data import Example, Recipe, Response, Speech, Text, Utterance, write_audio
+from data import Example, Recipe, Response, Speech, Text, Utterance, load_audio, write_audio
+from lab.step import version_of
 from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_encoder, load_llm
 from support.answers import answer_in_memory
 from support.files import PROJECT, UserError, first_line, read_jsonl
 from support.processes import DEVICE
-from train import FIRST_SCALE, Piece, Progress, accumulate_gradients, adam_w, step_gradients, update
+from support.states import read_state, saved_states
+from train import FIRST_SCALE, Piece, Progress, accumulate_gradients, adam_w, step_gradients, train
+from train import update
 
 ON_GPU = DEVICE != "cpu"
 SPEC = {
@@ -47,14 +52,27 @@ STEPS = 50  # of the demo's training, on the GPU and on the CPU
 # ---- what the checks have in common ----
 
 
-def tiny_model(bits=16, precision="fp32", *more):
+def tiny_model(bits=16, precision="fp32", *more, lora=0):
     """The tiny LLM with an untrained connector, the same whenever it is made; dropout is off.
 
-    bits, precision, more: as load_llm takes them.
+    bits, precision, more: as load_llm takes them. AssertionError if nothing is packed that should
+    be: where bitsandbytes does not work, load_llm goes on without it.
     """
     llm = load_llm("tiny", bits, precision, *more)
-    model = SpeechLLM.build({**SPEC, "bits": bits}, llm, load_encoder("tiny"))
-    return model.train(False)
+    if bits != 16:
+        assert packed_layers(llm[0], bits), f"no layer of the LLM is in {bits} bits"
+    spec = {**SPEC, "bits": bits, "lora": lora}
+    return SpeechLLM.build(spec, llm, load_encoder("tiny")).train(False)
+
+
+def packed_layers(llm, bits):
+    """[(name, module)] of what is packed into so many bits, slices of the projection included."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    except (ImportError, OSError, RuntimeError) as error:
+        raise AssertionError(f"bitsandbytes does not work: {first_line(error)}") from None
+    kind = Linear4bit if bits == 4 else Linear8bitLt
+    return [(name, module) for name, module in llm.named_modules() if isinstance(module, kind)]
 
 
 def conversations(model, n=6, frames=60, answer=8):
@@ -124,19 +142,53 @@ def peak_of(action):
 
 def nf4_is_right(_):
     """NF4 gives what its unpacked weights give, forward and backward."""
-    model = tiny_model(4)
+    return against_unpacked(tiny_model(4))
+
+
+def against_unpacked(model):
+    """The gradients of a model with packed layers, beside those with these layers unpacked."""
     examples = conversations(model)
     _, packed = gradients(model, examples)
-    for name, module in list(model.llm.named_modules()):
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            model.llm.set_submodule(name, unpacked(module))
+    for name, module in packed_layers(model.llm, 4):
+        model.llm.set_submodule(name, unpacked(module))
+    assert not packed_layers(model.llm, 4), "some layer is packed still"
     _, whole = gradients(model, examples)
     return within(packed, whole, 1e-3, "gradients packed and unpacked")
 
 
+def projection_in_nf4_is_right(_):
+    """The vocabulary projection in NF4, in slices, is that of its unpacked weights, in order."""
+    expected = tiny_model().llm.get_output_embeddings().weight  # (V, D)
+    model = tiny_model(4, "fp32", 4)
+    head = model.llm.get_output_embeddings()
+    slices = packed_layers(head, 4)
+    assert len(slices) == head.SLICES, f"{len(slices)} of {head.SLICES} slices are packed"
+    whole = torch.cat([unpacked(part).weight for _, part in slices])  # (V, D)
+    near = within(whole, expected, 0.15, "weights unpacked and as they were")
+    states = torch.randn(50, whole.shape[1], generator=torch.Generator().manual_seed(0)).to(whole)
+    said = within(head(states), states @ whole.T, 1e-3, "logits packed and unpacked")
+    return f"{near}; {said}; {against_unpacked(model)}"
+
+
+def adapter_leaves_the_projection_alone(_):
+    """A LoRA adapter beside a projection in NF4: on no slice of it, and its gradients are right."""
+    model = tiny_model(4, "fp32", 4, "host", lora=4)
+    names = [name for name in model.trainable() if "lora_" in name]
+    head = [name for name in names if "lm_head" in name]
+    assert names, "nothing is adapted"
+    assert not head, f"{len(head)} weights of the adapter are on the projection, like {head[:1]}"
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.trainable().items():
+        if "lora_B" in name:  # of zeros it would hide the gradients of the other half
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return f"{len(names)} weights; {against_unpacked(model)}"
+
+
 def unpacked(module):
     """A linear layer of the weights of a packed one."""
-    weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
     linear = nn.Linear(*weight.shape[::-1], bias=module.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.float(), requires_grad=False)
     if module.bias is not None:
@@ -203,6 +255,17 @@ def embeddings_may_be_on_the_host(_):
     return "with the vocabulary projection in NF4"
 
 
+def fp16_with_embeddings_on_the_host_scales_its_loss(folder):
+    """A training in fp16 with the embeddings on the host scales its loss."""
+    model = tiny_model(4, "fp16", 4, "host")
+    train(model, OneStep(conversations(model)), folder, lr=1e-3)
+    _, about = read_state(saved_states(folder)[0])
+    progress = Progress(**json.loads(about["progress"]))
+    scale = FIRST_SCALE / 2**progress.skipped  # a step that overflows is skipped and halves it
+    assert progress.loss_scale == scale > 1, f"the scale is {progress.loss_scale:g}, not {scale:g}"
+    return f"the scale is {progress.loss_scale:g} after {progress.step} steps"
+
+
 # ---- attention, checkpointing ----
 
 
@@ -228,11 +291,18 @@ def padding_changes_nothing(_):
 def checkpointing_changes_nothing(_):
     """Gradient checkpointing gives the gradients of none."""
     model = tiny_model(4)
+    calls = []
+    for layer in model.llm.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     _, expected = gradients(model, conversations(model))
+    once = len(calls)
+    calls.clear()
     model.checkpoint_gradients()
+    assert len(model.checkpointed) == once, f"{len(model.checkpointed)} of {once} layers do so"
     for layer in model.checkpointed:
         layer.training = True
     _, found = gradients(model, conversations(model))
+    assert len(calls) == 2 * once, f"{once} layers were run {len(calls)} times, not twice each"
     return within(found, expected, 1e-5, "gradients with and without")
 
 
@@ -280,9 +350,9 @@ def frames_are_the_same_from_disk(folder):
 
 
 class OneStep:
-    """What step_gradients asks of data.Examples, for one micro-batch."""
+    """What a training asks of data.Examples, for one micro-batch, the same in both its steps."""
 
-    accumulate, seed, recipe = 1, 0, Recipe("smoke")
+    accumulate, seed, recipe, steps = 1, 0, Recipe("smoke"), 2
 
     def __init__(self, examples):
         self.examples = examples
@@ -317,16 +387,27 @@ def benchmark_is_halved(_):
     """Too little memory for a batch of questions: they are answered in halves, with one result."""
     model = tiny_model(4)
     batch = [example.parts[:-1] for example in conversations(model, 64, 1200)]
+    sizes = []  # how many were asked at once
+    generate_rows = model.generate_rows
 
-    def once():
-        return answer_in_memory(model, batch, 12)
+    def counted(rows, *more):
+        sizes.append(len(rows))
+        return generate_rows(rows, *more)
 
+    model.generate_rows = counted
+    once = partial(answer_in_memory, model, batch, 12)
     expected, before, peak = peak_of(once)
-    with allowed(before + 0.6 * (peak - before)):
-        found = once()
+    assert sizes == [len(batch)], f"without a limit they were answered in pieces: {sizes}"
+    for share in (0.6, 0.4, 0.25):  # of what it took, holes between the tensors included
+        sizes.clear()
+        with allowed(before + share * (peak - before)):
+            found = once()
+        if len(sizes) > 1:
+            break
+    assert len(sizes) > 1, "there was memory enough: nothing was tried"
     same = sum(a == b for a, b in zip(found, expected))
     assert same >= 0.95 * len(batch), f"{len(batch) - same} of {len(batch)} answers differ"
-    return f"{same} of {len(batch)} answers are the same"
+    return f"{same} of {len(batch)} answers are the same, in {len(sizes) - 1} more attempts"
 
 
 def optimizer_says_what_to_do(_):
@@ -350,15 +431,29 @@ def encoder_goes_on(folder):
     encoder = HuggingFaceEncoder("tiny")
     with allowed(torch.cuda.memory_allocated() + 4 * 2**20):
         found = encode_all(encoder, utterances, folder / "b", "ram")
+    assert encoder.left_gpu, "there was memory enough: nothing was tried"
+    assert encoder.to(DEVICE).device.type == "cpu", "it went back to the GPU"
     here = utterances[0].id
     return within(found[here].float(), expected[here].float(), 2e-2, "frames of GPU and CPU")
+
+
+def encoder_without_room_goes_on(folder):
+    """Too little memory for the encoder's weights: it hears on the CPU from the start."""
+    samples = load_audio(some_speech(folder)[0].audio)
+    expected = HuggingFaceEncoder("tiny")(samples)
+    gc.collect()
+    with allowed(torch.cuda.memory_allocated()):
+        encoder = HuggingFaceEncoder("tiny")
+        found = encoder(samples)
+    assert encoder.left_gpu, "there was memory enough: nothing was tried"
+    return within(found.float(), expected.float(), 2e-2, "frames of GPU and CPU")
 
 
 # ---- the whole pipeline: killed, resumed, and beside the CPU ----
 
 
 def mtbi(*words, on_cpu=False, wait=True):
-    """A command of mtbi.py as a program of its own; what it says is kept for an error."""
+    """A command of mtbi.py as a program of its own: what it said, or, not waited for, itself."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -374,20 +469,31 @@ def mtbi(*words, on_cpu=False, wait=True):
 
 
 def ended(process):
-    """Waits for a program; AssertionError with its last line if it failed."""
+    """Waits for a program: what it said; AssertionError with its last line if it failed."""
     said = process.communicate()[0]
     last = said.strip().splitlines()[-1:] or ["nothing"]
     assert process.returncode == 0, f"a command ended with {process.returncode}: {last[0]}"
+    return said
+
+
+def resumed_at(said):
+    """The step from which a training went on; AssertionError if it began anew."""
+    found = re.search(r"resuming at step (\d+)", said)
+    assert found and int(found[1]), "it began anew instead of going on"
+    return int(found[1])
 
 
 def small_run(folder):
     """(RUN of a little tiny speech, a copy of it, another); the same behaviors in each."""
-    run = folder / "run"
+    run, made = folder / "run", folder / "made"
     if not run.exists():
+        shutil.rmtree(made, ignore_errors=True)  # of a check that failed on the way
+        shutil.rmtree(folder / "data", ignore_errors=True)
         mtbi("prepare", "tiny", "--out", folder / "data", "--train", "200", "--test", "20")
-        mtbi("behaviors", folder / "data", "--out", run)
+        mtbi("behaviors", folder / "data", "--out", made)
         for name in ("killed", "cpu"):
-            shutil.copytree(run, folder / name)
+            shutil.copytree(made, folder / name, dirs_exist_ok=True)
+        made.rename(run)
     return run, folder / "killed", folder / "cpu"
 
 
@@ -411,13 +517,14 @@ def resumes_where_it_was_killed(folder):
     process.communicate()
     was_whole = (killed / "mtbi" / "connector.safetensors").exists()
     assert not was_whole, "it had ended before it was killed"
-    mtbi(*train_words(killed))
+    step = resumed_at(mtbi(*train_words(killed)))
     whole = load_file(run / "mtbi" / "connector.safetensors")
     resumed = load_file(killed / "mtbi" / "connector.safetensors")
     if all(torch.equal(whole[name], resumed[name]) for name in whole):
-        return "the same to the bit"
+        return f"from step {step} on, the same to the bit"
     flat = [torch.cat([t.flatten() for t in weights.values()]) for weights in (resumed, whole)]
-    return within(*flat, 1e-3, "weights") + " (some kernel is not deterministic)"
+    said = within(*flat, 1e-3, "weights")
+    return f"from step {step} on; {said} (some kernel is not deterministic)"
 
 
 def loss_is_that_of_a_cpu(folder):
@@ -452,10 +559,13 @@ UPDATE = "update the driver, torch and bitsandbytes (pip install -r requirements
 BATCH = "choose a --batch-size that `plan` says fits, and twice the --accumulate"
 CHECKS = [
     Check(nf4_is_right, f"{UPDATE}, or use --bits 16"),
+    Check(projection_in_nf4_is_right, "leave --head-bits at 16"),
+    Check(adapter_leaves_the_projection_alone, "use --lora 0, or leave --head-bits at 16"),
     Check(int8_is_close, f"{UPDATE}, or use --bits 4"),
     Check(bf16_is_close, "use --precision fp16"),
     Check(fp16_scales_its_loss, "use --precision fp32"),
     Check(embeddings_may_be_on_the_host, "leave --embeddings at gpu"),
+    Check(fp16_with_embeddings_on_the_host_scales_its_loss, "leave --embeddings at gpu"),
     Check(padding_changes_nothing, UPDATE),
     Check(checkpointing_changes_nothing, "use --gradient-checkpointing off"),
     Check(frames_are_the_same_from_disk, "use --cache-features ram"),
@@ -464,6 +574,7 @@ CHECKS = [
     Check(benchmark_is_halved, BATCH, True),
     Check(optimizer_says_what_to_do, BATCH, True),
     Check(encoder_goes_on, "close what else uses the card while the frames are made", True),
+    Check(encoder_without_room_goes_on, "close what else uses the card, or `encode` first", True),
     Check(resumes_where_it_was_killed, "do not rely on --resume; report it", False, True),
     Check(loss_is_that_of_a_cpu, "train with --precision fp32; report it", False, True),
 ]
@@ -474,7 +585,7 @@ def smoke():
     device = "no GPU: what can be tried on a CPU"
     if ON_GPU:
         device = torch.cuda.get_device_name()
-    print(f"{device}; torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}\n")
+    print(f"{device}; torch {torch.__version__}, bitsandbytes {version_of('bitsandbytes')}\n")
     failed = 0
     start = time.monotonic()
     with TemporaryDirectory(prefix="mtbi-smoke-") as folder:

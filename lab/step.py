@@ -16,15 +16,11 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import logging
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at its import, of an option
-
-import bitsandbytes
 import torch
 import torch.nn.functional as F
 import transformers
@@ -451,8 +447,16 @@ def describe_device():
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
+        "bitsandbytes": version_of("bitsandbytes"),
     }
+
+
+def version_of(package):
+    """Its version, whether or not it can be imported."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def measure_step(options, model, examples, length, best_seconds, step, encoder):

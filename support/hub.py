@@ -149,8 +149,17 @@ def quantization(bits, compute):
 
 
 def pack_linear(linear, compute, device):
-    """A linear layer in NF4 with double quantization, as `quantization` packs those of an LLM."""
-    import bitsandbytes
+    """A linear layer in NF4 with double quantization, as `quantization` packs those of an LLM.
+
+    UserError if bitsandbytes does not work.
+    """
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"bitsandbytes, which packs weights, does not work on this machine "
+            f"({first_line(error)}); `doctor` says more, and --head-bits 16 does without it"
+        ) from None
 
     rows, columns = linear.weight.shape
     has_bias = linear.bias is not None

@@ -1,0 +1,250 @@
+"""What only a GPU does, by stand-ins on a CPU: the smoke test's own checks, and want of memory."""
+
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from programs import python
+
+import lab.smoke
+import model
+import support.frames
+import support.hub
+from model import HuggingFaceEncoder, SpeechLLM, encode_all
+from support.files import UserError
+
+
+# ---- what a check of the smoke test says when its path is taken away ----
+
+
+def check_named(function):
+    return next(check for check in lab.smoke.CHECKS if check.function is function)
+
+
+def failing(function, folder, capsys):
+    """What the smoke test says of a check that must not work now."""
+    folder.mkdir(exist_ok=True)
+    assert not lab.smoke.run_check(check_named(function), folder)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lab.smoke.nf4_is_right,
+        lab.smoke.int8_is_close,
+        lab.smoke.projection_in_nf4_is_right,
+        lab.smoke.checkpointing_changes_nothing,
+        lab.smoke.embeddings_may_be_on_the_host,
+        lab.smoke.fp16_with_embeddings_on_the_host_scales_its_loss,
+    ],
+)
+def test_a_check_of_packed_weights_fails_where_nothing_is_packed(
+    function, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(model, "quantization", lambda bits, compute, **more: None)
+    monkeypatch.setattr(model, "pack_head", lambda *_: None)
+    monkeypatch.setattr(model, "keep_embeddings_on_host", lambda *_: None)
+    assert "no layer of the LLM is in" in failing(function, tmp_path, capsys)
+
+
+def test_the_check_of_a_packed_projection_fails_where_its_slices_are_in_disorder(
+    tmp_path, capsys, monkeypatch
+):
+    pack_head = model.pack_head
+
+    def in_disorder(llm, *more):
+        pack_head(llm, *more)
+        head = llm.get_output_embeddings()
+        head.slices = torch.nn.ModuleList([*head.slices[1:], head.slices[0]])
+
+    monkeypatch.setattr(model, "pack_head", in_disorder)
+    said = failing(lab.smoke.projection_in_nf4_is_right, tmp_path, capsys)
+    assert "weights unpacked and as they were differ" in said
+    monkeypatch.setattr(model, "pack_head", lambda *_: None)
+    said = failing(lab.smoke.projection_in_nf4_is_right, tmp_path / "again", capsys)
+    assert "FAILED" in said
+
+
+def test_the_check_of_an_adapter_fails_where_it_adapts_the_projection(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(model.PackedHead, "PARTS", "no such module")
+    said = failing(lab.smoke.adapter_leaves_the_projection_alone, tmp_path, capsys)
+    assert "weights of the adapter are on the projection" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "with_lora", lambda llm, rank: llm)
+    said = failing(lab.smoke.adapter_leaves_the_projection_alone, tmp_path / "again", capsys)
+    assert "nothing is adapted" in said
+
+
+def test_the_check_of_checkpointing_fails_where_no_layer_is_run_twice(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(model, "checkpoint_gradients", lambda llm: [])
+    said = failing(lab.smoke.checkpointing_changes_nothing, tmp_path, capsys)
+    assert "0 of 4 layers do so" in said
+    monkeypatch.setattr(model, "checkpoint_gradients", lambda llm: list(llm.model.layers))
+    said = failing(lab.smoke.checkpointing_changes_nothing, tmp_path / "again", capsys)
+    assert "4 layers were run 4 times" in said
+
+
+def test_the_check_of_fp16_on_the_host_fails_where_the_loss_is_not_scaled(
+    tmp_path, capsys, monkeypatch
+):
+    as_fp32 = property(lambda self: self.hidden[0].weight.float())
+    monkeypatch.setattr(support.hub.HostEmbeddings, "weight", as_fp32)
+    said = failing(lab.smoke.fp16_with_embeddings_on_the_host_scales_its_loss, tmp_path, capsys)
+    assert "the scale is 1, not 16384" in said
+
+
+def at_once(monkeypatch, most):
+    """Stands in for a GPU: within `allowed`, only so many questions can be answered at once."""
+    limits = []
+    generate_rows = SpeechLLM.generate_rows
+
+    def limited(self, rows, *more):
+        if limits and len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate_rows(self, rows, *more)
+
+    @contextmanager
+    def allowed(_):
+        limits.append(1)
+        yield
+        limits.pop()
+
+    monkeypatch.setattr(SpeechLLM, "generate_rows", limited)
+    monkeypatch.setattr(lab.smoke, "allowed", allowed)
+    monkeypatch.setattr(lab.smoke, "peak_of", lambda action: (action(), 0, 100))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_the_check_of_the_benchmark_fails_where_the_memory_did_not_run_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab.smoke, "conversations", lambda model, *_: few_conversations(model, 4))
+    at_once(monkeypatch, 99)
+    with pytest.raises(AssertionError, match="nothing was tried"):
+        lab.smoke.benchmark_is_halved(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(lab.smoke, "conversations", lambda model, *_: few_conversations(model, 4))
+    at_once(monkeypatch, 2)
+    assert "4 of 4 answers are the same, in 2 more" in lab.smoke.benchmark_is_halved(tmp_path)
+
+
+few_conversations = lab.smoke.conversations
+
+
+@pytest.mark.parametrize(
+    "function", [lab.smoke.encoder_goes_on, lab.smoke.encoder_without_room_goes_on]
+)
+def test_the_checks_of_the_encoder_fail_where_the_memory_did_not_run_out(
+    function, tmp_path, monkeypatch
+):
+    some_speech = lab.smoke.some_speech
+    monkeypatch.setattr(lab.smoke, "some_speech", lambda folder, *_: some_speech(folder, (1.0,)))
+    monkeypatch.setattr(lab.smoke, "allowed", lambda _: nullcontext())
+    with pytest.raises(AssertionError, match="nothing was tried"):
+        function(tmp_path)
+
+
+def test_a_training_that_began_anew_has_not_resumed():
+    assert lab.smoke.resumed_at("device: cpu\nresuming at step 20\n") == 20
+    for said in ("device: cpu", "resuming at step 0"):
+        with pytest.raises(AssertionError, match="began anew"):
+            lab.smoke.resumed_at(said)
+
+
+def test_a_small_run_that_failed_on_the_way_is_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def stand_in(*words):
+        made.append(words[0])
+        if len(made) == 2:
+            raise AssertionError("killed")
+        Path(words[words.index("--out") + 1]).mkdir()
+
+    monkeypatch.setattr(lab.smoke, "mtbi", stand_in)
+    with pytest.raises(AssertionError, match="killed"):
+        lab.smoke.small_run(tmp_path)
+    folders = lab.smoke.small_run(tmp_path)
+    assert all(folder.is_dir() for folder in folders)
+    assert made == ["prepare", "behaviors"] * 2
+    assert lab.smoke.small_run(tmp_path) == folders and len(made) == 4
+
+
+def test_without_bitsandbytes_the_gpu_programs_can_be_imported():
+    done = python("import sys; sys.modules['bitsandbytes'] = None; import lab.gpu")
+    assert done.returncode == 0, done.said
+
+
+def test_without_bitsandbytes_a_projection_in_nf4_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="does not work on this machine .* --head-bits 16 does"):
+        model.load_llm("tiny", 16, "auto", 4)
+
+
+# ---- an encoder for which a GPU has too little memory; "elsewhere" stands in for the GPU ----
+
+
+def test_an_encoder_without_room_for_its_weights_hears_on_the_cpu(monkeypatch, capsys):
+    expected = HuggingFaceEncoder("tiny")
+    no_room_elsewhere(monkeypatch)
+    ears = HuggingFaceEncoder("tiny")
+    assert ears.left_gpu and ears.device.type == "cpu"
+    assert "hears on the CPU" in capsys.readouterr().err
+    assert ears.fingerprint == expected.fingerprint
+    assert torch.equal(ears(noise()), expected(noise()))
+
+
+def no_room_elsewhere(monkeypatch):
+    move = torch.nn.Module.to
+
+    def to(self, device):
+        if device == "elsewhere":
+            raise torch.OutOfMemoryError("2 GB are missing")
+        return move(self, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(model, "DEVICE", "elsewhere")
+    monkeypatch.setattr(support.frames, "DEVICE", "elsewhere")
+
+
+def noise(seconds=1):
+    samples = torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(0))
+    return 0.1 * samples.numpy()
+
+
+@pytest.mark.parametrize("keep", ["ram", "off"])
+def test_frames_are_kept_of_an_encoder_that_finds_no_room_when_it_comes_back(
+    keep, tmp_path, monkeypatch
+):
+    utterances = lab.smoke.some_speech(tmp_path, (1.0,))
+    ears = HuggingFaceEncoder("tiny")
+    expected = encode_all(ears, utterances, tmp_path / "a", keep)
+    no_room_elsewhere(monkeypatch)
+    found = encode_all(ears, utterances, tmp_path / "b", keep)
+    here = utterances[0].id
+    assert torch.equal(found[here], expected[here]) and ears.left_gpu
+
+
+@pytest.mark.parametrize("keep", ["ram", "off"])
+def test_an_encoder_that_left_the_gpu_stays_on_the_cpu(keep, tmp_path, monkeypatch):
+    ears = HuggingFaceEncoder("tiny")
+    hear, tried = ears.hear, []
+
+    def too_little_at_first(*args):
+        tried.append(args)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("2 GB are missing")
+        return hear(*args)
+
+    monkeypatch.setattr(ears, "hear", too_little_at_first)
+    utterances = lab.smoke.some_speech(tmp_path, (1.0, 1.5))
+    frames = encode_all(ears, utterances, tmp_path / "a", keep)
+    assert all(len(frames[u.id]) for u in utterances) and ears.left_gpu
+    monkeypatch.setattr(support.frames, "DEVICE", "meta")  # where no weight keeps its values
+    frames = encode_all(ears, utterances, tmp_path / "b", keep)
+    assert all(len(frames[u.id]) for u in utterances) and ears.device.type == "cpu"
+    assert len(tried) == 5
