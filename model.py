@@ -127,8 +127,11 @@ class HuggingFaceEncoder(nn.Module):
     cut off. `width` and `frame_rate` are read from the model by letting it hear noise. A CTC model
     keeps its head: `transcribe` is what the cascade hears. A Whisper encoder runs on the audio's
     own length (`pad_whisper`: on 30 s of padding, as it was trained; only the audio's frames are
-    kept).
+    kept). Where a GPU's memory does not suffice, for its weights or for what it hears, it hears on
+    the CPU, and stays there.
     """
+
+    left_gpu = False  # did it have to?
 
     def __init__(self, name, pad_whisper=False):
         super().__init__()
@@ -144,8 +147,32 @@ class HuggingFaceEncoder(nn.Module):
             )
         self.is_whisper = self.config.model_type == "whisper"
         self.model, self.head, self.ctc_tokenizer = load_speech_model(self.config, where)
-        self.to(DEVICE).eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(DEVICE)
         self.measure()
+
+    def to(self, device):
+        """Move the weights to a device; to no GPU any more once one had too little memory."""
+        if self.left_gpu:
+            return self
+        try:
+            return super().to(device)
+        except torch.OutOfMemoryError as error:
+            why = first_line(error)
+        return self.leave_gpu(self.name, why)
+
+    def leave_gpu(self, name, why):
+        """To the CPU, for good; name: what it was about to hear, or its own."""
+        tqdm.write(
+            f"{name}: out of memory for {self.name} ({why}); from here on it hears on the CPU, "
+            "slower, and to the same frames but for rounding",
+            file=sys.stderr,
+        )
+        super().to("cpu")
+        self.fingerprint  # noqa: B018  of the weights as they were loaded: kept from now on
+        self.float()
+        self.left_gpu = True
+        torch.cuda.empty_cache()
+        return self
 
     def measure(self):
         """Read width and frame rate off what the model makes of noise."""
@@ -158,23 +185,12 @@ class HuggingFaceEncoder(nn.Module):
         self.frame_rate = (len(long) - len(short)) / 12
 
     def forward(self, samples, name="the audio"):
-        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder), half precision, on the CPU.
-
-        Where a GPU's memory does not suffice, it hears on the CPU from then on.
-        """
+        """float32 samples at SAMPLE_RATE -> frames (T, D_encoder), half precision, on the CPU."""
         try:
             return self.hear(samples, name)
         except torch.OutOfMemoryError as error:
             why = first_line(error)
-        tqdm.write(
-            f"{name}: out of memory for {self.name} ({why}); from here on it hears on the CPU, "
-            "slower, and to the same frames but for rounding",
-            file=sys.stderr,
-        )
-        self.fingerprint  # noqa: B018  of the weights as they were loaded: kept from now on
-        self.to("cpu").float()
-        torch.cuda.empty_cache()
-        return self.hear(samples, name)
+        return self.leave_gpu(name, why).hear(samples, name)
 
     @torch.no_grad()
     def hear(self, samples, name):

@@ -76,8 +76,8 @@ def keep_frames(encoder, listen, utterances, folder, keep="disk"):
     UserError if the disk has no room.
     """
     if keep == "off":
-        print(f"features: not kept; the encoder stays on {DEVICE} and hears them at every use")
         encoder.to(DEVICE)
+        print("features: not kept; the encoder hears them at every use")
         return FramesAtEveryUse(utterances, listen)
     folder = Path(folder) / encoder.fingerprint
     names = content_names(utterances, folder.parent)
