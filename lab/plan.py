@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from data import Recipe
-from lab.memory import CONTEXT, GB, behaviors_bytes, estimate, weight_bytes
+from lab.memory import CONTEXT, GB, behaviors_bytes, estimate
 from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
 from model import PRECISIONS
 from support.options import Count, Rank, Size
@@ -62,17 +62,10 @@ def plan(options):
     room = options.vram * GB - CONTEXT
 
     best = best_fit(options, llm_config, encoder, room)
-    print_table(options, llm_config, best, speech_rows(options, encoder_config, encoder))
+    print_table(options, llm_config, best, other_rows(options, encoder_config, encoder, best))
     answered = answers_at_once(options, llm_config, best.parts["weights"], room)
     if best.fits and answered:
         print_commands(options, best, answered)
-        if best.frugal:
-            llm, _ = llm_shape(llm_config, PRECISIONS[options.precision])
-            whole, _ = weight_bytes(llm, options.bits, PRECISIONS[options.precision])
-            print(
-                f"Loading takes {(whole + CONTEXT) / GB:.1f} GB for a moment: the table and the "
-                "projection are shrunk when they are there."
-            )
         return
     needed = (best.parts["peak"] + CONTEXT) / GB
     packed = "" if options.bits == 4 else "--bits 4, "
@@ -198,15 +191,18 @@ def print_table(options, config, best, more):
         print(f"| {what} | {size / GB:.2f} | {why} |")
 
 
-def speech_rows(options, config, encoder):
-    """The rows of what is needed at another time than the step: the encoder, and the disk."""
+def other_rows(options, config, encoder, best):
+    """The rows of what is needed at another time than the step: loading, the encoder, the disk."""
     weight = 2 if config.model_type == "whisper" else 4  # bytes, as model.py loads them on a GPU
     frames = options.hours * 3600 * encoder.frame_rate
     when = (
         "on the GPU only while features are made, before the LLM is loaded; --cache-features off: "
         "all the time"
     )
+    # less than the peak, whose activations come later: what can be trained can be loaded
+    loading = best.parts["weights"] + best.parts["unpacked"] + CONTEXT
     return [
+        ("loading the LLM", loading, "before the step: one matrix at a time is packed on the GPU"),
         ("speech encoder", encoder.parameters * weight, f"{options.encoder}: {when}"),
         ("features, on disk", frames * encoder.width * 2, f"{options.hours:g} hours of speech"),
     ]

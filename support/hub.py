@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import enable_progress_bars
@@ -26,6 +27,8 @@ from support.processes import DEVICE
 
 # bitsandbytes warns of an optional kernel package that it would load from the network
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# and accelerate of weights that load_weights takes back from it
+logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()  # loading weights takes seconds,
 enable_progress_bars()  # but a download is seen
 
@@ -62,6 +65,8 @@ def load_or_explain(auto_class, name, what, **options):
                 f"like {lost[0]}"
             )
         return model
+    except torch.OutOfMemoryError:  # which says nothing of the files
+        raise
     except Exception as error:  # damaged files raise anything
         raise UserError(
             f"{what} {name}: cannot be loaded as a Hugging Face checkpoint, local folder or hub "
@@ -125,17 +130,97 @@ def check_frames(name, frames, ctc_tokenizer, symbols):
 # ---- LLMs ----
 
 
-def quantization(bits, compute):
-    """How the linear layers are packed, or None where they are not."""
+def load_weights(where, bits, compute, device, head_bits=16, embeddings="gpu"):
+    """An LLM on the device, its linear layers packed.
+
+    What pack_head and keep_embeddings_on_host are to take from a GPU is in host memory already: it
+    never takes the GPU's, not even on the way.
+    """
+    what, parts = KINDS["llm"], {"": device}
+    config = load_or_explain(transformers.AutoConfig, where, what)
+    # weights that come packed are left where their own settings want them
+    if device != "cpu" and not hasattr(config, "quantization_config"):
+        parts = places_of_parts(config, device, head_bits, embeddings)
+    llm = load_or_explain(
+        transformers.AutoModelForCausalLM,
+        where,
+        what,
+        dtype=compute,
+        quantization_config=quantization(bits, compute, offload=len(parts) > 1),
+        device_map=parts,
+    )
+    if len(parts) > 1:
+        take_back(llm)
+    return llm
+
+
+def places_of_parts(config, device, head_bits, embeddings):
+    """Where from_pretrained puts the parts of an LLM: its device_map, {module: device}."""
+    try:
+        with torch.device("meta"):
+            llm = transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError:  # no causal LLM: loading it says so
+        return {"": device}
+    table, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+    is_tied = getattr(head, "weight", None) is table.weight
+    on_host = set()
+    if embeddings == "host" and not (is_tied and head_bits == 16):  # which is refused
+        on_host.add(table)
+    if head_bits == 4 and not (is_tied and embeddings == "gpu"):  # the table is needed there
+        on_host.add(head)
+    if not on_host:
+        return {"": device}
+    return dict(spread(llm, "", on_host, device))
+
+
+def spread(module, name, on_host, device):
+    """Yields (name, device) of the largest parts of a module that are in one place alone.
+
+    All are named: of a rest without a name accelerate would move all of the LLM to its place.
+    """
+    inside = set(module.modules())
+    if module in on_host:
+        yield name, "cpu"
+    elif not inside & on_host:
+        yield name, device
+    else:
+        prefix = f"{name}." if name else ""
+        for own, _ in (*module.named_parameters(recurse=False), *module.named_buffers("", False)):
+            yield prefix + own, device
+        for child, part in module.named_children():
+            yield from spread(part, prefix + child, on_host, device)
+
+
+def take_back(llm):
+    """Undo what accelerate does to an LLM in two places: to bring each part over when it is used.
+
+    What was in host memory is there again, and stays.
+    """
+    for module in llm.modules():
+        remove_hook_from_module(module)
+        forward = vars(module).get("forward")  # which keeps the module in memory
+        if getattr(forward, "__func__", None) is type(module).forward:
+            del module.forward
+    del llm.hf_device_map
+
+
+def quantization(bits, compute, offload=False):
+    """How the linear layers are packed, or None where they are not.
+
+    offload: may parts that are not packed be in host memory?
+    """
     if bits == 16:
         return None
     try:
         import bitsandbytes  # noqa: F401
 
         if bits == 8:
-            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+            return transformers.BitsAndBytesConfig(
+                load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=offload
+            )
         return transformers.BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_enable_fp32_cpu_offload=offload,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,

@@ -4,14 +4,18 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+import transformers
+from checkpoints import save_llm
 from programs import python
 
 import lab.smoke
 import model
 import support.frames
 import support.hub
+from lab.model_shapes import find_config, llm_shape
 from model import HuggingFaceEncoder, SpeechLLM, encode_all
 from support.files import UserError
 
@@ -44,7 +48,7 @@ def failing(function, folder, capsys):
 def test_a_check_of_packed_weights_fails_where_nothing_is_packed(
     function, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(model, "quantization", lambda bits, compute, **more: None)
+    monkeypatch.setattr(support.hub, "quantization", lambda bits, compute, **more: None)
     monkeypatch.setattr(model, "pack_head", lambda *_: None)
     monkeypatch.setattr(model, "keep_embeddings_on_host", lambda *_: None)
     assert "no layer of the LLM is in" in failing(function, tmp_path, capsys)
@@ -248,3 +252,111 @@ def test_an_encoder_that_left_the_gpu_stays_on_the_cpu(keep, tmp_path, monkeypat
     frames = encode_all(ears, utterances, tmp_path / "b", keep)
     assert all(len(frames[u.id]) for u in utterances) and ears.device.type == "cpu"
     assert len(tried) == 5
+
+
+# ---- loading; "cpu:0" stands in for a GPU ----
+
+
+def small_shape(tied):
+    config = find_config("qwen2.5-0.5b" if tied else "qwen2.5-7b", "llm")
+    return type(config)(**{**config.to_dict(), "num_hidden_layers": 2, "layer_types": None})
+
+
+@pytest.mark.parametrize(
+    "tied, head_bits, embeddings, on_host",
+    [
+        (False, 16, "gpu", set()),
+        (False, 4, "gpu", {"lm_head"}),
+        (False, 16, "host", {"model.embed_tokens"}),
+        (False, 4, "host", {"model.embed_tokens", "lm_head"}),
+        (True, 4, "gpu", set()),
+        (True, 4, "host", {"model.embed_tokens", "lm_head"}),
+        (True, 16, "host", set()),
+    ],
+)
+def test_what_is_shrunk_is_loaded_to_host_memory(tied, head_bits, embeddings, on_host):
+    config = small_shape(tied)
+    found = support.hub.places_of_parts(config, "cuda:0", head_bits, embeddings)
+    assert {name for name, place in found.items() if place == "cpu"} == on_host
+    if not on_host:
+        assert found == {"": "cuda:0"}
+        return
+    llm, _ = llm_shape(config, torch.float32)
+    for name, _ in (*llm.named_parameters(remove_duplicate=False), *llm.named_buffers()):
+        above = [part for part in found if name == part or name.startswith(f"{part}.")]
+        assert len(above) == 1, f"{name} is in {above}: each has one place"
+
+
+@pytest.fixture
+def stand_in_gpu(monkeypatch):
+    """ "cpu:0" is another device than "cpu"; [(its shape, where it went)] of every tensor."""
+    # a tensor of "cpu:0" says that it is on "cpu"; one of a GPU names the GPU
+    monkeypatch.setattr(
+        accelerate.utils.modeling, "check_device_same", lambda a, b: a.type == b.type
+    )
+    went = []
+    materialize = transformers.core_model_loading.spawn_materialize
+    move = accelerate.hooks.set_module_tensor_to_device
+
+    def spawn_materialize(pool, tensor, device, *more, **options):
+        went.append((tuple(tensor.get_shape()), str(device)))
+        return materialize(pool, tensor, device, *more, **options)
+
+    def set_module_tensor_to_device(module, name, device, *more, **options):
+        tensor = dict(accelerate.utils.modeling.named_module_tensors(module, recurse=True))[name]
+        went.append((tuple(tensor.shape), str(device)))
+        return move(module, name, device, *more, **options)
+
+    loading = transformers.core_model_loading
+    monkeypatch.setattr(loading, "spawn_materialize", spawn_materialize)
+    monkeypatch.setattr(
+        accelerate.hooks, "set_module_tensor_to_device", set_module_tensor_to_device
+    )
+    return went
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(
+    "family, head_bits, embeddings",
+    [
+        ("qwen2", 4, "host"),
+        ("qwen2", 4, "gpu"),
+        ("qwen2", 16, "host"),
+        ("tied", 4, "host"),
+        ("gemma3", 4, "host"),
+    ],
+)
+def test_an_llm_loaded_in_two_places_is_the_one_loaded_in_one(
+    bits, family, head_bits, embeddings, tmp_path, monkeypatch, stand_in_gpu
+):
+    more = {"tie_word_embeddings": True} if family == "tied" else {}
+    folder = save_llm(tmp_path, "qwen2" if family == "tied" else family, **more)
+    options = (bits, "bf16", head_bits, embeddings)
+    whole, _ = model.load_llm(folder, *options)
+    monkeypatch.setattr(model, "DEVICE", "cpu:0")
+    stand_in_gpu.clear()
+    llm, _ = model.load_llm(folder, *options)
+
+    vocabulary = llm.config.vocab_size
+    places = {place for shape, place in stand_in_gpu if shape[:1] == (vocabulary,)}
+    assert "cpu" in places and any(place == "cpu:0" for _, place in stand_in_gpu)
+    if embeddings == "host" and head_bits == 4:
+        assert "cpu:0" not in places, "the table or the projection took the GPU's memory"
+
+    expected, found = whole.state_dict(), llm.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for module in llm.modules():
+        assert not hasattr(module, "_hf_hook") and "forward" not in vars(module)
+    assert not hasattr(llm, "hf_device_map") and not any(p.is_meta for p in llm.parameters())
+    ids = torch.arange(4, 20)[None]
+    assert torch.equal(llm(ids).logits, whole(ids).logits)
+
+
+def test_out_of_memory_while_an_llm_is_loaded_is_not_laid_to_its_files(monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.load_llm("tiny")

@@ -956,12 +956,13 @@ def test_what_a_gpu_is_measured_by_is_written_row_by_row(tmp_path, monkeypatch, 
 
 
 def test_where_nothing_else_fits_the_embeddings_go_to_the_host(capsys):
-    words = ["plan", "--llm", "Qwen2.5-7B", "--encoder", "whisper-large-v3", "--vram"]
-    assert main([*words, "6"]) == 0
-    said = capsys.readouterr().out
+    words = ["--llm", "Qwen2.5-7B", "--encoder", "whisper-large-v3", "--vram"]
+    said, table = planned(capsys, *words, "6")
     assert "--head-bits 4 --embeddings host" in said and "It fits 6 GB" in said
-    assert main([*words, "12"]) == 0
-    assert "--embeddings" not in capsys.readouterr().out
+    assert 4 < table["loading the LLM"] < table["peak"], "the table goes through the GPU"
+    assert "for a moment" not in said
+    said, table = planned(capsys, *words, "12")
+    assert "--embeddings" not in said and table["loading the LLM"] < table["peak"]
 
 
 def test_a_drop_is_not_blurred_by_how_high_the_scores_are():
