@@ -871,6 +871,8 @@ class SpeechLLM(nn.Module):
         again = "train again with --force"
         try:
             model = cls.build(spec, llm, encoder, precision=precision)
+        except torch.OutOfMemoryError:  # which says nothing of the file
+            raise
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(
                 f"{folder / 'model.json'}: is not what training writes there "
@@ -889,6 +891,8 @@ class SpeechLLM(nn.Module):
                 )
         try:
             model.load_trained(folder)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"{folder}: the connector cannot be loaded ({first_line(error)}); {again}"

@@ -35,6 +35,7 @@ from typing import Annotated, ClassVar, Literal
 gc.disable()  # a second less: a million objects of libraries are made, and none is garbage
 
 import support  # noqa: F401  first: torch reads what it sets
+import torch
 import transformers
 
 import app.chat
@@ -59,7 +60,7 @@ from eval import BenchOptions, measure_all, plan_bench
 from lab.mistakes import Mistakes
 from model import SpeechLLM, compute_precision, llm_of, shared_llm
 from support.answers import answer_all, forget_parts
-from support.console import say_device, timed
+from support.console import say_device, timed, want_of_memory
 from support.files import PROJECT, UserError, WriteError, fingerprint, fingerprint_of_file
 from support.files import relative, write_jsonl
 from support.hub import fingerprint_of_weights, named
@@ -589,6 +590,9 @@ def main(words=None):
     except (UserError, WriteError, OSError) as error:
         print(f"mtbi: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, WriteError) else 2
+    except torch.OutOfMemoryError as error:
+        print(f"mtbi: {want_of_memory(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mtbi: interrupted; the same command goes on where it can", file=sys.stderr)
         return 130

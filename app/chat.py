@@ -8,10 +8,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from app.generate import answer_streaming, chosen_recipe
 from app.microphone import recorded
 from data import load_audio, write_audio
 from model import SpeechLLM
+from support.console import want_of_memory
 from support.files import UserError, write_text
 from support.options import Count, RunFolder, Seed
 from tiny.speech import render
@@ -158,3 +161,5 @@ def talk(options, recipes):
                 return
         except UserError as error:  # of one line; the conversation goes on
             print(f"chat: {error}", file=sys.stderr)
+        except torch.OutOfMemoryError as error:  # /reset makes it shorter
+            print(f"chat: {want_of_memory(error)}", file=sys.stderr)

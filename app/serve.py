@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
+import torch
 
 from app.inside import draw_heard, hear
 from app.systems import Systems, Turn
 from app.voice import LONGEST, VOICES, spoken
 from data import SAMPLE_RATE, load_audio, load_tasks
 from lab.plots import pyplot
+from support.console import want_of_memory
 from support.files import PROJECT, UserError
 from support.options import Between, Count, RunFolder
 
@@ -93,7 +95,11 @@ class Page:
         heard = [turn for turn in turns if turn.samples is not None]
         if not heard:
             self.tried(refuse, "say something first")
-        model, turn = self.systems.model(name), heard[-1]
+        return self.tried(self.draw, heard[-1], name)
+
+    def draw(self, turn, name):
+        """The figure of one turn."""
+        model = self.systems.model(name)
         with self.systems.lock:
             return draw_heard(
                 pyplot,
@@ -104,13 +110,15 @@ class Page:
             )
 
     def tried(self, function, *args):
-        """What a function returns; its UserError is shown on the page."""
+        """What a function returns; its UserError, or want of memory, is shown on the page."""
         import gradio
 
         try:
             return function(*args)
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from None
+        except torch.OutOfMemoryError as error:
+            raise gradio.Error(want_of_memory(error), print_exception=False) from None
 
 
 def refuse(reason):

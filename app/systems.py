@@ -6,11 +6,13 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from app.generate import Stream
 from data import Speech, chat_parts, open_run, transcript_tokens
 from eval import hypothesis
 from model import SpeechLLM, llm_of, load_encoder, shared_llm
+from support.console import want_of_memory
 from support.files import UserError
 from support.runs import read_spec, trained_recipes
 
@@ -120,5 +122,7 @@ class Systems:
             said.put(f" … (stopped after {SECONDS} s)")
         except UserError as error:
             said.put(f"({error})")
+        except torch.OutOfMemoryError as error:
+            said.put(f"({want_of_memory(error)})")
         finally:
             said.put(None)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
+from support.files import first_line
 from support.processes import DEVICE, MAIN, WORLD
 
 TIMES = {}  # what each step of this process took, in seconds: `demo --profile` prints it
@@ -46,6 +47,15 @@ def say_device():
     why = "there is no CUDA" if DEVICE == "cpu" else "CUDA is there"
     shared = f"; {WORLD} processes share the work" if WORLD > 1 else ""
     print(f"device: {DEVICE} ({torch.get_num_threads()} threads), because {why}{shared}")
+
+
+def want_of_memory(error):
+    """What is said of a torch.OutOfMemoryError that nothing could be done about."""
+    return (
+        f"the GPU's memory does not suffice ({first_line(error)}); `plan` says what fits: a "
+        "smaller --batch-size, a smaller LLM, --bits 4, --head-bits 4 --embeddings host; or close "
+        "what else uses the GPU"
+    )
 
 
 @contextmanager

@@ -9,13 +9,17 @@ import pytest
 import torch
 import transformers
 from checkpoints import save_llm
-from programs import python
+from programs import one_line, python
 
 import lab.smoke
+import lab.step
 import model
+import mtbi
 import support.frames
 import support.hub
+from app.systems import Systems, Turn
 from lab.model_shapes import find_config, llm_shape
+from lab.programs import run_program
 from model import HuggingFaceEncoder, SpeechLLM, encode_all
 from support.files import UserError
 
@@ -353,10 +357,62 @@ def test_an_llm_loaded_in_two_places_is_the_one_loaded_in_one(
     assert torch.equal(llm(ids).logits, whole(ids).logits)
 
 
-def test_out_of_memory_while_an_llm_is_loaded_is_not_laid_to_its_files(monkeypatch):
-    def out_of_memory(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def out_of_memory(*_, **__):
+    """A GPU that is too small."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
+
+def test_out_of_memory_while_an_llm_is_loaded_is_not_laid_to_its_files(monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         model.load_llm("tiny")
+
+
+# ---- out of memory with nothing to be done: a line for people ----
+
+NO_MEMORY = "the GPU's memory does not suffice (CUDA out of memory"
+
+
+@pytest.mark.parametrize("command", ["behaviors", "train", "bench", "generate", "chat", "serve"])
+def test_out_of_memory_in_a_command_is_one_line_with_what_to_do(
+    command, trained_world, tmp_path, monkeypatch, capsys
+):
+    run, data = trained_world / "run", trained_world / "data"
+    words = {
+        "behaviors": [data, "--out", tmp_path / "run"],
+        "train": [run, "--recipe", "blsp", "--steps", "1"],
+        "bench": [run],
+        "generate": [run, data / "audio" / "test-00000.wav", "Who did it?"],
+    }.get(command, [run])
+    monkeypatch.setattr(model, "load_weights", out_of_memory)
+    model.shared_llm.cache_clear()
+    assert mtbi.main([command, *map(str, words)]) == 2
+    one_line(capsys, NO_MEMORY, "--batch-size", "--head-bits 4 --embeddings host")
+
+
+def test_out_of_memory_in_a_program_of_the_lab_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["step"])
+    assert run_program("step", lab.step.StepOptions, out_of_memory) == 2
+    assert capsys.readouterr().err.startswith(f"step: {NO_MEMORY}")
+
+
+def test_an_answer_without_memory_is_a_line_and_the_chat_goes_on(
+    trained_world, monkeypatch, capsys
+):
+    run = trained_world / "run"
+    monkeypatch.setattr(SpeechLLM, "generate_rows", out_of_memory)
+    lines = iter(["Who did it?", "And where?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert mtbi.main(["chat", str(run)]) == 0
+    assert capsys.readouterr().err.count(f"chat: {NO_MEMORY}") == 2
+    wav = trained_world / "data" / "audio" / "test-00000.wav"
+    assert mtbi.main(["generate", str(run), str(wav), "Who did it?"]) == 2
+    one_line(capsys, NO_MEMORY)
+
+
+def test_an_answer_without_memory_is_said_on_the_page(trained_world, monkeypatch):
+    systems = Systems(trained_world / "run", list(mtbi.RECIPES), 8)
+    monkeypatch.setattr(SpeechLLM, "generate_rows", out_of_memory)
+    *_, said = systems.answer("text", [Turn("Repeat this.", noise(), "three red apples")])
+    assert said.startswith(f"({NO_MEMORY}")
+    assert not systems.lock.locked(), "the next one can ask"
