@@ -34,7 +34,13 @@ from support.hub import PackedHead, check_frames, check_row_widths, check_tokeni
 from support.hub import check_vocabulary
 from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
-from support.hub import keep_embeddings_on_host, load_weights, local_or_fetched, located, pack_head
+from support.hub import (
+    keep_embeddings_on_host,
+    load_in_places,
+    local_or_fetched,
+    located,
+    pack_head,
+)
 from support.hub import save_adapter
 from support.processes import DEVICE, first_process
 from support.recognizer import encoder_behind, fingerprint_of_recognizer, is_recognizer
@@ -494,7 +500,7 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
     with explained(f"LLM {where}: its chat template cannot be used", IndexError):
         end_of_turn(tokenizer)
         chat_parts(tokenizer, ask("Who did it, and when?"), [[]])
-    llm = load_weights(where, bits, compute, DEVICE, head_bits, embeddings)
+    llm = load_in_places(where, bits, compute, DEVICE, head_bits, embeddings)
     check_vocabulary(llm, vocabulary, where)
     check_row_widths(llm, where)
     for module in llm.modules():

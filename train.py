@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data import Examples, Speech, open_run, read_behaviors
 from model import LOSSES, SpeechLLM, compute_precision, connector_class, encode_all, llm_of
 from model import fingerprint_of_encoder, load_encoder, load_llm, shared_llm
+from support.adam import RoomyAdamW
 from support.console import progress_bar, say_device, stop_signals, timed
 from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
 from support.frames import fingerprint_of_audio
@@ -481,7 +482,7 @@ def update(optimizer, parameters, loss, progress, clip):
         try:
             optimizer.step()
         except torch.OutOfMemoryError as error:
-            # it may have changed some weights already, so the step cannot be taken again
+            # not even for a piece of them; some weights are changed, so there is no way back
             raise UserError(
                 f"no memory for the optimizer's moments ({first_line(error)}); train again with "
                 "--force, half the --batch-size and twice the --accumulate; `plan` says what fits"
@@ -562,7 +563,7 @@ def train(
 
 
 def adam_w(parameters, lr):
-    return torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    return RoomyAdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def say_skipped(progress):

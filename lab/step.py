@@ -37,7 +37,7 @@ from support.files import UserError, ceil_div, write_json
 from support.hub import TINY, keep_embeddings_on_host, pack_head, pack_linear
 from support.options import Count, Rank, Size
 from support.processes import DEVICE
-from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, update
+from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, adam_w, update
 
 FRAME_RATE = 50.0  # encoder frames a second, of Whisper
 PADDED_MEL_FRAMES = 3000  # 30 s, as Whisper pads
@@ -465,7 +465,7 @@ def measure_step(options, model, examples, length, best_seconds, step, encoder):
     length: LLM positions of one of our conversations; best_seconds: what a step would take at the
     FLOP limit.
     """
-    optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4)
+    optimizer = adam_w(model.trainable(), lr=1e-4)
     try:
         seconds = seconds_a_step(step, model, optimizer, examples, encoder, options.steps)
         peak = peak_bytes(step, model, optimizer, examples, encoder)

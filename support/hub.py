@@ -27,7 +27,7 @@ from support.processes import DEVICE
 
 # bitsandbytes warns of an optional kernel package that it would load from the network
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# and accelerate of weights that load_weights takes back from it
+# and accelerate of weights that load_in_places takes back from it
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()  # loading weights takes seconds,
 enable_progress_bars()  # but a download is seen
@@ -130,7 +130,7 @@ def check_frames(name, frames, ctc_tokenizer, symbols):
 # ---- LLMs ----
 
 
-def load_weights(where, bits, compute, device, head_bits=16, embeddings="gpu"):
+def load_in_places(where, bits, compute, device, head_bits=16, embeddings="gpu"):
     """An LLM on the device, its linear layers packed.
 
     What pack_head and keep_embeddings_on_host are to take from a GPU is in host memory already: it

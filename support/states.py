@@ -129,7 +129,7 @@ def restore(path, parameters, optimizer, start, made_with):
         for moment in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors.get(f"{moment}.{name}")
             if value is not None:
-                moments[p][moment] = value if moment == "step" else value.to(p.device)
+                moments[p][moment] = value  # on the CPU: the optimizer takes it where it has room
     for name, p in parameters.items():
         p.data.copy_(tensors[f"weight.{name}"])
         if moments[p]:

@@ -15,8 +15,10 @@ import lab.smoke
 import lab.step
 import model
 import mtbi
+import support.adam
 import support.frames
 import support.hub
+import train
 from app.systems import Systems, Turn
 from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
@@ -384,7 +386,7 @@ def test_out_of_memory_in_a_command_is_one_line_with_what_to_do(
         "bench": [run],
         "generate": [run, data / "audio" / "test-00000.wav", "Who did it?"],
     }.get(command, [run])
-    monkeypatch.setattr(model, "load_weights", out_of_memory)
+    monkeypatch.setattr(model, "load_in_places", out_of_memory)
     model.shared_llm.cache_clear()
     assert mtbi.main([command, *map(str, words)]) == 2
     one_line(capsys, NO_MEMORY, "--batch-size", "--head-bits 4 --embeddings host")
@@ -416,3 +418,71 @@ def test_an_answer_without_memory_is_said_on_the_page(trained_world, monkeypatch
     *_, said = systems.answer("text", [Turn("Repeat this.", noise(), "three red apples")])
     assert said.startswith(f"({NO_MEMORY}")
     assert not systems.lock.locked(), "the next one can ask"
+
+
+# ---- the optimizer without room for its moments ----
+
+
+def steps_of(optimizer, weights, n=3):
+    generator = torch.Generator().manual_seed(1)
+    for i in range(n):
+        for p in weights:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
+        optimizer.step()
+    return [p.detach().clone() for p in weights]
+
+
+def some_weights():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(70, 41), (5,), (3, 4, 100), ()]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 6, 11, 99])
+def test_an_optimizer_that_finds_no_room_at_any_parameter_goes_on_to_the_same_weights(
+    when, monkeypatch, capsys
+):
+    before, weights, calls = some_weights(), some_weights(), []
+    usual = torch.optim.AdamW(before, betas=(0.9, 0.98), weight_decay=0.01, foreach=False)
+    expected = steps_of(usual, before)
+
+    def make_room(p):
+        calls.append(p)
+        if len(calls) > when:
+            out_of_memory()
+
+    monkeypatch.setattr(support.adam, "make_room", make_room)
+    monkeypatch.setattr(support.adam, "PIECE", 64)
+    optimizer = train.adam_w(dict(enumerate(weights)), 1e-2)
+    found = steps_of(optimizer, weights)
+    assert optimizer.on_host == (when < 12)
+    assert len(calls) == min(when + 1, 12), "it tries once, and then never again"
+    assert capsys.readouterr().err.count("from here on they are in host memory") == (when < 12)
+    assert all(map(torch.equal, found, expected))
+    for p, q in zip(weights, before):
+        for name in ("step", *support.adam.MOMENTS):
+            assert torch.equal(optimizer.state[p][name], usual.state[q][name])
+
+
+def test_the_check_of_the_optimizer_fails_where_the_memory_did_not_run_out(tmp_path, monkeypatch):
+    limits = []
+
+    @contextmanager
+    def allowed(n_bytes):
+        limits.append(n_bytes)
+        yield
+
+    def make_room(p):
+        if enough is False and len(limits) == 2:
+            out_of_memory()
+
+    monkeypatch.setattr(lab.smoke, "allowed", allowed)
+    monkeypatch.setattr(lab.smoke, "WEIGHTS", 1000)
+    monkeypatch.setattr(support.adam, "make_room", make_room)
+    enough = True
+    with pytest.raises(AssertionError, match="nothing was tried"):
+        lab.smoke.optimizer_goes_on(tmp_path)
+    limits.clear()
+    enough = False
+    assert lab.smoke.optimizer_goes_on(tmp_path) == "the same to the bit"

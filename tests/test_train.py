@@ -15,6 +15,7 @@ from programs import begun_anew, free_port, one_line, program, python
 from safetensors.torch import load_file, save_file
 
 import model as model_module
+import support.adam
 import support.processes
 import support.states
 import train as train_module
@@ -772,7 +773,7 @@ def test_when_not_even_one_utterance_fits_it_says_what_to_do(
 
 
 def test_no_memory_for_the_optimizer_is_said_in_one_line(model, examples, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim.AdamW, "step", out_of_memory)
+    monkeypatch.setattr(support.adam.RoomyAdamW, "step", out_of_memory)
     with pytest.raises(UserError, match="no memory for the optimizer's moments"):
         train(model, examples, tmp_path, lr=1e-3)
 
