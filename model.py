@@ -31,17 +31,10 @@ from support.files import UserError, ceil_div, explained, first_line
 from support.files import whole_file, write_json
 from support.frames import keep_frames
 from support.hub import PackedHead, check_frames, check_row_widths, check_tokenizer
-from support.hub import check_vocabulary
+from support.hub import check_vocabulary, keep_embeddings_on_host
 from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
-from support.hub import (
-    keep_embeddings_on_host,
-    load_in_places,
-    local_or_fetched,
-    located,
-    pack_head,
-)
-from support.hub import save_adapter
+from support.hub import load_in_places, local_or_fetched, located, pack_head, save_adapter
 from support.processes import DEVICE, first_process
 from support.recognizer import encoder_behind, fingerprint_of_recognizer, is_recognizer
 from support.recognizer import open_recognizer

@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_iter
 
 from data import Recipe
 from lab.model_shapes import llm_shape
-from model import Connector, connector_class
+from model import LOSSES, Connector, connector_class
 from support.files import ceil_div
 from support.hub import PackedHead
 
 GB = 1e9
+TRANSCRIPT_RATE = 4  # tokens of a transcript a second of speech, about
 # CUDA's context and its kernels, beside what torch reserves: 0.80 to 0.83 GB on an H200 (see
 # docs/gpu.md); it differs from card to card
 CONTEXT = 0.8 * GB
@@ -135,6 +136,7 @@ class MicroBatch:
     frames: int  # encoder frames of each
     prompt: int  # tokens of each that are read
     answer: int  # tokens of each that carry loss
+    read: int = 0  # tokens of the same with its transcript as text, for a loss that has a teacher
 
 
 def activation_bytes(llm, adapted, connector, batch, width):
@@ -153,8 +155,6 @@ def activation_bytes(llm, adapted, connector, batch, width):
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
             there.append(p.grad)
-    mask = torch.ones(batch.size, 1, length, length, dtype=torch.bool, device="meta")
-    positions = torch.arange(length, device="meta")[None].expand(batch.size, length)  # (B, L)
 
     def responses_alone(head, args):
         states = args[0][:, -batch.answer - 1 : -1]  # (B, answer, D)
@@ -162,22 +162,41 @@ def activation_bytes(llm, adapted, connector, batch, width):
 
     hook = llm.get_output_embeddings().register_forward_pre_hook(responses_alone)
     with fused_attention(), LiveBytes(there) as live:
+        target = None
+        if batch.read:
+            with torch.no_grad():
+                embeds = torch.empty(
+                    batch.size, batch.read, table.shape[1], device="meta", dtype=table.dtype
+                )
+                target = logits_on_shapes(adapted, embeds).log_softmax(-1)  # (R, V)
+                del embeds
         frames = []
         for _ in range(batch.size):
             frames.append(torch.empty(batch.frames, width, device="meta", dtype=torch.float16))
         embeds = embed_on_shapes(connector, frames, table, length)  # (B, L, D)
-        logits = adapted(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-        ).logits.float()  # (R, V)
-        loss = F.cross_entropy(
-            logits,
-            torch.zeros(len(logits), dtype=torch.long, device="meta"),  # (R)
-            reduction="sum",
-        )
-        del logits
-        loss.backward()
+        loss_on_shapes(logits_on_shapes(adapted, embeds), target).backward()
     hook.remove()
     return live.peak
+
+
+def logits_on_shapes(llm, embeds):
+    """embeddings (B, L, D) -> logits (R, V) in fp32."""
+    size, length, _ = embeds.shape
+    mask = torch.ones(size, 1, length, length, dtype=torch.bool, device="meta")
+    positions = torch.arange(length, device="meta")[None].expand(size, length)  # (B, L)
+    return llm(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+    ).logits.float()
+
+
+def loss_on_shapes(logits, target):
+    """The loss of logits (R, V); target: log-probabilities (R, V) of the teacher, if any."""
+    if target is not None:
+        found = logits.log_softmax(-1)  # (R, V)
+        del logits
+        return F.kl_div(found, target, reduction="sum", log_target=True)
+    answers = torch.zeros(len(logits), dtype=torch.long, device="meta")  # (R)
+    return F.cross_entropy(logits, answers, reduction="sum")
 
 
 def embed_on_shapes(connector, frames, table, length):
@@ -203,6 +222,7 @@ def estimate(
     lora=0,
     head_bits=16,
     embeddings="gpu",
+    loss="ce",
     batch,
     checkpointing,
 ):
@@ -222,7 +242,8 @@ def estimate(
     parameters = (*body.parameters(), *adapted.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
 
-    micro_batch = MicroBatch(batch, round(seconds * rate), prompt, answer)
+    read = prompt + round(seconds * TRANSCRIPT_RATE) + answer if LOSSES[loss].has_teacher else 0
+    micro_batch = MicroBatch(batch, round(seconds * rate), prompt, answer, read)
     parts = {
         "weights": weights,
         "trained": trained * 4 * 4,  # fp32: weight, gradient, and AdamW's two moments

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from data import Recipe
-from lab.memory import CONTEXT, GB, behaviors_bytes, estimate
+from lab.memory import CONTEXT, GB, TRANSCRIPT_RATE, behaviors_bytes, estimate
 from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
 from model import PRECISIONS
 from support.options import Count, Rank, Size
@@ -43,6 +43,8 @@ class PlanOptions:
     """stack-mlp, conv or qformer"""
     lora: Rank = 0
     """rank of a LoRA adapter on the LLM, 0 for none"""
+    loss: Literal["ce", "kl"] = "ce"
+    """the LLM's answer, or its whole distribution, whose second pass needs more memory"""
     batch_size: Count = 32
     """utterances in a step; how many go through at once is what the plan finds"""
     hours: Size = 100.0
@@ -112,6 +114,7 @@ def best_fit(options, llm_config, encoder, room):
         answer=options.answer_tokens,
         connector=options.connector,
         lora=options.lora,
+        loss=options.loss,
     )
     fast = largest_fit(estimated, options.batch_size, False, room)
     frugal = largest_fit(estimated, options.batch_size, True, room)
@@ -140,7 +143,7 @@ def largest_fit(estimated, batch_size, checkpointing, room, frugal=False):
 
 def answers_at_once(options, llm_config, weights, room):
     """How many transcripts stage 1 can answer at once within `room` bytes; 0: not one."""
-    transcript = round(options.seconds * 4)  # tokens, at about four a second
+    transcript = round(options.seconds * TRANSCRIPT_RATE)  # tokens
     tokens = options.prompt_tokens + transcript + options.answer_tokens
     dtype = PRECISIONS[options.precision]
     for batch in (128, 64, 32, 16, 8, 4, 2, 1):
@@ -225,6 +228,8 @@ def print_commands(options, best, answered):
     ]
     if options.connector != "stack-mlp":
         train.append(f"--connector {options.connector}")
+    if options.loss != "ce":
+        train.append(f"--loss {options.loss}")
     if options.lora:
         train.append(f"--lora {options.lora}")
     print(f"\nIt fits {options.vram:g} GB, with")

@@ -422,7 +422,7 @@ def optimizer_goes_on(_):
 
 
 def two_steps(room):
-    """(the weights, the optimizer) after two steps of eight tensors, with so many bytes to spare."""
+    """(weights, the optimizer) after two steps of eight tensors, with so many bytes to spare."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for i in range(8):

@@ -28,7 +28,7 @@ from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data import Example, Recipe, Response, Speech, Text
-from lab.memory import GB, LiveBytes, estimate
+from lab.memory import GB, TRANSCRIPT_RATE, LiveBytes, estimate
 from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
 from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, connector_class
@@ -41,7 +41,6 @@ from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, adam_w
 
 FRAME_RATE = 50.0  # encoder frames a second, of Whisper
 PADDED_MEL_FRAMES = 3000  # 30 s, as Whisper pads
-TRANSCRIPT_RATE = 4  # tokens of a transcript a second of speech, about
 CONNECTOR = "stack-mlp"
 PLAN_IS_CLOSE = 0.15  # plan's estimate of the peak should be within this share of the measured one
 
@@ -415,6 +414,7 @@ def planned_peak(options, config, encoder_config, dtype, checkpointing):
         lora=options.lora,
         head_bits=options.head_bits,
         embeddings=options.embeddings,
+        loss=options.loss,
         batch=options.batch_size,
         checkpointing=checkpointing,
     )

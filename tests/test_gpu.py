@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import save_llm
+from conftest import ROOT
 from programs import one_line, python
 
 import lab.smoke
@@ -23,7 +24,7 @@ from app.systems import Systems, Turn
 from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
 from model import HuggingFaceEncoder, SpeechLLM, encode_all
-from support.files import UserError
+from support.files import UserError, read_json
 
 
 # ---- what a check of the smoke test says when its path is taken away ----
@@ -486,3 +487,18 @@ def test_the_check_of_the_optimizer_fails_where_the_memory_did_not_run_out(tmp_p
     limits.clear()
     enough = False
     assert lab.smoke.optimizer_goes_on(tmp_path) == "the same to the bit"
+
+
+# ---- plan beside what was measured on a GPU ----
+
+
+@pytest.mark.parametrize("row", ["0.5B-whisper-large-v3-15s-x16", "7B-whisper-large-v3-15s-x4"])
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_plan_says_what_a_step_took_of_a_gpu(row, loss):
+    measured = read_json(ROOT / "docs/results/gpu/gpu.json")["rows"][f"step-Qwen2.5-{row}-{loss}"]
+    names = ("llm", "encoder", "seconds", "batch_size", "loss")
+    options = lab.step.StepOptions(**{name: measured[name] for name in names})
+    configs = lab.step.configs_of(options)
+    checkpointing = measured["gradient_checkpointing"]
+    planned = lab.step.planned_peak(options, *configs, torch.bfloat16, checkpointing)
+    assert 0 <= planned / 1e9 / measured["ours"]["peak_gb"] - 1 < 0.07

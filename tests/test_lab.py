@@ -717,9 +717,9 @@ SMALL_QWEN = {
     "bits, frugal", [(4, {}), (16, {}), (4, {"head_bits": 4, "embeddings": "host"})]
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision, loss", [("fp32", "ce"), ("bf16", "ce"), ("bf16", "kl")])
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(
-    bits, frugal, checkpointing, precision
+    bits, frugal, checkpointing, precision, loss
 ):
     """On a CPU: the tensors that are alive in a real step, on real weights."""
     config, dtype = transformers.Qwen2Config(**SMALL_QWEN), PRECISIONS[precision]
@@ -732,7 +732,7 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(
     model.train()
     optimizer = torch.optim.AdamW(model.trainable().values())
     examples = lab.step.random_conversations(options, 128, 300)
-    step = partial(lab.step.our_step, loss="ce")
+    step = partial(lab.step.our_step, loss=loss)
     step(model, optimizer, examples, None)
     measured = 1e9 * lab.step.peak_bytes(step, model, optimizer, examples, None)["peak_gb"]
     planned = estimate(
@@ -746,6 +746,7 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(
         answer=30,
         batch=6,
         checkpointing=checkpointing,
+        loss=loss,
         **frugal,
     )
     megabytes = {name: round(value / 1e6, 1) for name, value in planned.items()}
