@@ -213,6 +213,8 @@ def int8_is_close(_):
 
 def bf16_is_close(_):
     """bf16 is near fp32."""
+    if ON_GPU and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "this card has none, and --precision auto is fp16"
     return against_fp32(16, "bf16", 0.1)
 
 

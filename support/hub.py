@@ -289,10 +289,15 @@ class PackedHead(nn.Module):
 
 
 def pack_head(llm, compute, device):
-    """Put the LLM's vocabulary projection into NF4; UserError if it has a bias."""
+    """Put the LLM's vocabulary projection into NF4; UserError if that would be wrong."""
     head = llm.get_output_embeddings()
     if head.bias is not None:
         raise UserError("this LLM's vocabulary projection has a bias; leave --head-bits at 16")
+    if device == "cpu" and head.in_features % 64:  # see check_row_widths
+        raise UserError(
+            f"this LLM's vocabulary projection has rows of {head.in_features} weights, no multiple "
+            "of 64, which bitsandbytes unpacks wrongly on a CPU; leave --head-bits at 16"
+        )
     llm.set_output_embeddings(PackedHead(head, compute, device))
 
 

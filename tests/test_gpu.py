@@ -196,6 +196,20 @@ def test_without_bitsandbytes_a_projection_in_nf4_is_refused_in_one_line(monkeyp
         model.load_llm("tiny", 16, "auto", 4)
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_projection_that_bitsandbytes_unpacks_wrongly_on_a_cpu_is_refused(bits, tmp_path):
+    odd = save_llm(tmp_path, "qwen2", hidden_size=96, num_attention_heads=4)
+    with pytest.raises(UserError, match="rows of 96 weights, no multiple of 64"):
+        model.load_llm(odd, bits, "auto", 4)
+
+
+def test_a_card_without_bf16_does_not_fail_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab.smoke, "ON_GPU", True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(lab.smoke, "load_llm", None)
+    assert "this card has none" in lab.smoke.bf16_is_close(tmp_path)
+
+
 # ---- an encoder for which a GPU has too little memory; "elsewhere" stands in for the GPU ----
 
 
