@@ -1,0 +1,144 @@
+"""The workshop's notebook: it runs from top to bottom, shortened, and leaves nothing behind.
+
+Without nbclient that test is skipped, which pytest says.
+"""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOK = ROOT / "workshop.ipynb"
+INSTALL = "pip install -r requirements-workshop.txt"
+
+
+def cells(kind):
+    """The cells of a kind ("code", "markdown") of the notebook as it is committed."""
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def is_solution(cell):
+    return "solution" in cell["metadata"].get("tags", [])
+
+
+# ---- as it is committed ----
+
+
+def test_the_notebook_is_committed_without_what_running_it_leaves():
+    for cell in cells("code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None, source(cell)
+
+
+def test_every_exercise_has_a_solution_that_is_folded_up():
+    asked = [cell for cell in cells("markdown") if source(cell).startswith("### Exercise ")]
+    solved = [cell for cell in cells("code") if is_solution(cell)]
+    assert len(asked) == len(solved) == 5
+    assert all(cell["metadata"]["jupyter"]["source_hidden"] for cell in solved)
+
+
+def test_no_line_of_the_notebook_is_over_110_columns():
+    for cell in cells("code") + cells("markdown"):
+        assert [line for line in source(cell).splitlines() if len(line) > 110] == []
+
+
+def test_the_notebook_calls_the_modules_and_copies_no_function_of_them():
+    ours = set()
+    for place in (".", "app", "corpora", "lab", "support", "tiny"):
+        for path in (ROOT / place).glob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            ours |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for cell in cells("code"):
+        lines = [line for line in source(cell).splitlines() if not line.startswith("%")]
+        for node in ast.parse("\n".join(lines)).body:
+            assert not (isinstance(node, ast.FunctionDef) and node.name in ours), node.name
+
+
+def test_the_page_for_teachers_has_every_chapter_and_every_exercise_in_order():
+    page = (ROOT / "docs" / "workshop.md").read_text(encoding="utf-8")
+    assert len(page.split()) <= 900
+    at = 0
+    for cell in cells("markdown"):
+        first = source(cell).splitlines()[0]
+        if first.startswith(("## ", "### Exercise ")):
+            at = page.find(first.lstrip("# "), at)
+            assert at >= 0, first
+
+
+# ---- as it runs ----
+
+
+def everything_in(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def copy_of_the_checkout(folder):
+    """What git knows, and what is new and not ignored, as a fresh clone would have it."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """(the notebook after it ran in a copy of the checkout, what it left there, what beside)."""
+    for name in ("nbclient", "ipykernel"):
+        pytest.importorskip(name, reason=f"no {name}: {INSTALL}")
+    import nbclient
+    import nbformat
+
+    checkout = copy_of_the_checkout(tmp_path_factory.mktemp("checkout"))
+    temporary = tmp_path_factory.mktemp("temporary")
+    before = everything_in(checkout)
+    env = {**os.environ, "WORKSHOP_SHORT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"IPYTHONDIR": str(tmp_path_factory.mktemp("ipython"))}
+    env |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
+    client = nbclient.NotebookClient(
+        nbformat.read(checkout / "workshop.ipynb", as_version=4),
+        timeout=600,  # seconds a cell
+        kernel_name="python3",
+        resources={"metadata": {"path": str(checkout)}},
+    )
+    notebook = client.execute(env=env)  # an exception, if a cell raises one
+    return notebook, everything_in(checkout) - before, everything_in(temporary)
+
+
+def outputs(notebook):
+    found = []
+    for cell in notebook.cells:
+        found += cell.get("outputs", [])
+    return found
+
+
+def test_every_cell_runs_and_solutions_too(executed):
+    notebook, _, _ = executed
+    ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in ran)
+    assert [out for out in outputs(notebook) if out.output_type == "error"] == []
+    assert all(cell.outputs for cell in ran if is_solution(cell))
+
+
+def test_it_shows_plots_and_plays_sound(executed):
+    shown = [str(out.get("data", {})) for out in outputs(executed[0])]
+    assert sum("image/png" in data for data in shown) >= 15
+    assert sum("<audio" in data for data in shown) >= 5
+
+
+def test_it_leaves_nothing_in_the_checkout(executed):
+    _, left, beside = executed
+    assert left == set()
+    # in the system's temporary folder, what it made by the name of the workshop
+    named = {path.parts[0] for path in beside if (path.parts[0]).startswith("workshop-")}
+    assert len(named) == 1
