@@ -80,7 +80,7 @@ def everything_in(folder):
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
-def copy_of_the_checkout(folder):
+def copy_the_checkout(folder):
     """What git knows, and what is new and not ignored, as a fresh clone would have it."""
     words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -88,22 +88,21 @@ def copy_of_the_checkout(folder):
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    return folder
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """(the notebook after it ran in a copy of the checkout, what it left there, what beside)."""
+def test_it_runs_to_the_end_shortened_and_leaves_nothing_in_the_checkout(tmp_path):
     for name in ("nbclient", "ipykernel"):
         pytest.importorskip(name, reason=f"no {name}: {INSTALL}")
     import nbclient
     import nbformat
 
-    checkout = copy_of_the_checkout(tmp_path_factory.mktemp("checkout"))
-    temporary = tmp_path_factory.mktemp("temporary")
+    checkout, temporary = tmp_path / "checkout", tmp_path / "temporary"
+    copy_the_checkout(checkout)
+    temporary.mkdir()
     before = everything_in(checkout)
-    env = {**os.environ, "WORKSHOP_SHORT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    env |= {"IPYTHONDIR": str(tmp_path_factory.mktemp("ipython"))}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= {"WORKSHOP_SHORT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"IPYTHONDIR": str(tmp_path / "ipython")}
     env |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
     client = nbclient.NotebookClient(
         nbformat.read(checkout / "workshop.ipynb", as_version=4),
@@ -112,33 +111,17 @@ def executed(tmp_path_factory):
         resources={"metadata": {"path": str(checkout)}},
     )
     notebook = client.execute(env=env)  # an exception, if a cell raises one
-    return notebook, everything_in(checkout) - before, everything_in(temporary)
 
-
-def outputs(notebook):
-    found = []
-    for cell in notebook.cells:
-        found += cell.get("outputs", [])
-    return found
-
-
-def test_every_cell_runs_and_solutions_too(executed):
-    notebook, _, _ = executed
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in ran)
-    assert [out for out in outputs(notebook) if out.output_type == "error"] == []
     assert all(cell.outputs for cell in ran if is_solution(cell))
-
-
-def test_it_shows_plots_and_plays_sound(executed):
-    shown = [str(out.get("data", {})) for out in outputs(executed[0])]
-    assert sum("image/png" in data for data in shown) >= 15
+    shown = []
+    for cell in ran:
+        assert all(out.output_type != "error" for out in cell.outputs), source(cell)
+        shown += [str(out.get("data", {})) for out in cell.outputs]
+    assert sum("image/png" in data for data in shown) >= 15  # plots
     assert sum("<audio" in data for data in shown) >= 5
 
-
-def test_it_leaves_nothing_in_the_checkout(executed):
-    _, left, beside = executed
-    assert left == set()
-    # in the system's temporary folder, what it made by the name of the workshop
-    named = {path.parts[0] for path in beside if (path.parts[0]).startswith("workshop-")}
-    assert len(named) == 1
+    assert everything_in(checkout) == before
+    named = {path.parts[0] for path in everything_in(temporary)}
+    assert len([name for name in named if name.startswith("workshop-")]) == 1
