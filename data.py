@@ -253,7 +253,7 @@ class Recipe:
     # a key of model.CONNECTORS; "": nothing is trained
     connector: str = "stack-mlp"
     # speech tokens a second of speech; the encoder's frame rate tells how many frames that makes
-    tokens_per_second: float = 5.6
+    tokens_per_second: float = 6.6
     # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
     lora: int = 0
     # share of examples in which spans of words enter as text,

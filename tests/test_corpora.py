@@ -20,6 +20,7 @@ from data import SAMPLE_RATE, held_out, load_audio, normalize, read_manifest
 from model import HuggingFaceEncoder
 from support.files import UserError, read_json, read_jsonl, write_jsonl
 from support.runs import alone
+from tiny import world
 
 SAID = [
     "the farmer sold three red apples",
@@ -281,7 +282,7 @@ def test_test_only_holds_out_every_row_of_any_corpus(tmp_path, capsys):
     assert "{'test': 12} (--test-only: every row is held out)" in said and "left out" not in said
     rendered = prepared(tmp_path / "tiny", "tiny", "--test", 3, "--test-only")
     assert len(rendered) == 3 and splits(rendered) == {"test"} and all(u.words for u in rendered)
-    assert {u.kind for u in rendered} <= {"sentence", "digits"}
+    assert {u.kind for u in rendered} <= set(world.KINDS)
     assert read_json(tmp_path / "tiny" / "data" / "config.json")["options"]["train"] == 0
 
 

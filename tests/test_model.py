@@ -254,14 +254,14 @@ def test_a_connector_of_ones_own_is_an_entry_of_the_table(encoder, llm, monkeypa
     monkeypatch.setitem(CONNECTORS, "every-kth", EveryKth)
     recipe = Recipe("", connector="every-kth")
     size = connector_size(TrainOptions("run"), recipe, 192, encoder)
-    assert size == {"k": 8, "hidden": 50}, "by its own defaults"
+    assert size == {"k": 4, "hidden": 50}, "by its own defaults"
     assert connector_size(TrainOptions("run", k=3, hidden=9), recipe, 192, encoder) == {
         "k": 3,
         "hidden": 9,
     }
     assert "hidden: 50, 1 x the LLM's width of 192, as a multiple of 5" in capsys.readouterr().out
     model = SpeechLLM.build({"connector": "every-kth", "lora": 0, **size}, llm, encoder)
-    assert len(model.connector([torch.randn(17, encoder.width)])[0]) == 3
+    assert len(model.connector([torch.randn(17, encoder.width)])[0]) == 5
     with pytest.raises(UserError, match="no connector 'nosuch'; there are stack-mlp, .*every-kth"):
         Connector("nosuch", 8, 8, 1, 8)
 

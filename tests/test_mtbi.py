@@ -119,7 +119,7 @@ def test_a_recipe_of_some_kinds_hears_no_other(examples_of):
     recipe = replace(RECIPES["asr"], kinds=("sentence",))
     every = examples_of(RECIPES["asr"])
     kinds = {u.kind for u in every.utterances}
-    assert kinds == {"sentence", "digits"}
+    assert kinds == {"sentence", "digits", "directive"}
     assert {u.kind for u in examples_of(recipe).utterances} == {"sentence"}
     nameless = [replace(u, kind="") for u in every.utterances]  # a corpus that names none
     given = (every.tokenizer, nameless, every.behaviors, every.frames, recipe)
@@ -461,7 +461,7 @@ def check_demo_report(recipes):
     for name, entry in recipes.items():
         assert list(entry["cells"]) == CELLS
         assert entry["seconds"] > 0 or name == "copy"
-        assert len(entry["tasks"]) == 27
+        assert len(entry["tasks"]) == 28
         for cell in entry["cells"].values():
             assert set(cell) == {"score", "gain", "exact", "n", "ci95"}
         for cell in [*entry["cells"].values(), *entry["tasks"].values()]:

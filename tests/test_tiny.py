@@ -33,7 +33,8 @@ def test_every_task_that_applies_has_an_answer(seed):
     utterance = world.draw(random.Random(seed))
     assert set(TASKS) == set(world.ANSWERS)
     answers = {task.name: world.ANSWERS[task.name](utterance) for task in tasks_for(utterance)}
-    assert len(answers) >= 13
+    fewest = {"sentence": 13, "digits": 11, "directive": 6}
+    assert len(answers) >= fewest[world.kind_of(utterance)]
     assert all(a and a == " ".join(a.split()) for a in answers.values())
     assert answers["repeat"] == utterance.words
     assert answers["last_word"] == utterance.words.split()[-1]
@@ -74,6 +75,22 @@ def test_some_answers_about_digits_by_hand():
         "numerals": "3 9 0 5",
     }
     assert {name: world.ANSWERS[name](u) for name in expected} == expected
+
+
+def test_some_answers_about_a_directive_by_hand():
+    """It is content like any other; what it asks for is its reply, for where it is the prompt."""
+    u = world.Directive(
+        "which is larger two or five", "cuál es mayor dos o cinco", "five", "question"
+    )
+    expected = {
+        "repeat": "which is larger two or five",
+        "translate": "cuál es mayor dos o cinco",
+        "request": "question",
+        "last_word": "five",
+        "word_count": "6",
+    }
+    assert {name: world.ANSWERS[name](u) for name in expected} == expected
+    assert u.reply == "five"
 
 
 def test_the_world_has_the_tasks_and_prompts_it_promises():
@@ -191,14 +208,12 @@ def test_pretraining_writes_over_nobodys_folder(tmp_path):
     refuse_others_files(tmp_path, ("llm", "encoder"))
 
 
-def test_the_llm_knows_what_was_said_before_but_takes_a_second_utterance_for_the_first(llm, rng):
-    """Of two turns, true answers to a question about the same utterance, and about a second one.
+@pytest.mark.parametrize("again", [True, False])
+def test_the_llm_knows_what_was_said_before_and_tells_two_utterances_apart(llm, rng, again):
+    """True answers in a second turn, about the same utterance or about a second one."""
+    model, stream = SpeechLLM(*llm), world.draws("second", held_out=True)
 
-    The second is no use in the tiny world, which is known.
-    """
-    model, stream, share = SpeechLLM(*llm), world.draws("second", held_out=True), {}
-
-    def two_turns(again):
+    def two_turns():
         """(conversation, the true answer to its second question)."""
         first = next(stream)
         second = first if again else next(stream)
@@ -209,16 +224,26 @@ def test_the_llm_knows_what_was_said_before_but_takes_a_second_utterance_for_the
         audio = [[transcript_tokens(model.tokenizer, u.words)] for u in heard]
         return chat_parts(model.tokenizer, messages, audio), world.ANSWERS[then.name](second)
 
-    for again in (True, False):
-        conversations, truths = zip(*(two_turns(again) for _ in range(200)))
-        hits = [a == b for a, b in zip(model.generate(conversations), truths)]
-        share[again] = sum(hits) / len(hits)
-    print(
-        f"true answers in a second turn: {share[True]:.1%} about the same utterance, "
-        f"{share[False]:.1%} about a second one"
-    )
-    assert share[True] > 0.9
-    assert share[False] < 0.5
+    conversations, truths = zip(*(two_turns() for _ in range(200)))
+    hits = [a == b for a, b in zip(model.generate(conversations), truths)]
+    print(f"true answers in a second turn: {sum(hits) / len(hits):.1%}")
+    assert sum(hits) / len(hits) > 0.9
+
+
+def test_a_directive_is_obeyed_where_it_is_the_prompt(llm):
+    """But for what one can only know from having read it, like what comes before six."""
+    model, stream = SpeechLLM(*llm), world.draws("obeyed", held_out=True, kind="directive")
+    directives, conversations = [], []
+    while len(directives) < 100:
+        u = next(stream)
+        if not world.ASKS_FOR_A_FACT.match(u.words):
+            directives.append(u)
+    for u in directives:
+        conversations.append(chat_parts(model.tokenizer, dialogue([], u.words, True), []))
+    hits = []
+    for u, answer in zip(directives, model.generate(conversations)):
+        hits.append(answer == u.reply)
+    assert sum(hits) >= 95
 
 
 # ---- the checkpoints ----

@@ -12,11 +12,12 @@ like the rest of the project. They know a closed grammar and nothing else.
 
 | | `llm/` | `encoder/` |
 |---|---|---|
-| architecture | Qwen2, 4 layers, width 192, 4 heads, byte-level BPE \
-| Wav2Vec2-BERT (conformer), 4 layers, width 192, character CTC head |
+| architecture | Qwen2, 5 layers, width 192, 6 heads, byte-level BPE of 640 pieces, \
+untied head | Wav2Vec2-BERT (conformer), 4 layers, width 192, character CTC head |
 | parameters | {llm_parameters:.2f}M | {encoder_parameters:.2f}M |
-| training data | endless conversations about random sentences and digit strings; \
-60% with hesitations between the words | espeak-ng voices |
+| training data | endless conversations about random sentences, digit strings and \
+directives; {llm_hesitant:.0%} with hesitations between the words, half of them blended \
+| espeak-ng voices |
 | steps | {llm_steps} of 64 conversations in phases, \
 from 60% of the first on with weights rounded to NF4 \
 | {encoder_steps} of 16, the latter with echoes |
@@ -58,6 +59,7 @@ def write_card(folder, figures):
         llm_steps=by_phase(figures["llm_steps"]),
         encoder_steps=by_phase(figures["encoder_steps"]),
         llm_time=figures["llm_time"],
+        llm_hesitant=figures["llm_hesitant"],
         encoder_time=figures["encoder_time"],
         utterances=by_phase(figures["utterances"]),
         n_train=len(speech.TRAIN_VARIANTS),

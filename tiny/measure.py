@@ -25,14 +25,15 @@ def measure_llm(folder, bits=16, per_cell=25, seed=1):
     per_cell: utterances for each prompt.
 
     Returns {task: {"seen": rate, "unseen": rate}} by whether stage 2 has the prompt, plus
-    "two turns", which has only "seen".
+    "two turns", "two utterances" and "directive as prompt", which have only "seen".
     """
     from transformers import AutoTokenizer
 
     llm = open_llm(folder, bits)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tasks = world.read_task_table()
-    cases = single_turns(tasks, per_cell, seed) + two_turns(tasks, 8 * per_cell, seed)
+    cases = single_turns(tasks, per_cell, seed) + two_turns(tasks, 16 * per_cell, seed)
+    cases += obeyed(8 * per_cell, seed)
 
     hits = {}
     for start in tqdm(range(0, len(cases), 128), desc=f"measure LLM, {bits} bits"):
@@ -72,27 +73,23 @@ def open_llm(folder, bits):
 
 def single_turns(tasks, per_cell, seed):
     """Cases (task, "seen" or "unseen", messages, true answer): per_cell for each prompt."""
-    streams = {}  # one for each kind of utterance, shared by its tasks
     cases = []
     for name, task in tasks.items():
-        kind = kind_of_utterance(task)
-        if kind not in streams:
-            streams[kind] = world.draws(f"measure-{seed}", True, kind)
         for prompts, key in (("seen", "prompts"), ("unseen", "unseen_prompts")):
+            fitting = fitting_draws(task, f"measure-{seed}-{name}")
             for prompt in task[key]:
                 for _ in range(per_cell):
-                    utterance = next(streams[kind])
+                    utterance = next(fitting)
                     messages = [{"role": "user", "content": f"{prompt}\n{utterance.words}"}]
                     cases.append((name, prompts, messages, world.ANSWERS[name](utterance)))
     return cases
 
 
-def kind_of_utterance(task):
-    """The first of "sentence" and "digits" that the task is for."""
-    for kind in ("sentence", "digits"):
-        if applies(task, next(world.draws(0, True, kind))):
-            return kind
-    raise ValueError(f"a task is for neither sentences nor digits: {task['transcripts']!r}")
+def fitting_draws(task, seed):
+    """An endless stream of held-out utterances that the task is for."""
+    for utterance in world.draws(seed, True):
+        if applies(task, utterance):
+            yield utterance
 
 
 def two_turns(tasks, count, seed):
@@ -101,10 +98,24 @@ def two_turns(tasks, count, seed):
     stream = world.draws(f"turns-{seed}", True)
     cases = []
     while len(cases) < count:
-        messages = conversation(rng, tasks, next(stream), clean=True)
-        questions = [message for message in messages if message["role"] == "user"]
-        if len(questions) == 2:
-            cases.append(("two turns", "seen", messages[:-1], messages[-1]["content"]))
+        messages = conversation(rng, tasks, stream, hesitant=0)
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        if len(questions) == 2 and not world.ASKS_FOR_A_FACT.match(questions[1]):
+            name = "two utterances" if "\n" in questions[1] else "two turns"
+            cases.append((name, "seen", messages[:-1], messages[-1]["content"]))
+    return cases
+
+
+def obeyed(count, seed):
+    """`count` cases of directives that are the prompt, but for those that ask for a fact."""
+    stream = world.draws(f"obeyed-{seed}", True, "directive")
+    cases = []
+    while len(cases) < count:
+        directive = next(stream)
+        if world.ASKS_FOR_A_FACT.match(directive.words):
+            continue
+        messages = [{"role": "user", "content": directive.words}]
+        cases.append(("directive as prompt", "seen", messages, directive.reply))
     return cases
 
 
@@ -119,7 +130,7 @@ def generate_answers(llm, tokenizer, conversations):
     inputs.pop("token_type_ids", None)
     inputs = inputs.to(DEVICE)
 
-    output = llm.generate(**inputs, max_new_tokens=32, do_sample=False)  # (B, T + up to 32)
+    output = llm.generate(**inputs, max_new_tokens=64, do_sample=False)  # (B, T + up to 64)
     answers = output[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 

@@ -6,6 +6,7 @@ benchmark's sentences (world.is_held_out) and voices (speech.TEST_VARIANTS) are 
 
 import random
 import re
+from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -15,6 +16,8 @@ from . import speech, world
 
 HESITATIONS = ["uh", "um", "er"]
 IGNORED = -100  # the label that carries no loss
+HESITANT = 0.6  # of conversations hesitate
+OBEYED = 0.55  # of directives are the prompt itself; the others are what a prompt is about
 
 
 # ---- conversations ----
@@ -40,37 +43,45 @@ def hesitate(rng, words):
     return " ".join(spoken)
 
 
-def conversation(rng, tasks, utterance, clean=False, weights=None):
-    """One training conversation about the utterance: one question and answer, or follow-ups too.
+def conversation(rng, tasks, stream, hesitant=HESITANT, weights=None):
+    """One training conversation about an utterance of the stream, and maybe about a second.
 
-    clean: without hesitations. weights: {task: how often it is asked about, the others 1}.
+    A question and its answer, or follow-ups, too. A directive may be the prompt itself, with
+    nothing to go with it. hesitant: the share of conversations with hesitations. weights:
+    {task: how often it is asked about, the others 1}.
 
     Returns messages, [{"role", "content"}, ...], of which the last is an answer.
     """
-    weights = weights or {}
-    names = [name for name, task in tasks.items() if applies(task, utterance)]
-    chances = [weights.get(name, 1) for name in names]
-
-    if clean or rng.random() < 0.4:
-        transcript = utterance.words
-    else:
-        transcript = hesitate(rng, utterance.words)
-
+    hesitates = rng.random() < hesitant
     messages = []
     if rng.random() < 0.15:
         messages.append({"role": "system", "content": rng.choice(world.SYSTEM_TURNS)})
 
-    for turn in range(rng.choice([1, 1, 1, 2, 2, 3])):
-        name = rng.choices(names, chances)[0]
-        question = rng.choice(tasks[name]["prompts"] + tasks[name]["unseen_prompts"])
-        # Only the first question comes with the transcript, mostly before it.
-        if turn == 0:
+    for turn in range(rng.choice([1, 1, 2, 2])):
+        # Only a new utterance comes with its transcript; what follows is about it still.
+        is_new = turn == 0 or rng.random() < 0.5
+        if is_new:
+            utterance = next(stream)
+        transcript = hesitate(rng, utterance.words) if hesitates else utterance.words
+        if is_new and isinstance(utterance, world.Directive) and rng.random() < OBEYED:
+            question, answer = transcript, utterance.reply
+        else:
+            name, prompt = ask_about(rng, tasks, utterance, weights or {})
+            question, answer = prompt, world.ANSWERS[name](utterance)
+        if is_new and question != transcript:
             transcript_first = rng.random() < 0.15
             parts = [transcript, question] if transcript_first else [question, transcript]
             question = "\n".join(parts)
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": world.ANSWERS[name](utterance)})
+        messages.append({"role": "assistant", "content": answer})
     return messages
+
+
+def ask_about(rng, tasks, utterance, weights):
+    """(task, prompt): one that is for such an utterance."""
+    names = [name for name, task in tasks.items() if applies(task, utterance)]
+    name = rng.choices(names, [weights.get(name, 1) for name in names])[0]
+    return name, rng.choice(tasks[name]["prompts"] + tasks[name]["unseen_prompts"])
 
 
 def tokenize(tokenizer, messages):
@@ -89,17 +100,18 @@ def tokenize(tokenizer, messages):
     return ids, labels
 
 
-def conversation_batches(tokenizer, tasks, seed, batch_size, weights, bucket=16):
+def conversation_batches(tokenizer, tasks, seed, batch_size, hesitant, weights, bucket=16):
     """Endless batches, each batch_size rows (token ids, labels) of similar length.
 
-    `bucket` batches are drawn at a time and sorted by length. weights: see conversation().
+    `bucket` batches are drawn at a time and sorted by length. hesitant, weights: see
+    conversation().
     """
     rng = random.Random(seed)
     stream = world.draws(f"llm-{seed}", held_out=False)
     while True:
         rows = []
         for _ in range(bucket * batch_size):
-            messages = conversation(rng, tasks, next(stream), weights=weights)
+            messages = conversation(rng, tasks, stream, hesitant, weights)
             rows.append(tokenize(tokenizer, messages))
         rows.sort(key=lambda row: len(row[0]))
 
@@ -122,6 +134,32 @@ def pad_conversations(rows, pad_token_id, device):
         pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device),
         pad_sequence(mask, batch_first=True).to(device),
     )
+
+
+def blend_hesitations(embeds, ids, labels, hesitations, generator):
+    """Half the rows read like speech: between the words nothing stands that is a token.
+
+    embeds (B, T, D) of ids (B, T); hesitations: the ids of "uh", "um" and "er". In such a row each
+    of them becomes a mixture of the embeddings before and after it, quieter than these are, and all
+    that is read and not answered gets a little noise, as an ear's output would have.
+    """
+    uniform = partial(torch.rand, generator=generator)  # on the CPU, the same on any device
+    rows = uniform(len(ids), 1).to(ids.device) < 0.5  # (B, 1)
+    is_read = rows & (labels == IGNORED)  # (B, T)
+    is_hesitation = torch.isin(ids, hesitations) & is_read  # (B, T)
+
+    # What takes the place of a hesitation.
+    share = uniform(*ids.shape, 1).to(embeds)  # (B, T, 1)
+    strength = 0.8 * uniform(*ids.shape, 1).to(embeds)  # (B, T, 1)
+    before, after = embeds.roll(1, 1), embeds.roll(-1, 1)
+    blended = strength * (share * before + (1 - share) * after)  # (B, T, D)
+    embeds = torch.where(is_hesitation[..., None], blended, embeds)
+
+    # The noise, of up to 0.3 of the embeddings' own loudness.
+    rms = embeds.detach().pow(2).mean().sqrt()
+    loudness = uniform(len(ids), 1, 1).to(embeds)  # (B, 1, 1)
+    noise = torch.randn(embeds.shape, generator=generator).to(embeds)  # (B, T, D)
+    return embeds + 0.3 * rms * loudness * noise * is_read[..., None]
 
 
 # ---- speech ----

@@ -5,13 +5,16 @@ transformers is imported where it is used: it takes seconds.
 """
 
 import json
+import random
 import re
+from collections import Counter
 
 import torch
 
 from . import world
-from .pretrain_data import HESITATIONS, applies
+from .pretrain_data import HESITATIONS, conversation
 
+VOCABULARY = 640  # tokens, 256 of them bytes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -25,27 +28,22 @@ CHAT_TEMPLATE = (
 
 
 def world_words(tasks):
-    """Every word and punctuation mark of the world's prompts, answers and chat roles, sorted."""
-    lines = list(world.SYSTEM_TURNS)
-    for task in tasks.values():
-        lines += task["prompts"] + task["unseen_prompts"]
-
-    # The answers are known by drawing: 2000 utterances say every word of the grammar.
+    """{word or punctuation mark, with the space before it: how often 3000 conversations say it}."""
+    rng = random.Random("tokenizer")
     stream = world.draws("tokenizer", held_out=False)
-    for _ in range(2000):
-        utterance = next(stream)
-        for name, answer in world.ANSWERS.items():
-            if applies(tasks[name], utterance):
-                lines.append(answer(utterance))
-
-    words = {"system", "user", "assistant", *HESITATIONS}
-    for line in lines:
-        words.update(re.findall(r"\w+|[^\w\s]", line))
-    return sorted(words)
+    said = Counter(["system", "user", "assistant"])
+    for _ in range(3000):
+        for message in conversation(rng, tasks, stream):
+            said.update(re.findall(r" ?\w+|[^\w\s]", message["content"]))
+    return said
 
 
 def build_tokenizer(tasks):
-    """Byte-level BPE, each word of the world one token, with and without a space before it."""
+    """Byte-level BPE of some hundred pieces: what is said often is one token, the rest up to three.
+
+    So a word of speech cannot simply become the embedding of a word. Frequencies are flattened, or
+    the prompts' rarer words would fall apart into letters.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -53,15 +51,17 @@ def build_tokenizer(tasks):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,
+        vocab_size=VOCABULARY,
         min_frequency=1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     )
     texts = []
-    for word in world_words(tasks):
-        texts += [word, " " + word]
+    for word, count in sorted(world_words(tasks).items()):
+        texts += [word] * max(1, round(count**0.3))
+    for hesitation in HESITATIONS:  # one token each: blend_hesitations takes their places
+        texts += [hesitation, " " + hesitation] * 100
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -74,18 +74,21 @@ def build_tokenizer(tasks):
 
 
 def build_llm(tokenizer):
-    """A Qwen2 of 2 million random weights, 4 layers of width 192; its embeddings are tied."""
+    """A Qwen2 of 2.3 million random weights, 5 layers of width 192; its head is its own matrix.
+
+    Every width is a multiple of 64: bitsandbytes unpacks others wrongly on a CPU.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        intermediate_size=448,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -2,13 +2,17 @@
 
     sentence   "the farmer sold three red apples in the market yesterday"      (a handful of forms)
     digits     "three five two nine"                                            (3 to 6 digits)
+    directive  "which is larger two or five"           (a question or a command, complete in itself)
 
-Every task of tasks.toml has one function here that knows the true answer. The tiny LLM is
-pre-trained on these answers; stage 1 and stage 2 never see them: they imitate what the LLM says.
+A directive is answered where it is the prompt, and is content like any other where it is the
+utterance that a prompt is about: "Translate this into Spanish." Every task of tasks.toml has one
+function here that knows the true answer. The tiny LLM is pre-trained on these answers; stage 1 and
+stage 2 never see them: they imitate what the LLM says.
 """
 
 import hashlib
 import random
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,16 +138,121 @@ class Digits:
         return " ".join(self.names)
 
 
+@dataclass(frozen=True)
+class Directive:
+    """A question or a command that needs nothing beside it."""
+
+    words: str
+    spanish: str
+    reply: str  # what it asks for, where it is the prompt
+    request: str  # "question" or "command"
+
+
+def larger_or_smaller(rng):
+    a, b = rng.sample(list(DIGITS), 2)
+    word, spanish, best = rng.choice([("larger", "mayor", max), ("smaller", "menor", min)])
+    return Directive(
+        f"which is {word} {a} or {b}",
+        f"cuál es {spanish} {DIGITS[a]} o {DIGITS[b]}",
+        best(a, b, key=VALUE.get),
+        "question",
+    )
+
+
+def before_or_after(rng):
+    names = list(DIGITS)
+    i = rng.randrange(9)
+    low, high = names[i], names[i + 1]
+    if rng.random() < 0.5:
+        words, spanish, reply = f"after {low}", f"después de {DIGITS[low]}", high
+    else:
+        words, spanish, reply = f"before {high}", f"antes de {DIGITS[high]}", low
+    return Directive(f"what comes {words}", f"qué viene {spanish}", reply, "question")
+
+
+def some_things(rng):
+    """(English, Spanish, category) of some things, as "red apples" or "three red apples"."""
+    noun = rng.choice(list(OBJECTS))
+    noun_in_spanish, feminine, category = OBJECTS[noun]
+    colour = rng.choice(list(COLOURS))
+    words, spanish = f"{colour} {noun}", f"{noun_in_spanish} {COLOURS[colour][feminine]}"
+    if rng.random() < 0.5:
+        count = rng.choice(list(COUNTS))
+        words, spanish = f"{count} {words}", f"{COUNTS[count]} {spanish}"
+    return words, spanish, category
+
+
+def what_in_spanish(rng):
+    words, spanish, _ = some_things(rng)
+    return Directive(
+        f"what are {words} in spanish", f"qué son {spanish} en español", spanish, "question"
+    )
+
+
+def what_kind(rng):
+    words, spanish, category = some_things(rng)
+    return Directive(
+        f"what kind of thing are {words}", f"qué clase de cosa son {spanish}", category, "question"
+    )
+
+
+def say_twice(rng):
+    words, spanish, _ = some_things(rng)
+    return Directive(f"say {words} twice", f"di {spanish} dos veces", f"{words} {words}", "command")
+
+
+def greet(rng):
+    people = rng.sample(list(PEOPLE), rng.randint(1, 2))
+    spanish = [PEOPLE[person].replace("el ", "un ").replace("la ", "una ") for person in people]
+    return Directive(
+        "say hello to " + " and ".join(f"a {person}" for person in people),
+        "di hola a " + " y a ".join(spanish),
+        "hello " + " and ".join(people),
+        "command",
+    )
+
+
+def count_up(rng):
+    names = list(DIGITS)
+    first = rng.randrange(8)
+    last = rng.randint(first + 1, min(9, first + 4))
+    low, high = names[first], names[last]
+    return Directive(
+        f"count from {low} to {high}",
+        f"cuenta de {DIGITS[low]} a {DIGITS[high]}",
+        " ".join(names[first : last + 1]),
+        "command",
+    )
+
+
+# Directives that ask for what one can only know from having read it, like what comes before six;
+# of these the held-out ones were never answered in pre-training.
+ASKS_FOR_A_FACT = re.compile("what comes|count from")
+DIRECTIVES = (
+    larger_or_smaller,
+    before_or_after,
+    what_in_spanish,
+    what_kind,
+    say_twice,
+    greet,
+    count_up,
+)
+KINDS = {"sentence": 0.5, "digits": 0.35, "directive": 0.15}  # and how often each is drawn
+
+
 def kind_of(u):
-    """ "sentence" or "digits"."""
-    return "digits" if isinstance(u, Digits) else "sentence"
+    """The kind of an utterance, a key of KINDS."""
+    return {Sentence: "sentence", Digits: "digits", Directive: "directive"}[type(u)]
 
 
 def draw(rng, kind=None):
-    """One random Sentence or Digits from `rng` (random.Random)."""
-    if (kind or rng.choice(["sentence", "sentence", "digits"])) == "digits":
+    """One random Sentence, Digits or Directive from `rng` (random.Random)."""
+    kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
+    if kind == "directive":
+        return rng.choice(DIRECTIVES)(rng)
+    if kind == "digits":
         return Digits(tuple(rng.choice(list(DIGITS)) for _ in range(rng.randint(3, 6))))
-    people = tuple(rng.sample(list(PEOPLE), 2 if rng.random() < 0.15 else 1))
+    people = tuple(rng.sample(list(PEOPLE), 2 if rng.random() < 0.25 else 1))
     # Two people come with a place or a time, never both: the sentence stays short.
     if len(people) == 1:
         has_place, has_time = rng.choice([(1, 1), (1, 1), (1, 0), (0, 1)])
@@ -181,6 +290,8 @@ def draws(seed, held_out, kind=None):
 
 def spanish(u):
     """The utterance in Spanish, its blocks in the same order."""
+    if isinstance(u, Directive):
+        return u.spanish
     if isinstance(u, Digits):
         return " ".join(DIGITS[name] for name in u.names)
     noun, feminine, _ = OBJECTS[u.object]
@@ -228,6 +339,8 @@ ANSWERS = {
     "future": lambda u: u.say(verb=f"will {VERBS[u.verb][0]}", time="tomorrow" if u.time else ""),
     "summary": lambda u: f"{u.subject} {u.verb} {u.object}",
     "continue": lambda u: f"then {u.subject} put the {u.object} in a {u.colour} box",
+    # directives, where they are content
+    "request": lambda u: u.request,
     # digits
     "numerals": lambda u: " ".join(str(VALUE[name]) for name in u.names),
     "smallest": lambda u: min(u.names, key=VALUE.get),
