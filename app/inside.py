@@ -109,7 +109,8 @@ def draw_heard(pyplot, model, heard, prompt, answer, words=None):
     frames.imshow(standard.T, aspect="auto", cmap="RdBu", vmin=-3, vmax=3)
     frames.set(title=f"{len(standard)} encoder frames of {standard.shape[1]} values")
 
-    names.set(title=f"{n} speech tokens, and the words of the vocabulary nearest to them")
+    title = f"{n} speech tokens, and the words of the vocabulary nearest to them"
+    names.set_title(title, pad=24)  # the words are slanted, and reach above their row
     names.set_xlim(-0.5, n - 0.5)
     names.set_ylim(-NEAREST, 0)
     names.axis("off")
