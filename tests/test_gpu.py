@@ -100,7 +100,7 @@ def test_the_check_of_checkpointing_fails_where_no_layer_is_run_twice(
     assert "0 of 5 layers do so" in said
     monkeypatch.setattr(model, "checkpoint_gradients", lambda llm: list(llm.model.layers))
     said = failing(lab.smoke.checkpointing_changes_nothing, tmp_path / "again", capsys)
-    assert "4 layers were run 4 times" in said
+    assert "5 layers were run 5 times" in said
 
 
 def test_the_check_of_fp16_on_the_host_fails_where_the_loss_is_not_scaled(
