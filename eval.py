@@ -654,6 +654,7 @@ def exact_match(reference, answer):
     return float((normalize(reference) or reference) == (normalize(answer) or answer))
 
 
+@lru_cache(maxsize=2**16)  # a transcript is compared with many answers, and with the right one
 def word_error_rate(reference, answer):
     """jiwer, over normalized words."""
     import jiwer

@@ -140,6 +140,7 @@ def train_recipe(options, row):
         print(f"{folder}: is trained already")
         return
     say_device()
+    tracker = Tracker(options.track, folder, asdict(options))
 
     model, spec, examples = build(run, utterances, recipe, options)
     checkpoint_if_large(model, options.gradient_checkpointing)
@@ -147,10 +148,7 @@ def train_recipe(options, row):
     with alone(folder):
         clear(folder, options.force)
         begin(folder, "train", options, content)
-        with (
-            timed(f"train {options.recipe}"),
-            Tracker(options.track, folder, asdict(options)) as tracker,
-        ):
+        with timed(f"train {options.recipe}"), tracker:
             train(
                 model,
                 examples,

@@ -9,6 +9,7 @@ from data import SAMPLE_RATE, Utterance, held_out, load_audio, write_audio
 from support.console import progress_bar
 from support.files import UserError, explained
 from support.recordings import check_length, check_text_fits
+from tiny.speech import as_recorded
 
 TRIES = 1000  # draws of a string before it is said that there are too few words
 
@@ -158,8 +159,4 @@ def varied(rng, samples, times):
     samples = resample(torch.from_numpy(samples), played, SAMPLE_RATE).numpy()
     speed = played / SAMPLE_RATE
     times = [[word, start / speed, end / speed] for word, start, end in times]
-    samples = samples * (rng.uniform(0.2, 0.9) / max(1e-3, float(np.abs(samples).max())))
-    level = float(np.sqrt(np.mean(samples**2))) * 10 ** (-rng.uniform(12, 40) / 20)
-    noise = np.random.default_rng(rng.getrandbits(32))
-    noise = noise.standard_normal(len(samples), dtype=np.float32)
-    return samples + level * noise, times
+    return as_recorded(rng, samples, loudest=(0.2, 0.9), below=(12, 40)), times

@@ -130,7 +130,7 @@ def bootstrap(groups, rng):
     Answers about one utterance are no independent observations, so utterances are drawn, with
     replacement; and one that several runs were asked about is drawn in all of them or in none.
     """
-    keys = [rows["utterance"] + "\n" + rows["transcript"] for rows in groups]
+    keys = [utterances_of(rows) for rows in groups]
     known = pandas.Index(pandas.concat(keys).unique())  # the utterances, U
     picks = rng.integers(0, len(known), (RESAMPLES, len(known)))
     means = []
@@ -182,8 +182,13 @@ def over_runs(groups, seed=0):
 
 def share_utterances(groups):
     """Were two runs asked about the same utterance, by its name and its words?"""
-    asked = pandas.concat([rows[QUESTION[:2]].drop_duplicates() for rows in groups])
-    return bool(asked.duplicated().any())
+    asked = [set(utterances_of(rows)) for rows in groups]
+    return sum(map(len, asked)) > len(set().union(*asked))
+
+
+def utterances_of(rows):
+    """What each row was asked about: runs give the same name to other speech."""
+    return rows["utterance"] + "\n" + rows["transcript"]
 
 
 def task_metrics(answers):

@@ -14,9 +14,14 @@ NOT_TRACKED = ("step", "skipped")  # of a row; the step is the axis
 
 
 class Tracker:
-    """Takes the rows of a log to one of TRACKERS; `with` ends it, however the training ends."""
+    """Takes the rows of a log to one of TRACKERS; `with` ends it, however the training ends.
+
+    UserError at once if its package is missing.
+    """
 
     def __init__(self, name, folder, settings):
+        if name != "off" and find_spec(name) is None:
+            raise UserError(f"--track {name}: the package is missing; pip install {name}")
         self.name, self.folder, self.settings, self.client = name, folder, settings, None
 
     def __enter__(self):
@@ -41,9 +46,7 @@ class Tracker:
 
 
 def start(name, folder):
-    """accelerate's tracker of this name; UserError where its package is missing or refuses."""
-    if find_spec(name) is None:
-        raise UserError(f"--track {name}: the package is missing; pip install {name}")
+    """accelerate's tracker of this name; UserError where it refuses."""
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     process_group()  # the trackers ask it which process is the first

@@ -334,3 +334,17 @@ if __name__ == "__main__":
     if args.tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     print("saved", save_llm(args.folder, args.family, tokenizer))
+
+
+def too_little_memory_at_first(function):
+    """The function, but that the first call finds the GPU's memory too small; `.calls`: all."""
+    calls = []
+
+    def called(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("2 GB are missing")
+        return function(*args)
+
+    called.calls = calls
+    return called

@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 import transformers
-from checkpoints import save_llm
+from checkpoints import save_llm, too_little_memory_at_first
 from conftest import ROOT
 from programs import one_line, python
 
@@ -258,22 +258,15 @@ def test_frames_are_kept_of_an_encoder_that_finds_no_room_when_it_comes_back(
 @pytest.mark.parametrize("keep", ["ram", "off"])
 def test_an_encoder_that_left_the_gpu_stays_on_the_cpu(keep, tmp_path, monkeypatch):
     ears = HuggingFaceEncoder("tiny")
-    hear, tried = ears.hear, []
-
-    def too_little_at_first(*args):
-        tried.append(args)
-        if len(tried) == 1:
-            raise torch.OutOfMemoryError("2 GB are missing")
-        return hear(*args)
-
-    monkeypatch.setattr(ears, "hear", too_little_at_first)
+    hear = too_little_memory_at_first(ears.hear)
+    monkeypatch.setattr(ears, "hear", hear)
     utterances = lab.smoke.some_speech(tmp_path, (1.0, 1.5))
     frames = encode_all(ears, utterances, tmp_path / "a", keep)
     assert all(len(frames[u.id]) for u in utterances) and ears.left_gpu
     monkeypatch.setattr(support.frames, "DEVICE", "meta")  # where no weight keeps its values
     frames = encode_all(ears, utterances, tmp_path / "b", keep)
     assert all(len(frames[u.id]) for u in utterances) and ears.device.type == "cpu"
-    assert len(tried) == 5
+    assert len(hear.calls) == 5
 
 
 # ---- loading; "cpu:0" stands in for a GPU ----

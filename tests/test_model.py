@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from checkpoints import FAMILIES, SPECIAL, TEMPLATES, save_encoder, save_llm, tokenizer_of
+from checkpoints import too_little_memory_at_first
 from conftest import shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -445,15 +446,7 @@ def test_embeddings_that_are_the_projection_too_stay_where_it_is(tmp_path):
 def test_an_encoder_without_memory_on_the_gpu_hears_on_the_cpu(monkeypatch, capsys):
     ears = models.HuggingFaceEncoder("tiny")
     samples, expected = noise(1), ears(noise(1))
-    hear, tried = ears.hear, []
-
-    def too_little_at_first(*args):
-        tried.append(args)
-        if len(tried) == 1:
-            raise torch.OutOfMemoryError("2 GB are missing")
-        return hear(*args)
-
-    monkeypatch.setattr(ears, "hear", too_little_at_first)
+    monkeypatch.setattr(ears, "hear", too_little_memory_at_first(ears.hear))
     assert torch.equal(ears(samples), expected)
     assert "2 GB are missing" in capsys.readouterr().err
 

@@ -160,11 +160,20 @@ def render(text, rng, split, echo=0.5):
     before = rng.uniform(0.05, 0.2)  # seconds of silence
     after = rng.uniform(0.05, 0.2)
     audio = np.pad(audio, (int(before * SAMPLE_RATE), int(after * SAMPLE_RATE)))
-    audio *= rng.uniform(0.3, 0.9) / max(1e-3, float(np.abs(audio).max()))
-    level = float(np.sqrt(np.mean(audio**2))) * 10 ** (-rng.uniform(20, 45) / 20)
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
+    audio = as_recorded(rng, audio, loudest=(0.3, 0.9), below=(20, 45))
 
     times = []
     for word, start, end in words:
         times.append([word, start * rate / played + before, end * rate / played + before])
-    return audio + level * noise, times, voice
+    return audio, times, voice
+
+
+def as_recorded(rng, audio, loudest, below):
+    """`audio` louder or softer, and with white noise.
+
+    loudest: the range of its loudest sample; below: how far the noise is below the speech, dB.
+    """
+    audio = audio * (rng.uniform(*loudest) / max(1e-3, float(np.abs(audio).max())))
+    level = float(np.sqrt(np.mean(audio**2))) * 10 ** (-rng.uniform(*below) / 20)
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
+    return audio + level * noise
