@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import save_encoder
-from conftest import FEW_TASKS, made_once, mtbi
+from conftest import FEW_TASKS, ROOT, made_once, mtbi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +38,7 @@ from lab.claims import (
 )
 from lab.compare import parse_seeds, CompareOptions, OneRun, RunAll, runs_of, score_rows, with_curve
 from lab.compare_report import bar_table, curve_points
+from lab.dose import curves_of, parse_shares, pretrain_missing, row_of_share, write_dose
 from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
 from lab.look import LookOptions, look
 from lab.memory import estimate, weight_bytes
@@ -48,7 +49,7 @@ from lab.statistics import AT, MEASURES, TASK, over_runs, over_utterances, rows_
 from lab.statistics import weighted_mean
 from model import PRECISIONS, Connector, SpeechLLM, load_llm
 from mtbi import COMMANDS, RECIPES, main, run_command
-from support.files import UserError, read_json
+from support.files import UserError, read_json, write_json
 from support.hub import TINY
 from support.options import parse_options
 
@@ -978,3 +979,35 @@ def test_a_drop_is_not_blurred_by_how_high_the_scores_are():
         found = over_utterances(rows_of(answers, "drop from seen to unseen prompts", ()))
         assert found["score"] == pytest.approx(0.0)
         assert found["ci95"] == pytest.approx([0.0, 0.0])
+
+
+# ---- the dose-response of the tiny world ----
+
+
+@pytest.mark.parametrize("text", ["", "0.3,much", "1.5", "nan"])
+def test_shares_that_are_none_are_named(text):
+    with pytest.raises(UserError, match=f"--shares {text}"):
+        parse_shares(text)
+
+
+def test_a_dose_is_read_off_its_comparison_and_drawn(tmp_path, capsys):
+    """Of an LLM that is there none is pre-trained; the table's numbers are the reports'."""
+    report = json.loads((ROOT / "docs/results/demo/report.json").read_text())
+    del report["checksum"]  # of what stood in it before the paths were made public
+    gains = {(row["system"], row["measure"]): row["score"] for row in report["scores"]}
+    for share in ("0.0", "0.6"):
+        (tmp_path / share / "compare").mkdir(parents=True)
+        write_json(tmp_path / share / "compare" / "report.json", report)
+        shutil.copy(ROOT / "tiny/measured.json", tmp_path / share)
+    shares = parse_shares("0.6,0")
+    pretrain_missing(tmp_path, shares, pretrain=1.0)
+    assert "tiny.pretrain" not in capsys.readouterr().out
+
+    rows = [row_of_share(tmp_path / str(share), share) for share in shares]
+    assert set(rows[0]["systems"]) == {"cascade", "mtbi", "asr"}
+    xs, ys, _ = curves_of(rows)["asr, unseen tasks"]
+    assert xs == [0, 60] and ys[0] == pytest.approx(100 * gains["asr", "gain, unseen tasks"])
+    write_dose(tmp_path, rows)
+    assert f"| `mtbi` | {percent(gains['mtbi', 'gain, seen'])} |" in capsys.readouterr().out
+    assert read_json(tmp_path / "dose.json", "shares")["shares"] == rows
+    assert (tmp_path / "dose.png").stat().st_size > 10_000

@@ -11,6 +11,7 @@ from conftest import ROOT
 import model
 import mtbi
 from lab.gpu import GpuOptions
+from lab.dose import DoseOptions
 from lab.look import LookOptions, look
 from lab.step import StepOptions
 from mtbi import COMMANDS
@@ -104,7 +105,12 @@ def test_extending_it_shows_a_recipe_a_task_a_connector_a_loss_and_an_encoder():
 
 # ---- commands ----
 
-PROGRAMS = {"lab.gpu": GpuOptions, "lab.look": LookOptions, "lab.step": StepOptions}
+PROGRAMS = {
+    "lab.dose": DoseOptions,
+    "lab.gpu": GpuOptions,
+    "lab.look": LookOptions,
+    "lab.step": StepOptions,
+}
 
 
 def command_lines(page):

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from data import ask, chat_parts, dialogue, held_out, load_tasks, transcript_tok
 from model import SpeechLLM
 from tiny import speech, world
 from tiny.pretrain import refuse_others_files
-from tiny.pretrain_data import hesitate, tokenize
+from tiny.pretrain_data import blend_hesitations, hesitate, tokenize
 
 TASKS = load_tasks(world.TASKS_TOML)
 
@@ -197,6 +198,21 @@ def test_pretraining_reads_the_prompt_just_as_the_product_writes_it(llm):
     assert ids[: len(prompt)] == prompt
     assert labels[: len(prompt)] == [-100] * len(prompt)
     assert tokenizer.decode([i for i in labels if i != -100]) == "the farmer<|im_end|>"
+
+
+def test_text_without_hesitations_stays_as_it_is_and_answers_always_do():
+    """Where a row hesitates, half the time what is read is blended and noisy."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[5, 7, 5, 7], [5, 9, 5, 7]] * 50)  # (B, T); 9 is a hesitation
+    labels = torch.tensor([[-100, -100, -100, 7]] * 100)
+    embeds = torch.randn(100, 4, 8)  # (B, T, D)
+    generator = torch.Generator().manual_seed(0)
+    blended = blend_hesitations(embeds, ids, labels, torch.tensor([9]), generator)
+    changed = (blended != embeds).any(-1)  # (B, T)
+    assert not changed[0::2].any() and not changed[:, 3].any()
+    rows = changed[1::2, :3]
+    assert 0.3 < rows.float().mean() < 0.7
+    assert torch.equal(rows.any(1), rows.all(1))
 
 
 def test_pretraining_writes_over_nobodys_folder(tmp_path):

@@ -137,16 +137,19 @@ def pad_conversations(rows, pad_token_id, device):
 
 
 def blend_hesitations(embeds, ids, labels, hesitations, generator):
-    """Half the rows read like speech: between the words nothing stands that is a token.
+    """Half the rows that hesitate read like speech: what stands between the words is no token.
 
     embeds (B, T, D) of ids (B, T); hesitations: the ids of "uh", "um" and "er". In such a row each
     of them becomes a mixture of the embeddings before and after it, quieter than these are, and all
-    that is read and not answered gets a little noise, as an ear's output would have.
+    that is read and not answered gets a little noise, as an ear's output would have. A row without
+    hesitations stays clean text.
     """
     uniform = partial(torch.rand, generator=generator)  # on the CPU, the same on any device
+    is_hesitation = torch.isin(ids, hesitations)  # (B, T)
     rows = uniform(len(ids), 1).to(ids.device) < 0.5  # (B, 1)
+    rows = rows & is_hesitation.any(1, keepdim=True)  # (B, 1)
     is_read = rows & (labels == IGNORED)  # (B, T)
-    is_hesitation = torch.isin(ids, hesitations) & is_read  # (B, T)
+    is_hesitation = is_hesitation & is_read  # (B, T)
 
     # What takes the place of a hesitation.
     share = uniform(*ids.shape, 1).to(embeds)  # (B, T, 1)
