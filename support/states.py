@@ -78,7 +78,8 @@ def load_state(folder, parameters, optimizer, start, made_with=""):
         return progress
     if states:
         raise UserError(
-            f"{folder / 'state'}: holds no state that can be read; --force starts again"
+            f"{folder / 'state'}: holds no state that can be read; delete it, or --force starts "
+            "again"
         )
     return start
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data import ask, chat_parts, dialogue, held_out, load_tasks, transcript_tokens
 from model import SpeechLLM
-from tiny import speech, world
+from tiny import pretrain, speech, world
 from tiny.pretrain import refuse_others_files
 from tiny.pretrain_data import blend_hesitations, hesitate, tokenize
 
@@ -206,13 +206,36 @@ def test_text_without_hesitations_stays_as_it_is_and_answers_always_do():
     ids = torch.tensor([[5, 7, 5, 7], [5, 9, 5, 7]] * 50)  # (B, T); 9 is a hesitation
     labels = torch.tensor([[-100, -100, -100, 7]] * 100)
     embeds = torch.randn(100, 4, 8)  # (B, T, D)
-    generator = torch.Generator().manual_seed(0)
-    blended = blend_hesitations(embeds, ids, labels, torch.tensor([9]), generator)
+    blended = blend_hesitations(embeds, ids, labels, torch.tensor([9]))
     changed = (blended != embeds).any(-1)  # (B, T)
     assert not changed[0::2].any() and not changed[:, 3].any()
     rows = changed[1::2, :3]
     assert 0.3 < rows.float().mean() < 0.7
     assert torch.equal(rows.any(1), rows.all(1))
+
+
+def test_a_pretraining_that_was_killed_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """Killed in its second phase, after a state; of the states nothing is left at the end."""
+    monkeypatch.setattr(pretrain, "LLM_PHASES", [(2, 3e-3, 0.6, {}), (3, 1e-3, 0.0, {})])
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 1)
+    pretrain.pretrain_llm(tmp_path / "whole", seed=0)
+
+    steps_taken, take_step = [], pretrain.take_step
+
+    def killed_in_the_fifth_step(*args):
+        steps_taken.append(1)
+        if len(steps_taken) == 5:
+            raise MemoryError("killed")
+        take_step(*args)
+
+    with monkeypatch.context() as once:
+        once.setattr(pretrain, "take_step", killed_in_the_fifth_step)
+        with pytest.raises(MemoryError):
+            pretrain.pretrain_llm(tmp_path / "cut", seed=0)
+    pretrain.pretrain_llm(tmp_path / "cut", seed=0)
+    made = [tmp_path / name / "llm" / "model.safetensors" for name in ("whole", "cut")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["llm"]
 
 
 def test_pretraining_writes_over_nobodys_folder(tmp_path):

@@ -7,6 +7,8 @@ python -m tiny.pretrain makes
     encoder/   a Wav2Vec2-BERT (conformer) with a character CTC head, 33 frames a second,
                trained on espeak-ng voices
 
+Stopped by Ctrl-C or killed, the same command goes on where it was.
+
 The benchmark's sentences (world.is_held_out) and voices (speech.TEST_VARIANTS) appear in neither
 training set. What the two are trained on is in pretrain_data.py, what they are in
 pretrain_models.py, what is measured of them in measure.py.
@@ -15,15 +17,20 @@ pretrain_models.py, what is measured of them in measure.py.
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.utils import parametrize
 from tqdm import tqdm
+
+from support.console import stop_signals
+from support.files import UserError, fingerprint
+from support.runs import delete_made
+from support.states import load_state, save_state
 
 from . import world
 from .card import write_card
@@ -34,10 +41,9 @@ from .pretrain_data import (
     IGNORED,
     blend_hesitations,
     conversation_batches,
-    mask_bands,
     pad_conversations,
-    pad_speech,
     render_utterances,
+    speech_batches,
 )
 from .pretrain_models import (
     DEVICE,
@@ -68,11 +74,78 @@ ENCODER_PHASES = [
 ]
 
 
-def schedule(optimizer, steps, warmup):
-    """Linear warm-up over `warmup` steps, then cosine to zero at `steps`."""
+SAVE_EVERY = 200  # steps between two states to go on from
+
+
+# ---- a phase of either ----
+
+
+@dataclass
+class Phase:
+    """What the steps of a phase have in common.
+
+    With the weights and moments a state needs no more than its step: the learning rate, the
+    batches and every random number are functions of (phase, step).
+    """
+
+    of: str  # "LLM" or "encoder"
+    number: int  # 0, 1, ...
+    seed: int
+    steps: int
+    lr: float  # at its peak, after linear warm-up; then a cosine to zero
+    warmup: int  # steps
+    weight_decay: float
+    data: tuple  # what the batches are drawn with, beside the seed
+
+    def folder(self, out):
+        """Where its states are; a phase of other settings has another folder."""
+        return out / f"pretraining-{self.of}-{self.number}-{fingerprint(self)}"
+
+
+@dataclass
+class PhaseProgress:
+    step: int = 0  # steps done
+
+
+def run_phase(model, phase, out, draw_batches, loss_of):
+    """Train all of `model` for a phase's steps, from the newest state in its folder on.
+
+    draw_batches(): an iterator of batches, one for each step. loss_of(batch, step): a step's loss.
+    Interrupted, it saves a state and exits with 130.
+    """
     from transformers import get_cosine_schedule_with_warmup
 
-    return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=phase.weight_decay
+    )
+    progress = load_state(phase.folder(out), parameters, optimizer, PhaseProgress())
+    if progress.step == phase.steps:
+        return
+    optimizer.param_groups[0]["initial_lr"] = phase.lr
+    scheduler = get_cosine_schedule_with_warmup(
+        optimizer, phase.warmup, phase.steps, last_epoch=progress.step - 1
+    )
+    batches = draw_batches()
+    for _ in range(progress.step):  # what came before is drawn again, and not learned again
+        next(batches)
+
+    name = f"pre-train {phase.of}, phase {phase.number + 1}"
+    bar = tqdm(desc=name, initial=progress.step, total=phase.steps, unit="step")
+    with stop_signals() as wants_to_stop, bar:
+        while progress.step < phase.steps:
+            torch.manual_seed(1_000_000 * phase.seed + progress.step)
+            loss = loss_of(next(batches), progress.step)
+            take_step(model, loss, optimizer, scheduler)
+            progress.step += 1
+            bar.update()
+            if progress.step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+            if progress.step % SAVE_EVERY == 0 or progress.step == phase.steps or wants_to_stop:
+                save_state(phase.folder(out), parameters, optimizer, progress, keep=1)
+            if wants_to_stop:
+                print(f"\ninterrupted; {progress.step} of {phase.steps} steps are saved in {out}")
+                sys.exit(130)
 
 
 def take_step(model, loss, optimizer, scheduler):
@@ -84,11 +157,19 @@ def take_step(model, loss, optimizer, scheduler):
     optimizer.zero_grad()
 
 
+def forget_states(phases, out):
+    """Delete the states of phases whose model is saved."""
+    for phase in phases:
+        delete_made(phase.folder(out), ["state/*.safetensors"])
+        if phase.folder(out).exists():
+            phase.folder(out).rmdir()
+
+
 # ---- the LLM ----
 
 
-def pretrain_llm(folder, seed, shorten=1.0, hesitant=HESITANT):
-    """Build the tokenizer and the LLM, run the phases, save both.
+def pretrain_llm(out, seed, shorten=1.0, hesitant=HESITANT):
+    """Build the tokenizer and the LLM, run the phases, save both to OUT/llm.
 
     shorten: scales the steps. hesitant: the share of conversations with hesitations.
     """
@@ -96,14 +177,18 @@ def pretrain_llm(folder, seed, shorten=1.0, hesitant=HESITANT):
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(tasks)
     llm = build_llm(tokenizer)
-    for phase, (steps, lr, round_from, weights) in enumerate(LLM_PHASES):
+    phases = []
+    for number, (steps, lr, round_from, weights) in enumerate(LLM_PHASES):
         steps = round(shorten * steps)
-        batches = conversation_batches(tokenizer, tasks, seed + phase, 64, hesitant, weights)
-        train_llm(llm, tokenizer, batches, seed + phase, steps, lr, round_from)
+        data = (hesitant, weights, round_from)
+        phases.append(Phase("LLM", number, seed + number, steps, lr, 200, 0.05, data))
+    for phase in phases:
+        train_llm(llm, tokenizer, tasks, phase, out)
         llm.half().float()  # each phase ends as it is stored
     round_weights(llm)
-    llm.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    llm.half().save_pretrained(out / "llm")
+    tokenizer.save_pretrained(out / "llm")
+    forget_states(phases, out)
 
 
 def round_weights(llm):
@@ -124,32 +209,31 @@ def packed_linears(llm):
     return linears
 
 
-def train_llm(llm, tokenizer, batches, seed, steps, lr, round_from):
+def train_llm(llm, tokenizer, tasks, phase, out):
     """Next-token training on the answers of conversation_batches().
 
     From the share `round_from` of the steps on, the weights are rounded to NF4 in the forward
     pass.
     """
-    optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    scheduler = schedule(optimizer, steps, 200)
+    hesitant, weights, round_from = phase.data
     spaced = [f" {word}" for word in HESITATIONS]
     hesitations = tokenizer(HESITATIONS + spaced)["input_ids"]  # one token each
     hesitations = torch.tensor(hesitations, device=llm.device).flatten()
-    generator = torch.Generator().manual_seed(seed)
-
     linears = packed_linears(llm)
-    bar = tqdm(range(steps), desc="pre-train LLM", unit="step")
-    for step in bar:
-        if step == int(round_from * steps):
+
+    def draw_batches():
+        return conversation_batches(tokenizer, tasks, phase.seed, 64, hesitant, weights)
+
+    def loss_of(batch, step):
+        if step >= int(round_from * phase.steps) and not parametrize.is_parametrized(linears[0]):
             for linear in linears:
                 parametrize.register_parametrization(linear, "weight", RoundToNF4())
-        ids, labels, mask = pad_conversations(next(batches), tokenizer.pad_token_id, llm.device)
+        ids, labels, mask = pad_conversations(batch, tokenizer.pad_token_id, llm.device)
         embeds = llm.get_input_embeddings()(ids)  # (B, T, D)
-        embeds = blend_hesitations(embeds, ids, labels, hesitations, generator)
-        loss = answer_loss(llm, embeds, labels, mask)
-        take_step(llm, loss, optimizer, scheduler)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+        embeds = blend_hesitations(embeds, ids, labels, hesitations)
+        return answer_loss(llm, embeds, labels, mask)
+
+    run_phase(llm, phase, out, draw_batches, loss_of)
 
     # What the next phase goes on from are the unrounded weights.
     for linear in linears:
@@ -171,50 +255,48 @@ def answer_loss(llm, embeds, labels, mask):
 # ---- the encoder ----
 
 
-def pretrain_encoder(folder, seed, shorten=1.0):
-    """Build feature extractor, tokenizer and encoder, run the phases, save all three.
+def pretrain_encoder(out, seed, shorten=1.0):
+    """Build feature extractor, tokenizer and encoder, run the phases, save all to OUT/encoder.
 
     `shorten` scales the steps and utterances.
     """
     torch.manual_seed(seed)
-    extractor, tokenizer = build_processors(folder)
+    extractor, tokenizer = build_processors(out / "encoder")
     model = build_encoder(tokenizer)
-    for phase, (steps, lr, utterances, echo) in enumerate(ENCODER_PHASES):
+    phases = []
+    for number, (steps, lr, utterances, echo) in enumerate(ENCODER_PHASES):
         steps = max(1, round(shorten * steps))
-        utterances = max(16, round(shorten * utterances))
-        rows = render_utterances(
-            extractor, tokenizer, "train", seed + phase, utterances, "render speech", echo
-        )
-        train_encoder(model, tokenizer, rows, seed + phase, steps, lr)
+        data = (max(16, round(shorten * utterances)), echo)
+        warmup = min(400, steps // 5)
+        phases.append(Phase("encoder", number, seed + number, steps, lr, warmup, 0.02, data))
+    for phase in phases:
+        train_encoder(model, extractor, tokenizer, phase, out)
         model.half().float()  # each phase ends as it is stored
-    model.half().save_pretrained(folder)
+    model.half().save_pretrained(out / "encoder")
+    forget_states(phases, out)
 
 
-def train_encoder(model, tokenizer, rows, seed, steps, lr, batch_size=16):
-    """CTC training with SpecAugment on rows of pretrain_data.render_utterances."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
-    scheduler = schedule(optimizer, steps, min(400, steps // 5))
-    rng = random.Random(seed)
-    queue = []
-    model.train()
-    bar = tqdm(range(steps), desc="pre-train encoder", unit="step")
-    for step in bar:
-        # One epoch: batches of similar length in random order.
-        if not queue:
-            queue = list(range(0, len(rows) - batch_size + 1, batch_size))
-            rng.shuffle(queue)
-        start = queue.pop()
-        features, mask, labels = pad_speech(rows[start : start + batch_size], model.device)
-        features = mask_bands(rng, features, mask)
-        loss = model(input_features=features, attention_mask=mask, labels=labels).loss
-        take_step(model, loss, optimizer, scheduler)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        if step % 1000 == 999:
-            some = rows[:: max(1, len(rows) // 150)]
+def train_encoder(model, extractor, tokenizer, phase, out):
+    """CTC training with SpecAugment on rendered speech."""
+    utterances, echo = phase.data
+    some = []  # the rows it is measured on now and then
+
+    def draw_batches():
+        rows = render_utterances(
+            extractor, tokenizer, "train", phase.seed, utterances, "render speech", echo
+        )
+        some.extend(rows[:: max(1, len(rows) // 150)])
+        return speech_batches(rows, phase.seed, 16)
+
+    def loss_of(batch, step):
+        if step and step % 1000 == 0:
             wer = wer_on(model, tokenizer, some)
-            tqdm.write(f"step {step + 1}: WER {wer:.2%} on training speech")
-            model.train()
+            tqdm.write(f"step {step}: WER {wer:.2%} on training speech")
+        model.train()
+        features, mask, labels = (tensor.to(model.device) for tensor in batch)
+        return model(input_features=features, attention_mask=mask, labels=labels).loss
+
+    run_phase(model, phase, out, draw_batches, loss_of)
 
 
 # ---- the command ----
@@ -290,7 +372,8 @@ def build_side_by_side():
     for only in ("llm", "encoder"):
         command = [sys.executable, "-m", "tiny.pretrain", *sys.argv[1:], "--only", only]
         builds.append(subprocess.Popen(command, env=environment))
-    return max(build.wait() for build in builds)
+    with stop_signals():  # Ctrl-C reaches both, and each saves a state
+        return max(build.wait() for build in builds)
 
 
 def llm_figures(args):
@@ -298,7 +381,7 @@ def llm_figures(args):
     figures = {}
     if not args.measure:
         since = time.time(), time.process_time()
-        pretrain_llm(args.out / "llm", args.seed, args.share, args.hesitant)
+        pretrain_llm(args.out, args.seed, args.share, args.hesitant)
         figures["llm_hesitant"] = args.hesitant
         figures["llm_steps"] = [round(args.share * steps) for steps, *_ in LLM_PHASES]
         figures["llm_time"] = elapsed(since)
@@ -319,7 +402,7 @@ def encoder_figures(args):
     figures = {}
     if not args.measure:
         since = time.time(), time.process_time()
-        pretrain_encoder(args.out / "encoder", args.seed, args.share)
+        pretrain_encoder(args.out, args.seed, args.share)
         figures["encoder_steps"] = [round(args.share * steps) for steps, *_ in ENCODER_PHASES]
         figures["utterances"] = [round(args.share * n) for _, _, n, _ in ENCODER_PHASES]
         figures["encoder_time"] = elapsed(since)
@@ -345,4 +428,9 @@ def elapsed(since):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"pretrain: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -6,7 +6,6 @@ benchmark's sentences (world.is_held_out) and voices (speech.TEST_VARIANTS) are 
 
 import random
 import re
-from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -136,7 +135,7 @@ def pad_conversations(rows, pad_token_id, device):
     )
 
 
-def blend_hesitations(embeds, ids, labels, hesitations, generator):
+def blend_hesitations(embeds, ids, labels, hesitations):
     """Half the rows that hesitate read like speech: what stands between the words is no token.
 
     embeds (B, T, D) of ids (B, T); hesitations: the ids of "uh", "um" and "er". In such a row each
@@ -144,24 +143,23 @@ def blend_hesitations(embeds, ids, labels, hesitations, generator):
     that is read and not answered gets a little noise, as an ear's output would have. A row without
     hesitations stays clean text.
     """
-    uniform = partial(torch.rand, generator=generator)  # on the CPU, the same on any device
     is_hesitation = torch.isin(ids, hesitations)  # (B, T)
-    rows = uniform(len(ids), 1).to(ids.device) < 0.5  # (B, 1)
+    rows = torch.rand(len(ids), 1).to(ids.device) < 0.5  # (B, 1), drawn on the CPU as all here
     rows = rows & is_hesitation.any(1, keepdim=True)  # (B, 1)
     is_read = rows & (labels == IGNORED)  # (B, T)
     is_hesitation = is_hesitation & is_read  # (B, T)
 
     # What takes the place of a hesitation.
-    share = uniform(*ids.shape, 1).to(embeds)  # (B, T, 1)
-    strength = 0.8 * uniform(*ids.shape, 1).to(embeds)  # (B, T, 1)
+    share = torch.rand(*ids.shape, 1).to(embeds)  # (B, T, 1)
+    strength = 0.8 * torch.rand(*ids.shape, 1).to(embeds)  # (B, T, 1)
     before, after = embeds.roll(1, 1), embeds.roll(-1, 1)
     blended = strength * (share * before + (1 - share) * after)  # (B, T, D)
     embeds = torch.where(is_hesitation[..., None], blended, embeds)
 
     # The noise, of up to 0.3 of the embeddings' own loudness.
     rms = embeds.detach().pow(2).mean().sqrt()
-    loudness = uniform(len(ids), 1, 1).to(embeds)  # (B, 1, 1)
-    noise = torch.randn(embeds.shape, generator=generator).to(embeds)  # (B, T, D)
+    loudness = torch.rand(len(ids), 1, 1).to(embeds)  # (B, 1, 1)
+    noise = torch.randn(embeds.shape).to(embeds)  # (B, T, D)
     return embeds + 0.3 * rms * loudness * noise * is_read[..., None]
 
 
@@ -192,6 +190,21 @@ def extract(extractor, audio):
     return extractor(
         audio, sampling_rate=speech.SAMPLE_RATE, return_tensors="pt", pad_to_multiple_of=3
     )
+
+
+def speech_batches(rows, seed, batch_size):
+    """Endless batches of rows of similar length, each epoch in another order, as pad_speech()'s.
+
+    The features are masked as SpecAugment does.
+    """
+    rng = random.Random(seed)
+    while True:
+        starts = list(range(0, len(rows) - batch_size + 1, batch_size))
+        rng.shuffle(starts)
+        while starts:
+            start = starts.pop()
+            features, mask, labels = pad_speech(rows[start : start + batch_size], "cpu")
+            yield mask_bands(rng, features, mask), mask, labels
 
 
 def pad_speech(rows, device):
