@@ -1,7 +1,7 @@
 """How much messy text must the LLM have read?  python -m lab.dose --out runs/dose
 
-The dose-response of the tiny world: its LLM pre-trained with other shares of hesitant
-conversations, which are what no connector can change, and the recipes trained on each.
+The dose-response of the tiny world: its LLM pre-trained with more or less of what stands between
+the words of speech, and the recipes trained on each.
 """
 
 import json
@@ -16,16 +16,20 @@ from lab import plots
 from lab.compare_report import GAINS, Scores, wer_of
 from lab.programs import run_program
 from lab.report import markdown_table, percent
+from support.console import stop_signals
 from support.files import PROJECT, UserError, read_json, write_json, write_text
 from support.options import Between
+
+BLENDED = 0.5  # as tiny.pretrain has it
 
 
 @dataclass
 class DoseOptions:
     out: str
-    """the folder to write: LLM and comparison of each share, dose.md, dose.json, dose.png"""
-    shares: str = "0,0.3,0.6"
-    """shares of the pre-training conversations that hesitate, from 0 to 1, separated by commas"""
+    """the folder to write: LLM and comparison of each dose, dose.md, dose.json, dose.png"""
+    doses: str = "0,0.3,0.6:0,0.6"
+    """shares of the pre-training conversations that hesitate, from 0 to 1, separated by commas;
+    after a colon the share of these that read like speech and not like text, usually 0.5"""
     recipes: str = "mtbi,asr"
     """which recipes are trained on each LLM, separated by commas"""
     seeds: str = "8:10"
@@ -36,54 +40,77 @@ class DoseOptions:
     """shortened comparisons, as of `compare`"""
 
 
-def measure_dose(options):
-    """Pre-train an LLM for each share, train the recipes on each, and draw what became of them.
+@dataclass(frozen=True)
+class Dose:
+    """What an LLM read: the share of hesitant conversations, and the share of these blended."""
+
+    hesitant: float
+    blended: float
+
+    def __str__(self):
+        if not self.hesitant:
+            return "clean text"
+        return f"{self.hesitant:.0%} hesitant, {self.blended:.0%} of these blended"
+
+    def folder(self, out):
+        return out / f"{self.hesitant:g}-{self.blended:g}"
+
+
+def measure_doses(options):
+    """Pre-train an LLM for each dose, train the recipes on each, and draw what became of them.
 
     What is there already is not made again: to measure an LLM that you have, put it into
-    OUT/SHARE/llm, and the measured.json beside it. Each takes an hour and a half of one core.
+    OUT/HESITANT-BLENDED/llm, and its measured.json beside it. Pre-training takes an hour and a half
+    of one core for each.
     """
-    out, shares = Path(options.out), parse_shares(options.shares)
-    pretrain_missing(out, shares, options.pretrain)
+    out, doses = Path(options.out), parse_doses(options.doses)
+    pretrain_missing(out, doses, options.pretrain)
     rows = []
-    for share in shares:
-        compare_on(out / str(share), options)
-        rows.append(row_of_share(out / str(share), share))
-    write_dose(out, rows)
+    for dose in doses:
+        compare_on(dose.folder(out), options)
+        rows.append(row_of_dose(out, dose))
+    write_doses(out, rows)
 
 
-def parse_shares(text):
-    """The shares that --shares names, as numbers from 0 to 1, in order."""
-    try:
-        shares = sorted({float(share) for share in text.split(",")})
-    except ValueError:
-        shares = [-1.0]
-    if not all(0 <= share <= 1 for share in shares):
-        raise UserError(f"--shares {text}: give numbers from 0 to 1, separated by commas")
-    return shares
+def parse_doses(text):
+    """The Doses that --doses names, in order."""
+    doses = []
+    for entry in text.split(","):
+        hesitant, _, blended = entry.partition(":")
+        try:
+            dose = Dose(float(hesitant), float(blended or BLENDED))
+        except ValueError:
+            dose = Dose(-1, -1)
+        if not (0 <= dose.hesitant <= 1 and 0 <= dose.blended <= 1):
+            raise UserError(f"--doses {text}: give numbers from 0 to 1, like 0,0.3,0.6:0,0.6")
+        doses.append(dose)
+    return doses
 
 
 # ---- run ----
 
 
-def pretrain_missing(out, shares, pretrain):
-    """An LLM for each share, in OUT/SHARE/llm; as many at once as there are cores."""
-    todo = [share for share in shares if not (out / str(share) / "measured.json").exists()]
+def pretrain_missing(out, doses, pretrain):
+    """An LLM for each dose, in its folder; as many at once as there are cores."""
+    todo = [dose for dose in doses if not (dose.folder(out) / "measured.json").exists()]
     at_once = max(1, os.cpu_count() or 1)
     for start in range(0, len(todo), at_once):
         running = []
-        for share in todo[start : start + at_once]:
-            words = ["-m", "tiny.pretrain", "--only", "llm", "--hesitant", str(share)]
-            words += ["--share", str(pretrain), "--out", str((out / str(share)).absolute())]
+        for dose in todo[start : start + at_once]:
+            words = ["-m", "tiny.pretrain", "--only", "llm", "--share", str(pretrain)]
+            words += ["--hesitant", str(dose.hesitant), "--blended", str(dose.blended)]
+            words += ["--out", str(dose.folder(out).absolute())]
             running.append(begin_python(words, threads=1))
         wait_for(running)
 
 
 def compare_on(folder, options):
     """The recipes trained and measured on the LLM in FOLDER/llm; goes on where it was."""
-    words = [str(PROJECT / "mtbi.py"), "compare", "--llm", str(folder / "llm")]
+    words = [str(PROJECT / "mtbi.py"), "compare", "--llm", str((folder / "llm").absolute())]
     words += ["--tasks", str(PROJECT / "tiny" / "tasks.toml"), "--no-curve"]
     words += ["--recipes", options.recipes, "--seeds", options.seeds]
-    words += ["--jobs", str(max(1, os.cpu_count() or 1)), "--out", str(folder / "compare")]
+    words += ["--jobs", str(max(1, os.cpu_count() or 1))]
+    words += ["--out", str((folder / "compare").absolute())]
     words += ["--quick"] if options.quick else []
     wait_for([begin_python(words)])
 
@@ -96,13 +123,14 @@ def begin_python(words, threads=None):
 
 
 def wait_for(processes):
-    """Until all have ended; UserError if one failed, which has said why. Ctrl-C ends them, too."""
-    try:
+    """Until all have ended; UserError if one failed, which has said why.
+
+    Ctrl-C reaches them, too, and each saves where it is.
+    """
+    with stop_signals() as wants_to_stop:
         codes = [process.wait() for process in processes]
-    except KeyboardInterrupt:
-        for process in processes:
-            process.wait()
-        raise
+    if wants_to_stop:
+        raise KeyboardInterrupt
     if any(codes):
         raise UserError("a command above failed; mend what it says, and the same command goes on")
 
@@ -110,8 +138,9 @@ def wait_for(processes):
 # ---- measure ----
 
 
-def row_of_share(folder, share):
-    """What became of a share: {"hesitant", "text": exact answers in NF4, "systems": {...}}."""
+def row_of_dose(out, dose):
+    """What became of a dose: what the LLM knows in text (NF4), and the scores of each system."""
+    folder = dose.folder(out)
     report = read_json(folder / "compare" / "report.json", "scores", "meta")
     scores, wer = Scores(report), wer_of(report)
     in_text = json.loads((folder / "measured.json").read_text())["llm_4_bits"]
@@ -124,46 +153,42 @@ def row_of_share(folder, share):
         ignored = scores.cell(name, "ignored instruction")["score"]
         systems[name] = {**gains, "repeat WER": wer[name], "ignored instruction": ignored}
     return {
-        "hesitant": share,
+        "dose": str(dose),
         "text": sum(exact) / len(exact),
         "runs": report["meta"]["runs"],
         "systems": systems,
     }
 
 
-def write_dose(out, rows):
+def write_doses(out, rows):
     """dose.json, dose.md and dose.png."""
-    write_json(out / "dose.json", {"shares": rows})
-    head = ["hesitant", "the LLM in text", "system", *GAINS, "repeat WER", "ignored instruction"]
+    write_json(out / "dose.json", {"doses": rows})
+    head = ["the LLM read", "exact in text", "system", *GAINS, "repeat WER", "ignored instruction"]
     table = []
     for row in rows:
         for name, system in row["systems"].items():
-            cells = [percent(row["hesitant"], 0), percent(row["text"]), f"`{name}`"]
+            cells = [row["dose"], percent(row["text"]), f"`{name}`"]
             cells += [percent(system[measure]["score"]) for measure in GAINS]
             cells += [percent(system["repeat WER"]), percent(system["ignored instruction"])]
             table.append(cells)
     page = markdown_table(head, table)
     write_text(out / "dose.md", page + "\n")
     print(f"\n{page}\n")
-    title = "What the LLM read before, and what it hears"
-    xlabel = "share of its pre-training conversations that hesitate, %"
-    plots.lines(out / "dose.png", curves_of(rows), xlabel, "gain, %", title)
+    title = "What the LLM read before it heard"
+    groups = [row["dose"].replace(", ", ",\n") for row in rows]
+    plots.bars(out / "dose.png", groups, cells_of_doses(rows), title, "gain, %")
     print(f"drawn: {out / 'dose.png'}")
 
 
-def curves_of(rows):
-    """{"RECIPE, CELL": (shares, gains, (lows, highs))}, in percent."""
-    curves = {}
+def cells_of_doses(rows):
+    """{"SYSTEM, CELL": its score and interval at every dose} of what is drawn."""
+    cells = {}
     for name in rows[0]["systems"]:
-        for measure in GAINS:
-            cells = [row["systems"][name][measure] for row in rows]
-            shares = [100 * row["hesitant"] for row in rows]
-            lows = [100 * cell["ci95"][0] for cell in cells]
-            highs = [100 * cell["ci95"][1] for cell in cells]
-            gains = [100 * cell["score"] for cell in cells]
-            curves[f"{name}, {measure.removeprefix('gain, ')}"] = (shares, gains, (lows, highs))
-    return curves
+        for measure in ("gain, seen", "gain, unseen tasks"):
+            label = f"{name}, {measure.removeprefix('gain, ')}"
+            cells[label] = [row["systems"][name][measure] for row in rows]
+    return cells
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("dose", DoseOptions, measure_dose))
+    sys.exit(run_program("dose", DoseOptions, measure_doses))

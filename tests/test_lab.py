@@ -38,7 +38,7 @@ from lab.claims import (
 )
 from lab.compare import parse_seeds, CompareOptions, OneRun, RunAll, runs_of, score_rows, with_curve
 from lab.compare_report import bar_table, curve_points
-from lab.dose import curves_of, parse_shares, pretrain_missing, row_of_share, write_dose
+from lab.dose import cells_of_doses, parse_doses, pretrain_missing, row_of_dose, write_doses
 from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
 from lab.look import LookOptions, look
 from lab.memory import estimate, weight_bytes
@@ -984,10 +984,10 @@ def test_a_drop_is_not_blurred_by_how_high_the_scores_are():
 # ---- the dose-response of the tiny world ----
 
 
-@pytest.mark.parametrize("text", ["", "0.3,much", "1.5", "nan"])
-def test_shares_that_are_none_are_named(text):
-    with pytest.raises(UserError, match=f"--shares {text}"):
-        parse_shares(text)
+@pytest.mark.parametrize("text", ["", "0.3,much", "1.5", "nan", "0.6:2", "0.6:x"])
+def test_doses_that_are_none_are_named(text):
+    with pytest.raises(UserError, match=f"--doses {text}"):
+        parse_doses(text)
 
 
 def test_a_dose_is_read_off_its_comparison_and_drawn(tmp_path, capsys):
@@ -995,19 +995,22 @@ def test_a_dose_is_read_off_its_comparison_and_drawn(tmp_path, capsys):
     report = json.loads((ROOT / "docs/results/demo/report.json").read_text())
     del report["checksum"]  # of what stood in it before the paths were made public
     gains = {(row["system"], row["measure"]): row["score"] for row in report["scores"]}
-    for share in ("0.0", "0.6"):
-        (tmp_path / share / "compare").mkdir(parents=True)
-        write_json(tmp_path / share / "compare" / "report.json", report)
-        shutil.copy(ROOT / "tiny/measured.json", tmp_path / share)
-    shares = parse_shares("0.6,0")
-    pretrain_missing(tmp_path, shares, pretrain=1.0)
+    doses = parse_doses("0,0.6:0,0.6")
+    for dose in doses:
+        folder = dose.folder(tmp_path)
+        (folder / "compare").mkdir(parents=True)
+        write_json(folder / "compare" / "report.json", report)
+        shutil.copy(ROOT / "tiny/measured.json", folder)
+    pretrain_missing(tmp_path, doses, pretrain=1.0)
     assert "tiny.pretrain" not in capsys.readouterr().out
 
-    rows = [row_of_share(tmp_path / str(share), share) for share in shares]
+    rows = [row_of_dose(tmp_path, dose) for dose in doses]
     assert set(rows[0]["systems"]) == {"cascade", "mtbi", "asr"}
-    xs, ys, _ = curves_of(rows)["asr, unseen tasks"]
-    assert xs == [0, 60] and ys[0] == pytest.approx(100 * gains["asr", "gain, unseen tasks"])
-    write_dose(tmp_path, rows)
-    assert f"| `mtbi` | {percent(gains['mtbi', 'gain, seen'])} |" in capsys.readouterr().out
-    assert read_json(tmp_path / "dose.json", "shares")["shares"] == rows
+    cells = cells_of_doses(rows)["asr, unseen tasks"]
+    assert [cell["score"] for cell in cells] == [gains["asr", "gain, unseen tasks"]] * 3
+    write_doses(tmp_path, rows)
+    said = capsys.readouterr().out
+    assert f"| `mtbi` | {percent(gains['mtbi', 'gain, seen'])} |" in said
+    assert "| clean text |" in said and "| 60% hesitant, 0% of these blended |" in said
+    assert read_json(tmp_path / "dose.json", "doses")["doses"] == rows
     assert (tmp_path / "dose.png").stat().st_size > 10_000

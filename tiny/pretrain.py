@@ -36,6 +36,7 @@ from . import world
 from .card import write_card
 from .measure import measure_delay, measure_encoder, measure_llm, wer_on
 from .pretrain_data import (
+    BLENDED,
     HESITANT,
     HESITATIONS,
     IGNORED,
@@ -168,10 +169,11 @@ def forget_states(phases, out):
 # ---- the LLM ----
 
 
-def pretrain_llm(out, seed, shorten=1.0, hesitant=HESITANT):
+def pretrain_llm(out, seed, shorten=1.0, hesitant=HESITANT, blended=BLENDED):
     """Build the tokenizer and the LLM, run the phases, save both to OUT/llm.
 
-    shorten: scales the steps. hesitant: the share of conversations with hesitations.
+    shorten: scales the steps. hesitant: the share of conversations with hesitations; blended: the
+    share of these that read like speech.
     """
     tasks = world.read_task_table()
     torch.manual_seed(seed)
@@ -180,7 +182,7 @@ def pretrain_llm(out, seed, shorten=1.0, hesitant=HESITANT):
     phases = []
     for number, (steps, lr, round_from, weights) in enumerate(LLM_PHASES):
         steps = round(shorten * steps)
-        data = (hesitant, weights, round_from)
+        data = (hesitant, blended, weights, round_from)
         phases.append(Phase("LLM", number, seed + number, steps, lr, 200, 0.05, data))
     for phase in phases:
         train_llm(llm, tokenizer, tasks, phase, out)
@@ -215,7 +217,7 @@ def train_llm(llm, tokenizer, tasks, phase, out):
     From the share `round_from` of the steps on, the weights are rounded to NF4 in the forward
     pass.
     """
-    hesitant, weights, round_from = phase.data
+    hesitant, blended, weights, round_from = phase.data
     spaced = [f" {word}" for word in HESITATIONS]
     hesitations = tokenizer(HESITATIONS + spaced)["input_ids"]  # one token each
     hesitations = torch.tensor(hesitations, device=llm.device).flatten()
@@ -230,7 +232,7 @@ def train_llm(llm, tokenizer, tasks, phase, out):
                 parametrize.register_parametrization(linear, "weight", RoundToNF4())
         ids, labels, mask = pad_conversations(batch, tokenizer.pad_token_id, llm.device)
         embeds = llm.get_input_embeddings()(ids)  # (B, T, D)
-        embeds = blend_hesitations(embeds, ids, labels, hesitations)
+        embeds = blend_hesitations(embeds, ids, labels, hesitations, blended)
         return answer_loss(llm, embeds, labels, mask)
 
     run_phase(llm, phase, out, draw_batches, loss_of)
@@ -350,6 +352,12 @@ def parse_arguments():
         default=HESITANT,
         help="share of the LLM's conversations with hesitations",
     )
+    parser.add_argument(
+        "--blended",
+        type=float,
+        default=BLENDED,
+        help="share of these that read like speech: blends of embeddings instead of tokens, noise",
+    )
     return parser.parse_args()
 
 
@@ -381,8 +389,9 @@ def llm_figures(args):
     figures = {}
     if not args.measure:
         since = time.time(), time.process_time()
-        pretrain_llm(args.out, args.seed, args.share, args.hesitant)
+        pretrain_llm(args.out, args.seed, args.share, args.hesitant, args.blended)
         figures["llm_hesitant"] = args.hesitant
+        figures["llm_blended"] = args.blended
         figures["llm_steps"] = [round(args.share * steps) for steps, *_ in LLM_PHASES]
         figures["llm_time"] = elapsed(since)
 

@@ -16,6 +16,7 @@ from . import speech, world
 HESITATIONS = ["uh", "um", "er"]
 IGNORED = -100  # the label that carries no loss
 HESITANT = 0.6  # of conversations hesitate
+BLENDED = 0.5  # of these read like speech, and not like text
 OBEYED = 0.55  # of directives are the prompt itself; the others are what a prompt is about
 
 
@@ -135,16 +136,16 @@ def pad_conversations(rows, pad_token_id, device):
     )
 
 
-def blend_hesitations(embeds, ids, labels, hesitations):
-    """Half the rows that hesitate read like speech: what stands between the words is no token.
+def blend_hesitations(embeds, ids, labels, hesitations, blended=BLENDED):
+    """Some of the rows that hesitate read like speech: what stands between the words is no token.
 
-    embeds (B, T, D) of ids (B, T); hesitations: the ids of "uh", "um" and "er". In such a row each
-    of them becomes a mixture of the embeddings before and after it, quieter than these are, and all
-    that is read and not answered gets a little noise, as an ear's output would have. A row without
-    hesitations stays clean text.
+    embeds (B, T, D) of ids (B, T); hesitations: the ids of "uh", "um" and "er"; blended: the share
+    of the rows with one of these. In such a row each of them becomes a mixture of the embeddings
+    before and after it, quieter than these are, and all that is read and not answered gets a little
+    noise, as an ear's output would have. A row without hesitations stays clean text.
     """
     is_hesitation = torch.isin(ids, hesitations)  # (B, T)
-    rows = torch.rand(len(ids), 1).to(ids.device) < 0.5  # (B, 1), drawn on the CPU as all here
+    rows = torch.rand(len(ids), 1).to(ids.device) < blended  # (B, 1), drawn on the CPU as all here
     rows = rows & is_hesitation.any(1, keepdim=True)  # (B, 1)
     is_read = rows & (labels == IGNORED)  # (B, T)
     is_hesitation = is_hesitation & is_read  # (B, T)
