@@ -6,12 +6,11 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import psutil
 import torch
 
-from support.files import PROJECT, first_line
+from support.files import PROJECT, first_line, nearest_existing
 from support.hub import TINY
 from support.processes import DEVICE
 
@@ -144,7 +143,7 @@ def memory():
 
 
 def disk(folder):
-    there = next(p for p in [Path(folder), *Path(folder).absolute().parents] if p.exists())
+    there = nearest_existing(folder)
     free = shutil.disk_usage(there).free
     found = f"{free / 1e9:.1f} GB free in {there.resolve()}"
     return Finding("disk", found, "" if free > DISK else "make room: the demo wants 2 GB")

@@ -206,6 +206,14 @@ def fingerprint_of_file(path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def nearest_existing(path):
+    """The path itself if it is there, else the nearest folder above it: on the same disk."""
+    for folder in (Path(path), *Path(path).absolute().parents):
+        if folder.exists():
+            return folder
+    raise UserError(f"{path}: not even its drive is there")
+
+
 def relative(path, folder):
     """`path` as seen from `folder`, so that both can be moved; on another drive the whole path."""
     try:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from support.console import one_thread, progress_bar, timed
 from support.files import HALF_WRITTEN, UserError, WriteError, fingerprint
-from support.files import read_json_if_whole, whole_file, write_json
+from support.files import nearest_existing, read_json_if_whole, whole_file, write_json
 from support.processes import DEVICE, WORLD, mine, wait
 from support.runs import alone
 
@@ -221,7 +221,7 @@ def tell_size(encoder, utterances, folder, keep):
     if keep == "ram":
         return
     advice = "say --cache-features ram, or off to encode at every use"
-    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    there = nearest_existing(folder)
     if not os.access(there, os.W_OK):
         raise UserError(f"{folder}: cannot be written; {advice}")
     free = shutil.disk_usage(there).free

@@ -34,7 +34,7 @@ from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_llm
 from support.answers import answer_all, answer_in_memory
 from support.console import TIMES, timed
 from support.files import UserError, WriteError, explained, fingerprint, fingerprint_of_file
-from support.files import mend_jsonl
+from support.files import mend_jsonl, nearest_existing
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
 from support.frames import fingerprint_of_audio
 from support.hub import fingerprint_of_weights
@@ -134,6 +134,15 @@ def test_a_fingerprint_names_a_content(tmp_path):
     assert a == b != c and len(a) == 12
     with pytest.raises(UserError, match="none: cannot be read"):
         fingerprint_of_file(tmp_path / "none")
+
+
+def test_the_folder_that_a_file_will_be_in_has_the_disk_of_the_nearest_that_is_there(
+    tmp_path, monkeypatch
+):
+    assert nearest_existing(tmp_path) == tmp_path
+    assert nearest_existing(tmp_path / "a" / "b") == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert nearest_existing("a/b") == tmp_path
 
 
 def test_paths_are_kept_relative_so_that_folders_can_be_moved_together(tmp_path):
