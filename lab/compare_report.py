@@ -5,8 +5,8 @@ import pandas
 
 from eval import DIALOGUES
 from lab import plots
-from lab.report import TERMS, explain_mistakes, markdown_table, mistake_table, percent
-from lab.report import write_table
+from lab.report import TERMS, bullet_list, explain_mistakes, markdown_table, mistake_table
+from lab.report import percent, write_table
 from lab.statistics import AT, LINES, NAMES, TASK, is_whole
 from support.files import write_json, write_text
 
@@ -214,23 +214,19 @@ def failure_list(failures):
     """What failed and why, as markdown; nothing if nothing did."""
     if not failures:
         return ""
-    rows = "\n".join(f"- {name}: {why}" for name, why in failures.items())
-    return f"\n**Failed:**\n{rows}\n"
+    return f"\n**Failed:**\n{bullet_list(failures)}\n"
 
 
 def comparison_as_markdown(report):
+    """report.md, from its claims to how it was made."""
+    parts = [claims_part(report), recipes_part(report), answers_part(report), curves_part(report)]
+    return "\n".join([*parts, how_it_was_made(report)])
+
+
+def claims_part(report):
+    """What was measured and over what, and what came of the claims."""
     meta = report["meta"]
-    several = len(meta["runs"]) > 1
-    over = "runs and utterances" if several else "utterances"
-    spread = "The same, in brackets the lowest and the highest run instead of an interval:\n\n"
-    spread = spread + spread_table(report) + "\n" if several else ""
-    curve = "![unseen tasks by share of the speech](curve.png)"
-    if not curve_points(report):
-        curve = "Not measured: no recipe was trained on a part of the speech."
-    steps = "![unseen tasks by training step](steps.png)"
-    if not curve_points(report, AT):
-        steps = "Not measured: no recipe was followed."
-    made = "\n".join(f"- {key}: {value}" for key, value in meta.items() if key != "failures")
+    over = "runs and utterances" if len(meta["runs"]) > 1 else "utterances"
     return f"""# {title_of(meta)}
 
 On held-out speakers and sentences; in percent, the behavior gap in nats a token; in brackets 95% \
@@ -247,8 +243,16 @@ The rule, written before the run: {report["rule"]} Runs: {", ".join(meta["runs"]
 ## The quality bar
 
 {bar_table(report)}
+"""
 
-## Recipes
+
+def recipes_part(report):
+    """How good each recipe is, as tables and plots."""
+    spread = ""
+    if len(report["meta"]["runs"]) > 1:
+        spread = "The same, in brackets the lowest and the highest run instead of an interval:\n\n"
+        spread += spread_table(report) + "\n"
+    return f"""## Recipes
 
 {recipe_table(report)}
 
@@ -263,14 +267,18 @@ The rule, written before the run: {report["rule"]} Runs: {", ".join(meta["runs"]
 
 Every score, with its interval: scores.csv. Exact match, WER, chrF and BLEU of every task, as \
 means over the runs: metrics.csv.
+"""
 
-## Kinds of utterances
+
+def answers_part(report):
+    """On which utterances recipes differ, how their wrong answers are wrong, and in pairs."""
+    return f"""## Kinds of utterances
 
 {kinds_table(report)}
 
 ## Mistakes
 
-{explain_mistakes(meta["mistakes"])} All runs together.
+{explain_mistakes(report["meta"]["mistakes"])} All runs together.
 
 {mistakes_table(report)}
 
@@ -280,8 +288,18 @@ Row minus column in points of the gain on unseen tasks; bold: the 95% interval e
 the same rule. Every other measure, with the intervals: differences.csv.
 
 {difference_table(report)}
+"""
 
-## Data efficiency
+
+def curves_part(report):
+    """What is drawn over the speech, the steps and the layers, where it was measured."""
+    curve = "![unseen tasks by share of the speech](curve.png)"
+    if not curve_points(report):
+        curve = "Not measured: no recipe was trained on a part of the speech."
+    steps = "![unseen tasks by training step](steps.png)"
+    if not curve_points(report, AT):
+        steps = "Not measured: no recipe was followed."
+    return f"""## Data efficiency
 
 {curve}
 
@@ -296,12 +314,17 @@ the same rule. Every other measure, with the intervals: differences.csv.
 ## Text retention
 
 ![text retention](retention.png)
+"""
 
-## How this was made
+
+def how_it_was_made(report):
+    """What training took, and every setting."""
+    settings = {key: value for key, value in report["meta"].items() if key != "failures"}
+    return f"""## How this was made
 
 {training_table(report)}
 
-{made}
+{bullet_list(settings)}
 """
 
 

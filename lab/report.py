@@ -50,6 +50,11 @@ def markdown_table(head, rows):
     return "\n".join(lines)
 
 
+def bullet_list(values):
+    """A line as markdown for each entry of {name: value}."""
+    return "\n".join(f"- {name}: {value}" for name, value in values.items())
+
+
 # ---- from the answers to report.json ----
 
 
@@ -360,11 +365,14 @@ def sample_text(sample):
 
 
 def as_markdown(report):
+    """report.md, from the gains to how it was made."""
+    parts = [gains_part(report), wrong_answers_part(report), inside_part(report)]
+    return "\n".join([*parts, details_part(report)])
+
+
+def gains_part(report):
+    """What was asked, and how good the answers are: all together, and by the kind of utterance."""
     meta = report["meta"]
-    mistakes = {name: entry["mistakes"] for name, entry in report["recipes"].items()}
-    anchor_rates = {n: entry["anchor_rate"]["score"] for n, entry in report["recipes"].items()}
-    samples = "\n".join(sample_text(sample) for sample in report["samples"])
-    made = "\n".join(f"- {key}: {value}" for key, value in meta.items() if key != "task_splits")
     return f"""# Benchmark of {", ".join(report["recipes"])}
 
 {meta["n_utterances"]} held-out utterances of {meta["n_speakers"]} speakers, \
@@ -382,10 +390,16 @@ brackets: 95% bootstrap interval over utterances. Every answer is a row of answe
 ## Kinds of utterances
 
 {kind_table(report)}
+"""
 
-## Mistakes
 
-{explain_mistakes(meta["settings"]["mistakes"])}
+def wrong_answers_part(report):
+    """How wrong answers are wrong, and in which tasks there are how many."""
+    mistakes = {name: entry["mistakes"] for name, entry in report["recipes"].items()}
+    anchor_rates = {n: entry["anchor_rate"]["score"] for n, entry in report["recipes"].items()}
+    return f"""## Mistakes
+
+{explain_mistakes(report["meta"]["settings"]["mistakes"])}
 
 {mistake_table(mistakes, anchor_rates)}
 
@@ -394,8 +408,13 @@ brackets: 95% bootstrap interval over utterances. Every answer is a row of answe
 {task_table(report)}
 
 ![task × system](tasks.png)
+"""
 
-## Conversations, text, and what happens inside
+
+def inside_part(report):
+    """Conversations, what the LLM keeps of its text skills and looks at, and the loss."""
+    meta = report["meta"]
+    return f"""## Conversations, text, and what happens inside
 
 Conversations of two turns: {meta["n_dialogues"]} of each kind. Behavior gap and attention on \
 {meta["n_probes"]} of the questions.
@@ -407,8 +426,14 @@ Conversations of two turns: {meta["n_dialogues"]} of each kind. Behavior gap and
 ## Training
 
 ![loss](loss.png)
+"""
 
-## All metrics
+
+def details_part(report):
+    """Every metric, five conversations, and every setting."""
+    samples = "\n".join(sample_text(sample) for sample in report["samples"])
+    made = {key: value for key, value in report["meta"].items() if key != "task_splits"}
+    return f"""## All metrics
 
 {metric_table(report)}
 
@@ -418,7 +443,7 @@ Conversations of two turns: {meta["n_dialogues"]} of each kind. Behavior gap and
 
 ## How this was made
 
-{made}
+{bullet_list(made)}
 """
 
 
