@@ -355,6 +355,10 @@ class Progress:
         self.skipped += not finite
         self.in_a_row = 0 if finite else self.in_a_row + 1
 
+    def is_stuck(self):
+        """Were so many steps in a row skipped that going on makes no sense?"""
+        return self.in_a_row == SKIPS_ALLOWED
+
     def adjust_loss_scale(self, finite):
         """fp16: halve the scale after a step that overflowed, double it after 2000 that did not."""
         self.scale_steps = self.scale_steps + 1 if finite else 0
@@ -513,14 +517,11 @@ def train(
     `save_every` steps and when it is interrupted, a state. UserError if there is no finite gradient
     any more.
     """
-    folder = Path(folder)
-    steps = examples.steps
+    folder, steps = Path(folder), examples.steps
     parameters = model.trainable()
     optimizer = adam_w(parameters, lr)
     fp16 = model.llm.get_input_embeddings().weight.dtype == torch.float16
-    start = Progress(loss_scale=FIRST_SCALE if fp16 else 1.0)
-    progress = load_state(folder, parameters, optimizer, start, made_with)
-    progress.in_a_row = 0  # after a stop for want of finite gradients it may try as often again
+    progress = where_it_was(folder, parameters, optimizer, fp16, made_with)
     log = Log(folder / "log.jsonl", progress.step, track)
     bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
 
@@ -545,19 +546,35 @@ def train(
             bar.set_postfix(log.shown(progress.skipped), refresh=False)
             bar.update()
 
-            # Save now and then, at the end, and when somebody wants to stop.
+            # Save now and then, at the end, and where it stops on the way.
             stop = anyone(wants_to_stop)
-            stuck = progress.in_a_row == SKIPS_ALLOWED
-            if progress.step % save_every == 0 or progress.step == steps or stop or stuck:
+            is_last = progress.step == steps or stop or progress.is_stuck()
+            if is_last or progress.step % save_every == 0:
                 log.write()  # first: what it is ahead of the state is dropped on resuming
                 save_state(folder, parameters, optimizer, progress, made_with, keep)
-            if stuck:
-                raise UserError(explain_skips(folder, progress))
-            if stop:
-                print(f"\ninterrupted; {progress.step} of {steps} steps are saved in {folder}")
-                raise KeyboardInterrupt
+            leave_if_it_stops(folder, progress, steps, stop)
     say_skipped(progress)
     return model.train(False)
+
+
+def where_it_was(folder, parameters, optimizer, fp16, made_with):
+    """The Progress to go on from: of the newest state, which is put back, or of a beginning."""
+    start = Progress(loss_scale=FIRST_SCALE if fp16 else 1.0)
+    progress = load_state(folder, parameters, optimizer, start, made_with)
+    progress.in_a_row = 0  # after a stop for want of finite gradients it may try as often again
+    return progress
+
+
+def leave_if_it_stops(folder, progress, steps, stop):
+    """Leave the loop on the way, its state saved.
+
+    UserError if there is no finite gradient any more, KeyboardInterrupt if somebody wants to stop.
+    """
+    if progress.is_stuck():
+        raise UserError(explain_skips(folder, progress))
+    if stop:
+        print(f"\ninterrupted; {progress.step} of {steps} steps are saved in {folder}")
+        raise KeyboardInterrupt
 
 
 def adam_w(parameters, lr):
