@@ -241,6 +241,11 @@ class RunAll:
         words = [*words, "--seed", str(run.seed)]
         return self.jobs.attempt(words, self.out / run.name, name)
 
+    def has_behaviors(self, run):
+        folder = self.out / run.name
+        there = (folder / "data" / "manifest.jsonl", folder / "behaviors.jsonl")
+        return all(path.exists() for path in there)
+
     def prepare(self, run):
         """Speech and behaviors; returns whether there are."""
         folder, options = self.out / run.name, self.options
@@ -298,22 +303,31 @@ class RunAll:
                 return []
         return [*LINES, *trained] if trained else []
 
+    def do_each(self, what, do, items, is_there):
+        """{item: do(item)}, several at once; what is there is only looked at, without a process.
+
+        Whether it is done, and with these settings, its command says itself.
+        """
+        todo = [item for item in items if not is_there(item)]
+        results = dict(zip(todo, self.jobs.each(what, do, todo)))
+        for item in items:
+            if item not in results:
+                results[item] = do(item)
+        return results
+
 
 def run_all(runs, options, names, jobs):
     """Do all that is not done already; returns {run: the systems measured in it now}."""
     work = RunAll(options, jobs)
-    begun = jobs.each("prepare and behaviors", work.prepare, runs)
-    ready = [run for run, good in zip(runs, begun) if good]
+    begun = work.do_each("prepare and behaviors", work.prepare, runs, work.has_behaviors)
+    ready = [run for run in runs if begun[run]]
 
     # recipe by recipe: a comparison half done compares some in all runs
     pairs = [(run, recipe) for recipe in names for run in ready]
-    todo = [pair for pair in pairs if not work.is_trained(pair)]
-    results = dict(zip(todo, jobs.each("train", work.train, todo)))
+    results = work.do_each("train", work.train, pairs, work.is_trained)
     trained = {run: [] for run in ready}
     for run, recipe in pairs:
-        pair = (run, recipe)
-        # what is there needs no process of its own: it is only looked at
-        if results[pair] if pair in results else work.train(pair):
+        if results[run, recipe]:
             trained[run].append(recipe)
 
     systems = jobs.each("bench", lambda run: work.bench(run, trained[run]), ready)

@@ -36,7 +36,8 @@ from lab.claims import (
     all_differences,
     decide,
 )
-from lab.compare import parse_seeds, CompareOptions, OneRun, RunAll, runs_of, score_rows, with_curve
+from lab.compare import CompareOptions, OneRun, RunAll, parse_seeds, run_all, runs_of, score_rows
+from lab.compare import with_curve
 from lab.compare_report import bar_table, curve_points
 from lab.dose import cells_of_doses, parse_doses, pretrain_missing, row_of_dose, write_doses
 from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
@@ -612,6 +613,40 @@ def test_a_recipe_that_spoils_the_benchmark_is_left_out_of_it():
         "copy",
         "cascade",
         "mtbi",
+    ]
+
+
+class Told:
+    """Stands in for Jobs: (run, command, whether in a process of its own) of all it was told."""
+
+    def __init__(self):
+        self.said, self.apart = [], False
+
+    def each(self, what, function, items):
+        self.apart = True
+        done = [function(item) for item in items]
+        self.apart = False
+        return done
+
+    def attempt(self, words, folder, name):
+        self.said.append((folder.name, words[0], self.apart))
+        return True
+
+
+def test_what_is_there_is_looked_at_without_a_process(tmp_path):
+    done = tmp_path / "seed-0"
+    for name in ("data/manifest.jsonl", "behaviors.jsonl", "mtbi/connector.safetensors"):
+        (done / name).parent.mkdir(parents=True, exist_ok=True)
+        (done / name).touch()
+    jobs, options = Told(), CompareOptions(out=str(tmp_path), seeds="2")
+    run_all(runs_of(options), options, ["mtbi"], jobs)
+    assert jobs.said[:6] == [
+        ("seed-1", "prepare", True),
+        ("seed-1", "behaviors", True),
+        ("seed-0", "prepare", False),
+        ("seed-0", "behaviors", False),
+        ("seed-1", "train", True),
+        ("seed-0", "train", False),
     ]
 
 
