@@ -66,7 +66,7 @@ from support.files import relative, write_jsonl
 from support.hub import fingerprint_of_weights, named
 from support.options import Between, Count, DataFolder, RunFolder, Seed, parse_options
 from support.processes import MAIN, WORLD
-from support.runs import alone, begin, finish, is_done, settings_of
+from support.runs import alone, begin, finish, is_done, read_config, settings_of
 from train import TrainOptions, train_recipe
 
 gc.freeze()
@@ -252,7 +252,7 @@ class BehaviorsOptions:
     """and its vocabulary projection in 4 (NF4) or 16: a smaller GPU, another LLM"""
     embeddings: Literal["gpu", "host"] = "gpu"
     """where its table of embeddings is: on the host it takes no memory of the GPU, changes no
-    result, and costs little time"""
+    result, and costs little time; `train` and `bench` have it where RUN was told to last"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
     CPU"""
@@ -304,6 +304,7 @@ def ask_behaviors(options):
     half_way = "behaviors.part-*"
     if is_done(out, "behaviors", options, content, "behaviors.jsonl", half_way=half_way):
         print(f"{out}: has its behaviors already")
+        move_embeddings(out, options, content)
         return
     say_device()
     model = SpeechLLM(*shared_llm(*llm_of(asdict(options), options.precision)))
@@ -317,6 +318,16 @@ def ask_behaviors(options):
         finish(out, "behaviors", options, content)
         forget_parts(out / "behaviors*")
     show_behaviors(out, found, utterances, options)
+
+
+def move_embeddings(out, options, content):
+    """Let train and bench have the table of embeddings of a run that is done in another place."""
+    before, _, _ = read_config(out, "behaviors")
+    if before.get("embeddings", "gpu") != options.embeddings:
+        with alone(out):
+            finish(out, "behaviors", options, content)
+        place = options.embeddings
+        print(f"train and bench have its table of embeddings on the {place} from now on")
 
 
 def ask_llm(model, tasks, utterances, options, asked):

@@ -29,7 +29,7 @@ import mtbi
 from app.generate import GenerateOptions
 import support.frames
 import train
-from data import load_audio, read_manifest, write_audio
+from data import load_audio, open_run, read_manifest, write_audio
 from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_llm
 from support.answers import answer_all, answer_in_memory
 from support.console import TIMES, timed
@@ -899,6 +899,19 @@ def test_where_the_memory_does_not_suffice_half_as_many_are_asked_at_once(capsys
     assert max(parrot.sizes) <= 2 and "out of memory with 7 questions" in capsys.readouterr().err
     with pytest.raises(UserError, match="one question at a time is still too much for this GPU"):
         answer_in_memory(Parrot(memory=0), list("ab"), 4)
+
+
+def test_where_the_embeddings_are_can_be_said_of_behaviors_that_are_done(
+    few, few_behaviors, capsys
+):
+    before = read_json(few_behaviors / "config.json")
+    for place in ("host", "gpu"):
+        assert ask_few(few, few_behaviors, "--embeddings", place) == 0
+        assert f"table of embeddings on the {place} from now on" in capsys.readouterr().out
+        assert open_run(few_behaviors).options["embeddings"] == place
+        assert ask_few(few, few_behaviors, "--embeddings", place) == 0
+        assert "from now on" not in capsys.readouterr().out, "it is there already"
+    assert read_json(few_behaviors / "config.json") == before
 
 
 def test_behaviors_record_who_gave_them_and_another_llm_is_noticed(few_behaviors, tmp_path, capsys):
