@@ -67,7 +67,7 @@ class GpuOptions:
     smoke: bool = False
     """try every path that only a GPU takes, and measure nothing"""
     out: str | None = None
-    """folder for what is measured; rows that are there are not measured again"""
+    """folder for what is measured, of one card; rows that are there are not measured again"""
     minutes: Count = 25
     """no row is begun after so many minutes; the same command goes on with those left"""
     only: str = ""
@@ -155,6 +155,7 @@ def measure_rows(options):
     folder = Path(options.out)
     if folder.exists() and not (folder / "rows").is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: is there already, and not made by this; name another --out")
+    refuse_other_card(folder)
     until = time.monotonic() + 60 * options.minutes
     made = None, None  # the LLM that was made last, and its name
     left = 0
@@ -183,6 +184,27 @@ def measure_rows(options):
     write_page(folder)
     if left:
         print(f"{left} rows are left: run the same command again")
+
+
+def refuse_other_card(folder):
+    """UserError if a row was measured on another card: a page is about one."""
+    here = describe_device()["device"]
+    for row in rows_in(folder).values():
+        if row["device"] != here:
+            raise UserError(
+                f"{folder}: holds what was measured on {row['device']}, and this is {here}; name "
+                "another --out"
+            )
+
+
+def rows_in(folder):
+    """{name: what was measured} of the rows that are there."""
+    found = {}
+    for row in all_rows():
+        path = folder / "rows" / f"{row.name}.json"
+        if path.exists():
+            found[row.name] = read_json(path, "device")
+    return found
 
 
 def free_memory():
@@ -283,11 +305,7 @@ def time_demo(folder):
 
 def write_page(folder):
     """gpu.json, all rows with card, driver and versions, and gpu.md, the tables."""
-    found = {}
-    for row in all_rows():
-        path = folder / "rows" / f"{row.name}.json"
-        if path.exists():
-            found[row.name] = read_json(path)
+    found = rows_in(folder)
     write_json(folder / "gpu.json", {"card": describe_card(), "rows": found})
     lines = [describe_in_words(), *step_table(found), *other_lines(found)]
     with whole_file(folder / "gpu.md") as temporary:
@@ -408,8 +426,8 @@ def other_lines(found):
             contexts.append(row["ours"]["card_gb"] - row["ours"]["reserved_gb"])
     if contexts:
         lines.append(
-            f"- CUDA itself, beside what torch reserves: {min(contexts):.2f} to "
-            f"{max(contexts):.2f} GB; `plan` assumes {CONTEXT / GB:.1f}"
+            f"- CUDA itself, and other programs if there were any, beside what torch reserves: "
+            f"{min(contexts):.2f} to {max(contexts):.2f} GB; `plan` assumes {CONTEXT / GB:.1f}"
         )
     return lines
 

@@ -305,6 +305,7 @@ def peak_bytes(step, model, optimizer, examples, encoder):
             "peak_gb": torch.cuda.max_memory_allocated() / GB,
             "reserved_gb": torch.cuda.max_memory_reserved() / GB,
             "card_gb": (total - free) / GB,
+            "card_gb_is_of": "all programs on the card, CUDA itself included",
         }
     modules = [model, encoder] if encoder else [model]
     there = [*tensors_of(*modules)]

@@ -985,6 +985,11 @@ def test_what_a_gpu_is_measured_by_is_written_row_by_row(tmp_path, monkeypatch, 
     capsys.readouterr()
     lab.gpu.meet_gpu(options)
     assert "measured" not in capsys.readouterr().out, "a row that is there was measured again"
+    here = lab.gpu.describe_device()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(lab.gpu, "describe_device", lambda: {**here, "device": "another card"})
+        with pytest.raises(UserError, match="and this is another card; name another --out"):
+            lab.gpu.meet_gpu(options)
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
