@@ -24,7 +24,7 @@ from support.adam import RoomyAdamW
 from support.console import progress_bar, say_device, stop_signals, timed
 from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
 from support.frames import fingerprint_of_audio
-from support.hub import fingerprint_of_weights, named
+from support.hub import fingerprint_of_weights, named, parameters_of
 from support.logs import Log
 from support.options import Count, FramesAToken, Rank, Rate, RunFolder, Seed, check
 from support.processes import add_up, add_up_gradients, anyone, my_micro_batches
@@ -294,7 +294,7 @@ def peak_rate(asked, model, share):
 
 def checkpoint_if_large(model, choice):
     """Gradient checkpointing, as asked for, or by the size of the LLM."""
-    size = model.llm.num_parameters()
+    size = parameters_of(model.llm.config)
     on = choice == "on" or (choice == "auto" and size >= CHECKPOINT_FROM)
     if on:
         model.checkpoint_gradients()

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import torch
-
 from data import Recipe
 from lab.memory import CONTEXT, GB, TRANSCRIPT_RATE, behaviors_bytes, estimate
-from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
+from lab.model_shapes import encoder_shape, find_config, full_name
 from model import PRECISIONS
+from support.hub import parameters_of
 from support.options import Count, Rank, Size
 from train import CHECKPOINT_FROM
 
@@ -118,8 +117,7 @@ def best_fit(options, llm_config, encoder, room):
     )
     fast = largest_fit(estimated, options.batch_size, False, room)
     frugal = largest_fit(estimated, options.batch_size, True, room)
-    llm, _ = llm_shape(llm_config, torch.float32)
-    is_small = sum(p.numel() for p in llm.parameters()) < CHECKPOINT_FROM
+    is_small = parameters_of(llm_config) < CHECKPOINT_FROM
     if fast.fits and is_small and 2 * fast.micro_batch >= frugal.micro_batch:
         return fast
     if frugal.fits or options.bits == 16:

@@ -9,6 +9,7 @@ computes logits at every position. Both use the same weights, conversations, pre
 checkpointing, one after the other. Tokenization is in neither.
 """
 
+import math
 import os
 import platform
 import sys
@@ -34,7 +35,7 @@ from lab.programs import run_program
 from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, connector_class
 from model import embedding_rms
 from support.files import UserError, ceil_div, write_json
-from support.hub import TINY, keep_embeddings_on_host, pack_head, pack_linear
+from support.hub import TINY, keep_embeddings_on_host, pack_head, pack_linear, parameters_of
 from support.options import Count, Rank, Size
 from support.processes import DEVICE
 from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, adam_w, update
@@ -94,8 +95,7 @@ def random_llm(config, bits, dtype, head_bits=16, embeddings="gpu"):
     bits: 4 = all linear layers but the head in NF4, 16 = not quantized. head_bits, embeddings: as
     in model.load_llm.
     """
-    with torch.device("meta"):
-        llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    llm, _ = llm_shape(config, dtype)
     head = llm.get_output_embeddings()
     for name, module in list(llm.named_modules()):
         if bits == 4 and isinstance(module, nn.Linear) and module is not head:
@@ -104,30 +104,39 @@ def random_llm(config, bits, dtype, head_bits=16, embeddings="gpu"):
                 module.bias = nn.Parameter(torch.zeros_like(module.bias, device=DEVICE))
             llm.set_submodule(name, pack_linear(module, dtype, DEVICE))
             module.weight = None  # before the next one is made
-        elif hasattr(module, "inv_freq"):  # of rotary embeddings: computed, not random
-            llm.set_submodule(name, type(module)(module.config).to(DEVICE))
     for module in llm.modules():
-        fill_with_random(module, dtype)
+        begin_anew(llm, module)
     llm.tie_weights()
     if head_bits == 4:
         pack_head(llm, dtype, DEVICE)
     if embeddings == "host":
         keep_embeddings_on_host(llm, DEVICE)
-    llm.is_loaded_in_4bit = bits == 4  # so that num_parameters counts packed weights whole
+    llm.is_loaded_in_4bit = bits == 4  # as a loaded one says, which an adapter asks
     return llm.eval().requires_grad_(False)
 
 
-def fill_with_random(module, dtype):
-    """Put a module's own parameters on the device: ones in a norm, random numbers elsewhere."""
-    is_norm = "norm" in type(module).__name__.lower()
-    for name, p in list(module.named_parameters(recurse=False)):
-        if not p.is_meta:
-            continue
-        if is_norm:
-            weight = torch.ones(p.shape, dtype=dtype, device=DEVICE)
-        else:
-            weight = random_weight(p.shape, dtype)
-        setattr(module, name, nn.Parameter(weight))
+def begin_anew(llm, module):
+    """Put a module's own tensors on the device, as they are where a training from scratch begins.
+
+    Weights are random; what is no weight, like the frequencies of a rotary embedding or the factor
+    on Gemma's embeddings, is computed. UserError where transformers does not say how.
+    """
+    missing = {}
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers("", False)):
+        if tensor.is_meta:
+            missing[name] = torch.full_like(tensor, math.nan, device=DEVICE)
+    for name, tensor in missing.items():
+        is_weight = isinstance(getattr(module, name), nn.Parameter)
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False) if is_weight else tensor)
+    if missing:
+        llm._init_weights(module)
+    for name, tensor in missing.items():
+        if not torch.isfinite(tensor).all():
+            what = f"{type(module).__name__}.{name}"
+            raise UserError(
+                f"--llm: {what} of a model of type {llm.config.model_type} cannot be made without "
+                "its checkpoint; name another model"
+            )
 
 
 def random_weight(shape, dtype):
@@ -173,7 +182,7 @@ def build_random(options, llm, encoder_config):
 
     checkpointing = options.gradient_checkpointing == "on"
     if options.gradient_checkpointing == "auto":
-        checkpointing = llm.num_parameters() >= CHECKPOINT_FROM
+        checkpointing = parameters_of(llm.config) >= CHECKPOINT_FROM
     if checkpointing:
         model.checkpoint_gradients()
     return model.train(), checkpointing
@@ -346,7 +355,7 @@ def compare_steps(options, llm=None):
     config, encoder_config = configs_of(options)
     if llm is None:
         llm = random_llm(config, options.bits, dtype, options.head_bits, options.embeddings)
-    parameters = sum(p.numel() for p in llm_shape(config, dtype)[0].parameters())
+    parameters = parameters_of(config)
     model, checkpointing = build_random(options, llm, encoder_config)
     frames = round(options.seconds * FRAME_RATE)
     examples = random_conversations(options, encoder_config.d_model, frames)
@@ -387,7 +396,7 @@ def compare_steps(options, llm=None):
 
 def configs_of(options):
     """The configurations of the LLM, of so many layers as asked for, and of the encoder."""
-    config = find_config(options.llm, "llm")
+    config = find_config(options.llm, "llm").get_text_config()
     encoder_config = find_config(options.encoder, "encoder")
     if encoder_config.model_type != "whisper":
         raise UserError(

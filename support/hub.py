@@ -204,6 +204,16 @@ def take_back(llm):
     del llm.hf_device_map
 
 
+def parameters_of(config):
+    """How many parameters an LLM of a configuration has, each counted once.
+
+    The LLM's own count goes by how they are packed, and leaves out a table in host memory.
+    """
+    with torch.device("meta"):
+        llm = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in llm.parameters())
+
+
 def quantization(bits, compute, offload=False):
     """How the linear layers are packed, or None where they are not.
 

@@ -3,6 +3,7 @@
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -495,6 +496,65 @@ def test_the_check_of_the_optimizer_fails_where_the_memory_did_not_run_out(tmp_p
     limits.clear()
     enough = False
     assert lab.smoke.optimizer_goes_on(tmp_path) == "the same to the bit"
+
+
+# ---- random weights of a real size, and how many weights there are ----
+
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 512,
+}
+
+
+@pytest.mark.parametrize("shrunk", [{}, {"head_bits": 4, "embeddings": "host"}])
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma", "Gemma2", "Gemma3Text"])
+def test_an_llm_of_random_weights_is_whole_and_scales_its_embeddings(family, shrunk):
+    config = getattr(transformers, f"{family}Config")(**SMALL)
+    llm = lab.step.random_llm(config, 4, torch.float32, **shrunk)
+    assert not any(tensor.is_meta for tensor in (*llm.parameters(), *llm.buffers()))
+    expected = 0.02 * (128**0.5 if "Gemma" in family else 1)
+    assert model.embedding_rms(llm).item() == pytest.approx(expected, rel=0.05)
+    table, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+    if not shrunk:
+        assert (table.weight is head.weight) == config.tie_word_embeddings
+    assert llm(torch.arange(10, 30)[None]).logits.isfinite().all()
+
+
+def test_an_llm_that_cannot_be_made_without_its_checkpoint_is_one_line(monkeypatch):
+    monkeypatch.setattr(transformers.PreTrainedModel, "_init_weights", lambda *_: None)
+    with pytest.raises(UserError, match="Embedding.weight of a model of type qwen3 cannot be"):
+        lab.step.random_llm(transformers.Qwen3Config(**SMALL), 16, torch.float32)
+    config = find_config("whisper-tiny", "encoder")
+    with pytest.raises(UserError, match="is no causal LLM"):
+        lab.step.random_llm(config, 16, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head_bits, embeddings", [(16, "gpu"), (4, "gpu"), (4, "host")])
+def test_a_weight_counts_once_however_it_is_packed_and_wherever_it_is(
+    bits, tied, head_bits, embeddings, monkeypatch, capsys
+):
+    config = transformers.Qwen3Config(**SMALL, tie_word_embeddings=tied)
+    layers = 2 * (128 * 64 * 6 + 128 * 256 * 3 + 2 * 128 + 2 * 64) + 128
+    expected = layers + 512 * 128 * (1 if tied else 2)
+    llm = lab.step.random_llm(config, bits, torch.float32, head_bits, embeddings)
+    assert support.hub.parameters_of(llm.config) == expected
+
+    on_disk, _ = model.load_llm("tiny", bits, "auto", head_bits, embeddings)
+    whole, _ = model.shared_llm("tiny", 16, "auto", 16, "gpu")
+    assert support.hub.parameters_of(on_disk.config) == sum(p.numel() for p in whole.parameters())
+
+    asked = SimpleNamespace(llm=llm, checkpoint_gradients=lambda: None)
+    for limit, said in ((expected, "on"), (expected + 1, "off")):
+        monkeypatch.setattr(train, "CHECKPOINT_FROM", limit)
+        train.checkpoint_if_large(asked, "auto")
+        assert f"gradient checkpointing: {said}, " in capsys.readouterr().out
 
 
 # ---- plan beside what was measured on a GPU ----
