@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import psutil
@@ -36,8 +36,8 @@ from support.hub import fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
 from support.hub import load_in_places, local_or_fetched, located, pack_head, save_adapter
 from support.processes import DEVICE, first_process
-from support.recognizer import encoder_behind, fingerprint_of_recognizer, is_recognizer
-from support.recognizer import open_recognizer
+from support.recognizer import Recognizer, encoder_behind, fingerprint_of_recognizer
+from support.recognizer import is_recognizer, open_recognizer
 from support.runs import fingerprint_of_training, read_spec
 from support.states import TRAINED
 
@@ -50,7 +50,11 @@ DROPOUT = 0.1  # of connectors: little speech is soon learned by heart
 
 
 class SpeechEncoder(Protocol):
-    """What a speech encoder must be; ENCODERS names those that are no Hugging Face checkpoint."""
+    """What a speech encoder must be; ENCODERS names those that are no Hugging Face checkpoint.
+
+    One that has clip(), hear_together() and `seconds_at_once` as well, like HuggingFaceEncoder,
+    hears clips of equal length together where there is a GPU.
+    """
 
     name: str
     width: int  # D_encoder
@@ -112,24 +116,50 @@ def fingerprint_of_encoder(name):
 def encode_all(encoder, utterances, folder, keep="disk"):
     """{utterance id: frames (T, D_encoder)} of all utterances, made once; see support/frames.py."""
 
-    def listen(utterance):
-        return encoder(load_audio(utterance.audio, utterance.duration), utterance.audio)
+    def load(utterance):
+        return load_audio(utterance.audio, utterance.duration)
 
-    return keep_frames(encoder, listen, utterances, folder, keep)
+    if isinstance(encoder, Recognizer):
+        encoder = encoder.encoder  # whose frames they are
+    return keep_frames(encoder, load, utterances, folder, keep)
+
+
+class Features(NamedTuple):
+    """What the model is given of a piece of sound, on the CPU."""
+
+    inputs: dict  # {name: tensor (1, ...)}, as the feature extractor makes them
+    samples: int  # of how many it made them
+
+
+class Clip(NamedTuple):
+    """What an encoder hears of one recording."""
+
+    name: str  # for error messages
+    pieces: list  # Features; more than one where the recording is longer than Whisper hears at once
+
+    @property
+    def shape(self):
+        """Clips of the same shape can be heard together: none of them has to be padded or cut."""
+        shapes = []
+        for piece in self.pieces:
+            shapes.append({name: tensor.shape for name, tensor in piece.inputs.items()})
+        return shapes
 
 
 class HuggingFaceEncoder(nn.Module):
     """Whisper, WavLM, HuBERT, wav2vec 2.0, Parakeet, … with its own feature extractor, frozen.
 
-    One utterance at a time: nothing is padded, and what its extractor pads by itself is masked and
-    cut off. `width` and `frame_rate` are read from the model by letting it hear noise. A CTC model
-    keeps its head: `transcribe` is what the cascade hears. A Whisper encoder runs on the audio's
-    own length (`pad_whisper`: on 30 s of padding, as it was trained; only the audio's frames are
-    kept). Where a GPU's memory does not suffice, for its weights or for what it hears, it hears on
-    the CPU, and stays there.
+    Nothing is padded: only clips of the same shape are heard together, so the frames are, but for
+    rounding, those of each alone. What its extractor pads by itself is masked and cut off. `width`
+    and `frame_rate` are read from the model by letting it hear noise. A CTC model keeps its head:
+    `transcribe` is what the cascade hears. A Whisper encoder runs on the audio's own length
+    (`pad_whisper`: on 30 s of padding, as it was trained; only the audio's frames are kept). Where
+    a GPU's memory does not suffice, for its weights or for what it hears, it hears on the CPU, and
+    stays there.
     """
 
     left_gpu = False  # did it have to?
+    seconds_at_once = 120.0  # of sound: eight clips of 15 s
 
     def __init__(self, name, pad_whisper=False):
         super().__init__()
@@ -168,7 +198,7 @@ class HuggingFaceEncoder(nn.Module):
         super().to("cpu")
         self.fingerprint  # noqa: B018  of the weights as they were loaded: kept from now on
         self.float()
-        self.left_gpu = True
+        self.left_gpu, self.seconds_at_once = True, 0.0
         torch.cuda.empty_cache()
         return self
 
@@ -184,23 +214,63 @@ class HuggingFaceEncoder(nn.Module):
 
     def forward(self, samples, name="the audio"):
         """float32 samples at SAMPLE_RATE -> frames (T, D_encoder), half precision, on the CPU."""
-        try:
-            return self.hear(samples, name)
-        except torch.OutOfMemoryError as error:
-            why = first_line(error)
-        return self.leave_gpu(name, why).hear(samples, name)
+        return self.hear_together([self.clip(samples, name)])[0]
 
-    @torch.no_grad()
-    def hear(self, samples, name):
-        """What forward() returns, on the device where the weights are."""
+    def clip(self, samples, name):
+        """float32 samples at SAMPLE_RATE -> the Clip that hear_together() takes.
+
+        It needs no GPU, and several threads may do it at once.
+        """
+        n_pieces, options = 1, {}
         if self.is_whisper:
             # it hears 30 s at a time: longer audio goes in as equal pieces
             seconds = len(samples) / SAMPLE_RATE
             n_pieces = math.ceil(seconds / self.extractor.chunk_length)
-            pieces = [self.whisper(piece) for piece in np.array_split(samples, n_pieces)]
-            return torch.cat(pieces).half().cpu()  # (T, D_encoder)
-        inputs = self.extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        inputs = inputs.to(self.device)
+            options["padding"] = "max_length" if self.pad_whisper else "longest"
+        pieces = []
+        for piece in np.array_split(samples, n_pieces):
+            inputs = self.extractor(
+                piece, sampling_rate=SAMPLE_RATE, return_tensors="pt", **options
+            )
+            pieces.append(Features(dict(inputs), len(piece)))
+        return Clip(name, pieces)
+
+    def hear_together(self, clips):
+        """Clips of one shape -> [frames (T, D_encoder), half precision, on the CPU].
+
+        Where a GPU's memory does not suffice, half as many at once; for one alone, on the CPU.
+        """
+        try:
+            return self.hear(clips)
+        except torch.OutOfMemoryError as error:
+            why = first_line(error)
+        if len(clips) == 1:
+            return self.leave_gpu(clips[0].name, why).hear(clips)
+        torch.cuda.empty_cache()
+        self.seconds_at_once /= 2
+        tqdm.write(
+            f"out of memory with {len(clips)} clips at once ({why}): from here on at most "
+            f"{self.seconds_at_once:g} s of sound together",
+            file=sys.stderr,
+        )
+        half = len(clips) // 2
+        return self.hear_together(clips[:half]) + self.hear_together(clips[half:])
+
+    @torch.no_grad()
+    def hear(self, clips):
+        """What hear_together() returns, on the device where the weights are."""
+        through = self.whisper if self.is_whisper else self.any_other
+        heard = [[] for _ in clips]
+        for pieces in zip(*[clip.pieces for clip in clips]):  # the first of each clip, the second …
+            for own, frames in zip(heard, through(pieces, clips[0].name)):
+                own.append(frames)
+        return [torch.cat(own) for own in heard]  # (T, D_encoder) each
+
+    def any_other(self, pieces, name):
+        """B Features of one shape -> [frames (T, D_encoder)]."""
+        inputs = {}
+        for key in pieces[0].inputs:
+            inputs[key] = torch.cat([p.inputs[key] for p in pieces]).to(self.device)  # (B, ...)
         try:
             out = self.model(**inputs)
         except torch.OutOfMemoryError:
@@ -208,33 +278,32 @@ class HuggingFaceEncoder(nn.Module):
         except (RuntimeError, ValueError) as error:
             # how convolutions say that the input is shorter than they are
             raise UserError(
-                f"{name}: {len(samples) / SAMPLE_RATE:.2f} s of audio, which {self.name} cannot "
-                f"hear ({first_line(error)})"
+                f"{name}: {pieces[0].samples / SAMPLE_RATE:.2f} s of audio, which {self.name} "
+                f"cannot hear ({first_line(error)})"
             ) from None
-        frames = out.last_hidden_state[0]  # (T, D_encoder)
+        frames = out.last_hidden_state.half().cpu()  # (B, T, D_encoder)
         mask = out.get("attention_mask", inputs.get("attention_mask"))
-        if mask is not None and mask.shape[1] == len(frames):  # a mask of frames, not of samples
-            frames = frames[mask[0].bool()]
-        return frames.half().cpu()
+        if mask is None or mask.shape[1] != frames.shape[1]:  # a mask of samples, not of frames
+            return list(frames)
+        return [row[kept] for row, kept in zip(frames, mask.bool().cpu())]
 
-    def whisper(self, samples):
-        """samples -> frames (T, D_encoder).
+    def whisper(self, pieces, _):
+        """B Features of one shape -> [frames (T, D_encoder)].
 
         WhisperEncoder.forward of transformers without its check that the input is 30 s long.
         """
-        mel = self.extractor(
-            samples,
-            sampling_rate=SAMPLE_RATE,
-            return_tensors="pt",
-            padding="max_length" if self.pad_whisper else "longest",
-        )["input_features"].to(self.model.conv1.weight)  # (1, mel bins, 2T)
-        x = F.gelu(self.model.conv1(mel))
-        x = F.gelu(self.model.conv2(x)).transpose(1, 2)  # (1, T, D_encoder)
+        mel = torch.cat([piece.inputs["input_features"] for piece in pieces])
+        x = F.gelu(self.model.conv1(mel.to(self.model.conv1.weight)))  # of (B, mel bins, 2T)
+        x = F.gelu(self.model.conv2(x)).transpose(1, 2)  # (B, T, D_encoder)
         x = x + self.model.embed_positions.weight[: x.shape[1]]
         for layer in self.model.layers:
             x = layer(x, None)
-        spoken = math.ceil(len(samples) / self.extractor.hop_length / 2)  # frames of the audio
-        return self.model.layer_norm(x)[0, :spoken]
+        frames = self.model.layer_norm(x).half().cpu()  # (B, T, D_encoder)
+        heard = []
+        for row, piece in zip(frames, pieces):
+            spoken = math.ceil(piece.samples / self.extractor.hop_length / 2)
+            heard.append(row[:spoken])  # the frames of the audio
+        return heard
 
     # -- what the cascade and word times need --
 

@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from lab.smoke import smoke
 from lab.step import StepOptions, build_random, compare_steps, describe_device, random_conversations
 from lab.step import random_llm, random_whisper, seconds_of, wait_for_device
 from model import PRECISIONS, HuggingFaceEncoder, compute_precision
+from support.ahead import READERS, ahead
 from support.files import PROJECT, UserError, first_line, read_json, whole_file, write_json
 from support.options import Count
 from support.processes import DEVICE
@@ -266,7 +268,10 @@ class RandomWhisper(HuggingFaceEncoder):
 
 
 def speed_of_encoder(name):
-    """Hours of audio that an encoder hears in an hour, in clips of 15 s, features included."""
+    """Hours of audio that an encoder hears in an hour, in clips of 15 s, features included.
+
+    One after the other; and as `encode` does it, of equal length together and features ahead.
+    """
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     encoder = RandomWhisper(name)
@@ -279,11 +284,24 @@ def speed_of_encoder(name):
         for _ in range(clips):
             encoder(samples)
 
-    took = seconds_of(hear_all)
+    at_once = round(encoder.seconds_at_once / seconds) if ON_GPU else 1
+
+    def hear_groups_of_them():
+        copies, threads = [samples] * clips, READERS if ON_GPU else 0
+        with ahead(partial(encoder.clip, name=name), copies, threads) as made:
+            while group := list(islice(made, at_once)):
+                encoder.hear_together(group)
+
+    one_by_one, together = seconds_of(hear_all), seconds_of(hear_groups_of_them)
     if encoder.left_gpu:
         raise ValueError("out of memory: it heard on the CPU")
-    peak = torch.cuda.max_memory_allocated() / GB if ON_GPU else None
-    return {"encoder": name, "audio_hours_an_hour": clips * seconds / took, "peak_gb": peak}
+    return {
+        "encoder": name,
+        "audio_hours_an_hour": clips * seconds / one_by_one,
+        "at_once": at_once,
+        "together_audio_hours_an_hour": clips * seconds / together,
+        "peak_gb": torch.cuda.max_memory_allocated() / GB if ON_GPU else None,
+    }
 
 
 def time_demo(folder):
@@ -419,6 +437,9 @@ def other_lines(found):
             )
         elif name.startswith("encoder-"):
             speed = f"{row['audio_hours_an_hour']:.0f} hours of audio an hour"
+            if "at_once" in row:
+                more = row["together_audio_hours_an_hour"]
+                speed += f", {more:.0f} with up to {row['at_once']} clips at once"
             lines.append(f"- {short(row['encoder'])}: {speed}, features included")
         elif name == "demo":
             lines.append(f"- the tiny world's demo: {row['seconds']:.0f} s")

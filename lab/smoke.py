@@ -349,6 +349,20 @@ def frames_are_the_same_from_disk(folder):
     return f"{len(utterances)} utterances"
 
 
+def clips_heard_together(folder):
+    """Clips of equal length go through the encoder together, with the frames of each alone."""
+    encoder = load_encoder("tiny")
+    samples = [load_audio(u.audio) for u in some_speech(folder, (4.0, 4.0, 4.0))]
+    alone = [encoder(own) for own in samples]
+    calls = []
+    hook = encoder.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    together = encoder.hear_together([encoder.clip(own, "noise") for own in samples])
+    hook.remove()
+    assert len(calls) == 1, f"the encoder was run {len(calls)} times, not once"
+    found, expected = torch.cat(together), torch.cat(alone)
+    return within(found.float(), expected.float(), 2e-3, "frames heard together and alone")
+
+
 # ---- out of memory ----
 
 
@@ -596,6 +610,7 @@ CHECKS = [
     Check(padding_changes_nothing, UPDATE),
     Check(checkpointing_changes_nothing, "use --gradient-checkpointing off"),
     Check(frames_are_the_same_from_disk, "use --cache-features ram"),
+    Check(clips_heard_together, UPDATE),
     Check(encoder_leaves_the_card, "use `encode` first, as a command of its own", True),
     Check(micro_batch_is_halved, BATCH, True),
     Check(benchmark_is_halved, BATCH, True),

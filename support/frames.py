@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from support.ahead import READERS, ahead
 from support.console import one_thread, progress_bar, timed
 from support.files import HALF_WRITTEN, UserError, WriteError, fingerprint
 from support.files import nearest_existing, read_json_if_whole, whole_file, write_json
@@ -57,19 +58,20 @@ class KeptFrames:
 class FramesAtEveryUse:
     """{utterance id: frames (T, D_encoder)}, encoded when they are asked for."""
 
-    def __init__(self, utterances, listen):
+    def __init__(self, encoder, load, utterances):
+        self.encoder, self.load = encoder, load
         self.by_id = {u.id: u for u in utterances}
-        self.listen = listen
 
     def __getitem__(self, utterance_id):
-        return self.listen(self.by_id[utterance_id])
+        utterance = self.by_id[utterance_id]
+        return self.encoder(self.load(utterance), utterance.audio)
 
     def __len__(self):
         return len(self.by_id)
 
 
-def keep_frames(encoder, listen, utterances, folder, keep="disk"):
-    """The frames of all utterances, by utterance id; listen(utterance): its frames (T, D_encoder).
+def keep_frames(encoder, load, utterances, folder, keep="disk"):
+    """The frames of all utterances, by utterance id; load(utterance): its samples.
 
     keep: on "disk" (in `folder`, memory-mapped), in "ram", or "off": encode at every use.
     Interrupted, it goes on from the last whole file. Several processes encode a share each.
@@ -78,7 +80,7 @@ def keep_frames(encoder, listen, utterances, folder, keep="disk"):
     if keep == "off":
         encoder.to(DEVICE)
         print("features: not kept; the encoder hears them at every use")
-        return FramesAtEveryUse(utterances, listen)
+        return FramesAtEveryUse(encoder, load, utterances)
     folder = Path(folder) / encoder.fingerprint
     names = content_names(utterances, folder.parent)
     made, todo = kept_and_missing(utterances, names, folder)
@@ -88,13 +90,13 @@ def keep_frames(encoder, listen, utterances, folder, keep="disk"):
         lock = alone(folder.parent, "encodes speech") if keep == "disk" else nullcontext()
         with lock, timed(f"encode {len(todo)} utterances"), one_thread():
             if keep == "ram":
-                frames = encode(listen, todo, names)
+                frames = {names[u.id]: row for u, row in hear_all(encoder, load, todo)}
                 made |= dict.fromkeys(frames, frames)
             else:
                 wait()
                 # another command may just have made them
                 made, todo = kept_and_missing(utterances, names, folder)
-                write_shards(listen, mine(todo), names, folder)
+                write_shards(encoder, load, mine(todo), names, folder)
                 wait()
                 made = kept_shards(folder)
     if DEVICE != "cpu":
@@ -124,16 +126,78 @@ def read_all(made, names):
     return in_memory
 
 
-def encode(listen, utterances, names):
-    bar = progress_bar(utterances, desc="encode speech", unit="utt")
-    return {names[u.id]: listen(u) for u in bar}
+def hear_all(encoder, load, utterances):
+    """Yields (utterance, its frames (T, D_encoder)) of all, in any order.
+
+    On a GPU sound is read by threads meanwhile, and clips of equal length are heard together,
+    unless the encoder is one's own and has no `seconds_at_once`, or had to leave the GPU.
+    """
+    bar = progress_bar(desc="encode speech", total=len(utterances), unit="utt")
+    threads = 0 if DEVICE == "cpu" else READERS
+    together = threads and getattr(encoder, "seconds_at_once", 0)
+    say_how_many(encoder, together)
+    one_by_one = hear_each if not together else hear_groups
+    with bar:
+        for u, frames in one_by_one(encoder, load, utterances, threads):
+            yield u, frames
+            bar.update()
 
 
-def write_shards(listen, utterances, names, folder):
+def hear_each(encoder, load, utterances, threads):
+    """Yields (utterance, its frames), heard one after the other."""
+    with ahead(load, utterances, threads) as loaded:
+        for u, samples in zip(utterances, loaded):
+            yield u, encoder(samples, u.audio)
+
+
+def hear_groups(encoder, load, utterances, threads):
+    """Yields (utterance, its frames), clips of equal length heard together.
+
+    The longest come first: if the memory does not suffice, that shows at once.
+    """
+
+    def clip_of(u):
+        return u, encoder.clip(load(u), u.audio)
+
+    by_length = sorted(utterances, key=lambda u: -u.duration)
+    with ahead(clip_of, by_length, threads) as clips:
+        for group in equally_long(clips, encoder):
+            heard = encoder.hear_together([clip for _, clip in group])
+            yield from zip([u for u, _ in group], heard)
+
+
+def equally_long(clips, encoder):
+    """Lists of neighbours (utterance, clip) that the encoder can hear together.
+
+    Their features have the same shape, so that nothing is padded, and they are together no longer
+    than encoder.seconds_at_once, if there is more than one.
+    """
+    group = []
+    for u, clip in clips:
+        seconds = (len(group) + 1) * u.duration
+        if group and (clip.shape != group[0][1].shape or seconds > encoder.seconds_at_once):
+            yield group
+            group = []
+        group.append((u, clip))
+    if group:
+        yield group
+
+
+def say_how_many(encoder, together):
+    """Print how many clips are heard at once, and why."""
+    if together:
+        seconds = f"up to {encoder.seconds_at_once:g} s of sound"
+        print(f"at once: clips of equal length, {seconds}, because with one clip a GPU idles")
+    elif DEVICE == "cpu":
+        print("at once: 1 clip, because one keeps a CPU busy")
+    else:
+        print(f"at once: 1 clip, because the encoder {encoder.name} hears no more there")
+
+
+def write_shards(encoder, load, utterances, names, folder):
     """Encode, and write a safetensors file whenever enough frames have come together."""
     frames, size = {}, 0
-    for i, u in enumerate(progress_bar(utterances, desc="encode speech", unit="utt"), 1):
-        row = listen(u)
+    for i, (u, row) in enumerate(hear_all(encoder, load, utterances), 1):
         frames[names[u.id]] = row
         size += row.numel() * row.element_size()
         if size >= SHARD or i == len(utterances):

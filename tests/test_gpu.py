@@ -1,6 +1,8 @@
 """What only a GPU does, by stand-ins on a CPU: the smoke test's own checks, and want of memory."""
 
 import sys
+import threading
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +11,8 @@ import accelerate
 import pytest
 import torch
 import transformers
-from checkpoints import save_llm, too_little_memory_at_first
-from conftest import ROOT
+from checkpoints import save_encoder, save_llm, too_little_memory_at_first
+from conftest import ROOT, shared
 from programs import one_line, python
 
 import lab.smoke
@@ -22,10 +24,11 @@ import support.frames
 import support.hub
 import train
 from app.systems import Systems, Turn
-from data import Recipe
+from data import Recipe, load_audio, read_manifest
 from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
 from model import HuggingFaceEncoder, SpeechLLM, encode_all
+from support.ahead import ahead
 from support.files import UserError, read_json
 
 
@@ -102,6 +105,22 @@ def test_the_check_of_checkpointing_fails_where_no_layer_is_run_twice(
     monkeypatch.setattr(model, "checkpoint_gradients", lambda llm: list(llm.model.layers))
     said = failing(lab.smoke.checkpointing_changes_nothing, tmp_path / "again", capsys)
     assert "5 layers were run 5 times" in said
+
+
+def test_the_check_of_clips_fails_where_they_are_heard_one_by_one_or_otherwise(
+    tmp_path, capsys, monkeypatch
+):
+    def one_by_one(self, clips):
+        return [self.hear([clip])[0] for clip in clips]
+
+    monkeypatch.setattr(HuggingFaceEncoder, "hear_together", one_by_one)
+    said = failing(lab.smoke.clips_heard_together, tmp_path, capsys)
+    assert "the encoder was run 3 times, not once" in said
+    monkeypatch.setattr(
+        HuggingFaceEncoder, "hear_together", lambda self, clips: self.hear(clips)[::-1]
+    )
+    said = failing(lab.smoke.clips_heard_together, tmp_path / "again", capsys)
+    assert "frames heard together and alone differ" in said
 
 
 def test_the_check_of_fp16_on_the_host_fails_where_the_loss_is_not_scaled(
@@ -268,6 +287,168 @@ def test_an_encoder_that_left_the_gpu_stays_on_the_cpu(keep, tmp_path, monkeypat
     frames = encode_all(ears, utterances, tmp_path / "b", keep)
     assert all(len(frames[u.id]) for u in utterances) and ears.device.type == "cpu"
     assert len(hear.calls) == 5
+
+
+# ---- clips heard together; "cpu:0" stands in for a GPU ----
+
+
+def together_and_alone(ears, samples):
+    """(frames of the clips heard together, of each alone)."""
+    together = ears.hear_together([ears.clip(own, "noise") for own in samples])
+    return together, [ears(own) for own in samples]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "whisper", "wav2vec2", "wavlm-ctc", "parakeet"])
+def test_clips_of_equal_length_heard_together_are_those_heard_alone(kind, tmp_path):
+    ears = HuggingFaceEncoder(kind if kind == "tiny" else save_encoder(tmp_path, kind))
+    samples = [noise(1), noise(1)[::-1].copy(), 0.3 * noise(1)]
+    for found, expected in zip(*together_and_alone(ears, samples)):
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    assert ears.clip(noise(1), "").shape == ears.clip(0.5 * noise(1), "").shape
+    assert ears.clip(noise(1), "").shape != ears.clip(noise(2), "").shape
+
+
+def test_pieces_of_clips_longer_than_whisper_hears_at_once_go_together(tmp_path):
+    ears = HuggingFaceEncoder(save_encoder(tmp_path, "whisper"))
+    samples = [noise(32), noise(32)[::-1].copy()]
+    for found, expected in zip(*together_and_alone(ears, samples)):
+        assert found.shape == (1600, 32)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["whisper-tiny.en", "whisper-base"])
+def test_real_speech_is_heard_together_as_alone(name):
+    """Also clips that differ in length by less than a frame of features."""
+    ears = HuggingFaceEncoder(shared(f"models/{name}"))
+    rows = read_manifest(shared("data/ljspeech") / "manifest.jsonl")
+    samples = load_audio(max(rows, key=lambda u: u.duration).audio)
+    samples = [samples[:16000], samples[16000:32100]]
+    clips = [ears.clip(own, "") for own in samples]
+    assert clips[0].shape == clips[1].shape
+    for found, expected in zip(*together_and_alone(ears, samples)):
+        difference = (found.float() - expected.float()).norm()
+        assert difference < 2e-3 * expected.float().norm()
+
+
+@pytest.fixture
+def on_a_stand_in(monkeypatch):
+    """Frames are made as on a GPU; the sizes of the groups that the encoder heard."""
+    sizes = []
+    hear = HuggingFaceEncoder.hear
+
+    def counted(self, clips):
+        sizes.append(len(clips))
+        return hear(self, clips)
+
+    monkeypatch.setattr(HuggingFaceEncoder, "hear", counted)
+    monkeypatch.setattr(support.frames, "DEVICE", "cpu:0")
+    return sizes
+
+
+@pytest.mark.parametrize("keep", ["disk", "ram"])
+def test_on_a_gpu_the_clips_of_equal_length_are_heard_together(
+    keep, tmp_path, monkeypatch, capsys, on_a_stand_in
+):
+    utterances = lab.smoke.some_speech(tmp_path, (1.0, 2.0, 1.0, 1.0, 2.0, 1.5, 1.0))
+    ears = HuggingFaceEncoder("tiny")
+    alone = {u.id: ears(load_audio(u.audio)) for u in utterances}
+    ears.seconds_at_once = 3.0
+    on_a_stand_in.clear()
+    frames = encode_all(ears, utterances, tmp_path / "features", keep)
+    assert on_a_stand_in == [1, 1, 1, 3, 1], "the longest first, 3 s at most"
+    assert "at once: clips of equal length, up to 3 s" in capsys.readouterr().out
+    for u in utterances:
+        torch.testing.assert_close(frames[u.id], alone[u.id], rtol=2e-3, atol=2e-3)
+    on_a_stand_in.clear()
+    monkeypatch.setattr(support.frames, "DEVICE", "cpu")
+    encode_all(ears, utterances, tmp_path / "again", keep)
+    assert on_a_stand_in == [1] * 7
+    assert "at once: 1 clip, because one keeps a CPU busy" in capsys.readouterr().out
+
+
+def test_without_memory_for_clips_together_half_as_many_go_and_at_last_one_on_the_cpu(
+    tmp_path, monkeypatch, capsys, on_a_stand_in
+):
+    utterances = lab.smoke.some_speech(tmp_path, (1.0,) * 6)
+    ears = HuggingFaceEncoder("tiny")
+    expected = {u.id: ears(load_audio(u.audio)) for u in utterances}
+    ears.seconds_at_once = 4.0
+    hear, room = ears.hear, 2
+
+    def limited(clips):
+        if len(clips) > room and not ears.left_gpu:
+            out_of_memory()
+        return hear(clips)
+
+    monkeypatch.setattr(ears, "hear", limited)
+    on_a_stand_in.clear()
+    frames = encode_all(ears, utterances, tmp_path / "a", "ram")
+    assert on_a_stand_in == [2, 2, 2] and not ears.left_gpu
+    assert capsys.readouterr().err.count("out of memory with 4 clips at once") == 1
+    room = 0
+    frames = encode_all(ears, utterances, tmp_path / "b", "ram")
+    assert ears.left_gpu and on_a_stand_in[3:] == [1] * 6
+    for u in utterances:
+        torch.testing.assert_close(frames[u.id], expected[u.id], rtol=2e-3, atol=2e-3)
+
+
+def test_an_encoder_that_hears_no_clips_together_hears_one_after_the_other(
+    tmp_path, capsys, on_a_stand_in
+):
+    class Loudness:
+        name, width, frame_rate, fingerprint = "loudness", 400, 40.0, "loudness-1"
+
+        def __call__(self, samples, name):
+            return torch.from_numpy(samples[:16000]).reshape(-1, 400).half()
+
+        def to(self, device):
+            pass
+
+    utterances = lab.smoke.some_speech(tmp_path, (1.0, 1.0))
+    frames = encode_all(Loudness(), utterances, tmp_path / "features")
+    for u in utterances:
+        assert torch.equal(frames[u.id], Loudness()(load_audio(u.audio), ""))
+    assert "1 clip, because the encoder loudness hears no more" in capsys.readouterr().out
+
+
+def test_a_recording_that_cannot_be_read_ahead_is_the_same_line_at_its_turn(tmp_path, monkeypatch):
+    utterances = lab.smoke.some_speech(tmp_path, (3.0, 2.0, 1.0))
+    utterances[1].audio.write_text("no sound")
+    ears = HuggingFaceEncoder("tiny")
+    said = []
+    for device in ("cpu:0", "cpu"):
+        monkeypatch.setattr(support.frames, "DEVICE", device)
+        with pytest.raises(UserError, match="noise-1.wav: ") as error:
+            encode_all(ears, utterances, tmp_path / device)
+        said.append(str(error.value))
+    assert said[0] == said[1] and "\n" not in said[0]
+    assert not ahead_threads()
+
+
+def ahead_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_what_is_made_ahead_comes_in_turn_and_little_of_it_waits():
+    made = []
+
+    def slowly(i):
+        made.append(i)
+        time.sleep(0.02 / (i + 1))
+        return i
+
+    with ahead(slowly, range(20), 2) as results:
+        for i, result in enumerate(results):
+            assert result == i and max(made) <= i + 4, "at most four are ahead"
+            assert ahead_threads()
+    assert i == 19 and sorted(made) == list(range(20)) and not ahead_threads()
+    made.clear()
+    with pytest.raises(KeyboardInterrupt), ahead(slowly, range(1000), 2) as results:
+        next(results)
+        raise KeyboardInterrupt
+    assert len(made) <= 6 and not ahead_threads(), "it is over at once"
+    with ahead(slowly, range(3), 0) as results:
+        assert not ahead_threads() and list(results) == [0, 1, 2]
 
 
 # ---- loading; "cpu:0" stands in for a GPU ----
