@@ -759,7 +759,7 @@ class SpeechLLM(nn.Module):
         for parts in batch:
             for part in parts:
                 if isinstance(part, Speech):
-                    spans.append(part.frames.to(DEVICE))  # (T, D_encoder)
+                    spans.append(part.frames.to(DEVICE, non_blocking=True))  # (T, D_encoder)
                 else:
                     ids += part.ids
         text = table(torch.tensor(ids, device=DEVICE))  # (all ids, D)

@@ -21,13 +21,14 @@ from data import Examples, Speech, open_run, read_behaviors
 from model import LOSSES, SpeechLLM, compute_precision, connector_class, encode_all, llm_of
 from model import fingerprint_of_encoder, load_encoder, load_llm, shared_llm
 from support.adam import RoomyAdamW
+from support.ahead import ahead
 from support.console import progress_bar, say_device, stop_signals, timed
 from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
-from support.frames import fingerprint_of_audio
+from support.frames import FramesAtEveryUse, fingerprint_of_audio
 from support.hub import fingerprint_of_weights, named, parameters_of
 from support.logs import Log
 from support.options import Count, FramesAToken, Rank, Rate, RunFolder, Seed, check
-from support.processes import add_up, add_up_gradients, anyone, my_micro_batches
+from support.processes import DEVICE, add_up, add_up_gradients, anyone, my_micro_batches
 from support.runs import alone, begin, finish, is_done, read_config, settings_of
 from support.states import ON_THE_WAY, TRAINED, clear, load_state, save_state, saved_states
 from support.tracking import TRACKERS, Tracker
@@ -393,6 +394,17 @@ class Piece:
             frames += sum(len(part.frames) for part in example.parts if isinstance(part, Speech))
         return frames
 
+    def pinned(self):
+        """The same, with its frames where a GPU can copy them from while Python goes on."""
+        examples = []
+        for example in self.examples:
+            parts = []
+            for part in example.parts:
+                is_speech = isinstance(part, Speech)
+                parts.append(Speech(part.frames.pin_memory()) if is_speech else part)
+            examples.append(replace(example, parts=parts))
+        return Piece(examples, self.name)
+
     def split(self, size):
         """The same in pieces of at most `size` conversations."""
         pieces = [Piece(self.examples[:size], self.name)]
@@ -401,16 +413,40 @@ class Piece:
         return pieces
 
 
-def pieces_of_step(examples, progress):
-    """This process's share of a step, in pieces that fit the memory.
+def pieces_of_step(examples, step):
+    """This process's share of a step: a Piece for each micro-batch."""
+    pieces = []
+    for name, micro_batch in my_micro_batches(examples, step):
+        pieces.append(Piece(micro_batch, f"dropout-{examples.seed}-{step}-{name}"))
+    return pieces
+
+
+def that_fit(pieces, progress):
+    """The pieces, each in as many as the memory asks for.
 
     The loss stays a mean over the step, however it is divided; only its dropout is drawn anew.
     """
-    pieces = []
-    for name, micro_batch in my_micro_batches(examples, progress.step):
-        whole = Piece(micro_batch, f"dropout-{examples.seed}-{progress.step}-{name}")
-        pieces += whole.split(max(1, len(micro_batch) >> progress.halvings))
-    return pieces
+    smaller = []
+    for piece in pieces:
+        smaller += piece.split(max(1, len(piece.examples) >> progress.halvings))
+    return smaller
+
+
+def steps_ahead(examples, first):
+    """The pieces of each step from the first one on: a context, of an iterator (support/ahead.py).
+
+    On a GPU a thread makes those of the next two steps while the GPU computes. What a step is does
+    not depend on when it is made. Where the encoder hears at every use, nothing is made ahead: it
+    would take its memory beside that of the step.
+    """
+    on_gpu = DEVICE != "cpu"
+    kept = not isinstance(examples.frames, FramesAtEveryUse)
+
+    def make(step):
+        pieces = pieces_of_step(examples, step)
+        return [piece.pinned() for piece in pieces] if on_gpu else pieces
+
+    return ahead(make, range(first, examples.steps), threads=int(on_gpu and kept))
 
 
 def accumulate_gradients(model, pieces, tokens, loss="ce", scale=1.0):
@@ -429,27 +465,24 @@ def accumulate_gradients(model, pieces, tokens, loss="ce", scale=1.0):
     return mean
 
 
-def step_gradients(model, examples, progress):
+def step_gradients(model, pieces, progress, loss="ce"):
     """The gradients of a step, over all processes: (loss, response tokens, encoder frames).
 
-    Where a GPU's memory does not suffice, once more in pieces of half the size, and so from then
-    on.
+    pieces: this process's share. Where a GPU's memory does not suffice, once more in pieces of half
+    the size, and so from then on.
     """
-    pieces = pieces_of_step(examples, progress)
     counts = [sum(p.tokens() for p in pieces), sum(p.frames() for p in pieces)]
     tokens, frames = (int(count) for count in add_up(counts))
     while True:
+        fitting = that_fit(pieces, progress)
         try:
-            loss = accumulate_gradients(
-                model, pieces, tokens, examples.recipe.loss, progress.loss_scale
-            )
+            mean = accumulate_gradients(model, fitting, tokens, loss, progress.loss_scale)
             break
         except torch.OutOfMemoryError as error:
             why = first_line(error)
-        halve_pieces(model, pieces, progress, why)
-        pieces = pieces_of_step(examples, progress)
+        halve_pieces(model, fitting, progress, why)
     add_up_gradients(model.trainable().values())
-    return add_up([loss])[0], tokens, frames
+    return add_up([mean])[0], tokens, frames
 
 
 def halve_pieces(model, pieces, progress, why):
@@ -526,15 +559,15 @@ def train(
     bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
 
     model.train()
-    with stop_signals() as wants_to_stop, bar:
-        while progress.step < steps:
+    with stop_signals() as wants_to_stop, bar, steps_ahead(examples, progress.step) as made:
+        for pieces in made:
             # The rate follows from the step alone, so that it need not be saved.
             rate = learning_rate(progress.step, steps, lr, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
             # Hear, answer, compare with the behaviors: the gradients of the whole step.
-            loss, tokens, frames = step_gradients(model, examples, progress)
+            loss, tokens, frames = step_gradients(model, pieces, progress, examples.recipe.loss)
 
             # Change the connector, unless something is not finite; then the step is left out.
             norm, finite = update(optimizer, list(parameters.values()), loss, progress, clip)

@@ -33,8 +33,8 @@ from support.answers import answer_in_memory
 from support.files import PROJECT, UserError, first_line, read_jsonl
 from support.processes import DEVICE
 from support.states import read_state, saved_states
-from train import FIRST_SCALE, Piece, Progress, accumulate_gradients, adam_w, step_gradients, train
-from train import update
+from train import FIRST_SCALE, Piece, Progress, accumulate_gradients, adam_w, pieces_of_step
+from train import step_gradients, train, update
 
 ON_GPU = DEVICE != "cpu"
 SPEC = {
@@ -369,7 +369,7 @@ def clips_heard_together(folder):
 class OneStep:
     """What a training asks of data.Examples, for one micro-batch, the same in both its steps."""
 
-    accumulate, seed, recipe, steps = 1, 0, Recipe("smoke"), 2
+    accumulate, seed, recipe, steps, frames = 1, 0, Recipe("smoke"), 2, {}
 
     def __init__(self, examples):
         self.examples = examples
@@ -386,7 +386,7 @@ def micro_batch_is_halved(_):
     def once():
         model.zero_grad(set_to_none=True)
         progress = Progress()
-        step_gradients(model, step, progress)
+        step_gradients(model, pieces_of_step(step, 0), progress)
         vector = torch.cat([p.grad.flatten().clone() for p in model.trainable().values()])
         return progress.halvings, vector
 

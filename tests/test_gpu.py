@@ -611,6 +611,74 @@ def test_an_answer_without_memory_is_said_on_the_page(trained_world, monkeypatch
     assert not systems.lock.locked(), "the next one can ask"
 
 
+# ---- steps made ahead; "cpu:0" stands in for a GPU ----
+
+
+class FewSteps(lab.smoke.OneStep):
+    """Four conversations a step, and none like the one before; where each step was made."""
+
+    steps = 6
+
+    def __init__(self, examples):
+        super().__init__(examples)
+        self.made = []
+
+    def batch(self, step, micro):
+        self.made.append((step, threading.current_thread().name.startswith("ahead")))
+        return self.examples[step : step + 4]
+
+
+def weights_after(folder, steps, stop_at=None):
+    """The weights after a training of the tiny model from one and the same start."""
+    llm = lab.smoke.tiny_model()
+    real = train.update
+
+    def update(*args):
+        if args[3].step == stop_at:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "update", update)
+        train.train(llm, steps, folder, lr=1e-3, save_every=2)
+    return torch.cat([p.detach().flatten() for p in llm.trainable().values()])
+
+
+def test_steps_made_ahead_and_pinned_give_the_same_weights_resumed_or_not(tmp_path, monkeypatch):
+    examples = lab.smoke.conversations(lab.smoke.tiny_model(), 9)
+    steps = FewSteps(examples)
+    expected = weights_after(tmp_path / "cpu", steps)
+    assert steps.made == [(i, False) for i in range(6)], "on a CPU each when its turn comes"
+
+    pinned = []
+
+    def pin_memory(frames):
+        pinned.append(threading.current_thread().name.startswith("ahead"))
+        return frames.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(train, "DEVICE", "cpu:0")
+    steps = FewSteps(examples)
+    assert torch.equal(weights_after(tmp_path / "ahead", steps), expected)
+    assert steps.made == [(i, True) for i in range(6)] and pinned == [True] * 24
+
+    steps = FewSteps(examples)
+    with pytest.raises(KeyboardInterrupt):
+        weights_after(tmp_path / "stopped", steps, stop_at=3)
+    assert not ahead_threads()
+    steps = FewSteps(examples)
+    assert torch.equal(weights_after(tmp_path / "stopped", steps), expected)
+    assert steps.made[0] == (2, True), "it goes on from the state of step 2"
+
+
+def test_where_the_encoder_hears_at_every_use_no_step_is_made_ahead(monkeypatch):
+    monkeypatch.setattr(train, "DEVICE", "cpu:0")
+    steps = FewSteps([])
+    steps.frames = support.frames.FramesAtEveryUse(None, None, [])
+    with train.steps_ahead(steps, 0) as made:
+        assert next(made)[0].examples == [] and steps.made == [(0, False)]
+
+
 # ---- the optimizer without room for its moments ----
 
 

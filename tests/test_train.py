@@ -28,7 +28,7 @@ from support.hub import fingerprint_of_weights
 from support.logs import read_log
 from support.states import ON_THE_WAY, saved_states
 from train import Piece, Progress, accumulate_gradients, halve_pieces, learning_rate
-from train import pieces_of_step, train
+from train import pieces_of_step, that_fit, train
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--hidden", "16"]
 
@@ -331,10 +331,10 @@ real_step, real_save, written = train.step_gradients, states.save_file, []
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def killed_in_a_step(model, examples, progress):
+def killed_in_a_step(model, pieces, progress, loss):
     if progress.step == step:
         threading.Timer(seconds, kill).start()
-    return real_step(model, examples, progress)
+    return real_step(model, pieces, progress, loss)
 
 def killed_in_a_state(tensors, path, metadata=None):
     real_save(tensors, path, metadata)
@@ -830,7 +830,7 @@ def test_any_number_of_processes_shares_the_same_step(
         monkeypatch.setattr(support.processes, "WORLD", processes)
         for rank in range(processes):
             monkeypatch.setattr(support.processes, "RANK", rank)
-            found += pieces_of_step(examples, Progress())
+            found += pieces_of_step(examples, 0)
         return found
 
     def what(pieces):
@@ -849,12 +849,12 @@ def test_out_of_memory_halves_what_a_process_really_had(examples_of, fresh, monk
     examples, progress, model = examples_of(RECIPES["asr"], batch_size=12), Progress(), fresh()
     found = []
     for _ in range(2):
-        pieces = pieces_of_step(examples, progress)
+        pieces = that_fit(pieces_of_step(examples, 0), progress)
         found.append([len(piece.examples) for piece in pieces])
         halve_pieces(model, pieces, progress, "too little")
     assert found == [[4], [2, 2]]
     with pytest.raises(UserError, match="one utterance at a time is still too much"):
-        halve_pieces(model, pieces_of_step(examples, progress), progress, "too little")
+        halve_pieces(model, that_fit(pieces_of_step(examples, 0), progress), progress, "too little")
 
 
 WITHOUT_DROPOUT = """
