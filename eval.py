@@ -83,8 +83,8 @@ class BenchOptions:
     """CTC model for the cascade, or a folder that `recognizer` made; default: the speech encoder's
     own head, if it has one"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
-    CPU"""
+    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one; on a CPU
+    fp32, or bf16 if it has AVX512-BF16 and the LLM is no tiny one"""
 
     # what changes no answer
     batch_size: Count = 96
@@ -174,7 +174,8 @@ def plan_bench(options, table):
     Loads and writes nothing. UserError if there is nothing that could be asked.
     """
     run = open_run(options.run)
-    options = replace(options, precision=compute_precision(options.precision))
+    precision = compute_precision(options.precision, run.options["llm"])
+    options = replace(options, precision=precision)
     data, utterances = run.data, run.utterances
     if options.data and Path(options.data).resolve() != run.data.resolve():
         data = Path(options.data)

@@ -42,6 +42,7 @@ from support.runs import fingerprint_of_training, read_spec
 from support.states import TRAINED
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDE = 512  # an LLM of this width computes in bf16 on a CPU that has it; the tiny one has 192
 IGNORE = -100  # label of a position without loss
 DROPOUT = 0.1  # of connectors: little speech is soon learned by heart
 
@@ -535,16 +536,23 @@ class Connector(nn.Module):
 # ---- the frozen LLM ----
 
 
-def compute_precision(precision="auto"):
-    """What the LLM computes in, a key of PRECISIONS.
+def compute_precision(precision="auto", llm="tiny"):
+    """What the LLM computes in, a key of PRECISIONS; llm: its name, or its config.
 
-    "auto": bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU.
+    "auto": bf16 on a GPU that has it, fp16 on an older one; on a CPU fp32, or bf16 where it has
+    instructions for that and the LLM is wide enough to gain.
     """
     if precision != "auto":
         return precision
-    if DEVICE == "cpu":
+    if DEVICE != "cpu":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # for which torch has no public name; without them little is gained
+    if not torch.cpu._is_avx512_bf16_supported():
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    config = llm
+    if isinstance(llm, (str, Path)):
+        config = load_or_explain(AutoConfig, located(llm, "llm"), "LLM")
+    return "bf16" if config.get_text_config().hidden_size >= WIDE else "fp32"
 
 
 def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
@@ -555,7 +563,7 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
     their table is, "gpu" or "host", which changes no result.
     """
     where = located(name, "llm")
-    compute = PRECISIONS[compute_precision(precision)]
+    compute = PRECISIONS[compute_precision(precision, name)]
     tokenizer = load_or_explain(AutoTokenizer, where, "LLM")
     vocabulary = len(tokenizer)  # before the audio mark is added
     check_tokenizer(tokenizer, where)

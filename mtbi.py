@@ -254,8 +254,8 @@ class BehaviorsOptions:
     """where its table of embeddings is: on the host it takes no memory of the GPU, changes no
     result, and costs little time; `train` and `bench` have it where RUN was told to last"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
-    CPU"""
+    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one; on a CPU
+    fp32, or bf16 if it has AVX512-BF16 and the LLM is no tiny one"""
 
     # what is asked
     tasks: str | None = None
@@ -289,7 +289,7 @@ def ask_behaviors(options):
         data=relative(data, out),  # so that both can be moved together
         tasks=relative(table, PROJECT),
         llm=named(options.llm),
-        precision=compute_precision(options.precision),
+        precision=compute_precision(options.precision, options.llm),
     )
     content = {
         "utterances": fingerprint_of_utterances(utterances),

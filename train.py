@@ -62,8 +62,9 @@ class TrainOptions:
     pad_whisper: bool = False
     """run a Whisper encoder on 30 s of padding instead of the audio's own length"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
-    CPU; what is trained is always fp32"""
+    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one; on a CPU
+    fp32, or bf16 if it has AVX512-BF16 and the LLM is no tiny one; what is trained is
+    always fp32"""
 
     # what is trained; None: as the recipe has it, or derived, which is printed with its reason
     connector: str | None = None
@@ -126,13 +127,13 @@ def train_recipe(options, row):
     folder = Path(options.run) / options.recipe
     if options.resume:
         options = options_as_before(options, folder)
+    run = open_run(options.run)
     options = replace(
         options,
         encoder=named(options.encoder),
-        precision=compute_precision(options.precision),
+        precision=compute_precision(options.precision, run.options["llm"]),
     )
     recipe = with_options(row, options)
-    run = open_run(options.run)
     utterances = [u for u in run.utterances if u.split == "train"]
     content = made_from(run, utterances, recipe, options)
     advice = "make another RUN with `behaviors`, or --force to redo it"

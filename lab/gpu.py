@@ -220,8 +220,9 @@ def make_llm(name, frugal):
     if not name:
         return None
     torch.manual_seed(0)
-    dtype = PRECISIONS[compute_precision("auto")]
-    return random_llm(find_config(name, "llm"), 4, dtype, **(FRUGAL if frugal else {}))
+    config = find_config(name, "llm")
+    dtype = PRECISIONS[compute_precision("auto", config)]
+    return random_llm(config, 4, dtype, **(FRUGAL if frugal else {}))
 
 
 def measure(row, llm, folder):

@@ -61,8 +61,8 @@ class StepOptions:
     embeddings: Literal["gpu", "host"] = "gpu"
     """where its table of embeddings is"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a
-    CPU"""
+    """what the LLM computes in; auto: bf16 on a GPU that has it, fp16 on an older one; on a CPU
+    fp32, or bf16 if it has AVX512-BF16 and the LLM is no tiny one"""
     seconds: Size = 15.0
     """length of the clips, seconds"""
     batch_size: Count = 4
@@ -350,9 +350,9 @@ def compare_steps(options, llm=None):
     {"out_of_memory": True}. UserError if the encoder is no Whisper.
     """
     torch.manual_seed(0)
-    precision = compute_precision(options.precision)
-    dtype = PRECISIONS[precision]
     config, encoder_config = configs_of(options)
+    precision = compute_precision(options.precision, config)
+    dtype = PRECISIONS[precision]
     if llm is None:
         llm = random_llm(config, options.bits, dtype, options.head_bits, options.embeddings)
     parameters = parameters_of(config)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import model as models
 from data import Recipe, Response, Speech, Text, Utterance, ask, chat_parts, interleave
 from data import load_audio, read_manifest, response_tokens, transcript_tokens
+from lab.model_shapes import find_config
 from model import CONNECTORS, ENCODERS, IGNORE, LOSSES, Connector, ConnectorBody, SpeechLLM
 from model import HuggingFaceEncoder, embedding_rms, encode_all, fingerprint_of_encoder
 from model import load_encoder, load_llm, shared_encoder
@@ -486,6 +487,22 @@ def test_the_compute_type_is_bf16_fp16_or_fp32(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
         assert models.compute_precision() == expected
     assert models.compute_precision("fp16") == "fp16", "or what is asked for"
+
+
+def test_on_a_cpu_with_bf16_an_llm_that_is_not_tiny_computes_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "DEVICE", "cpu")
+    wide = save_llm(tmp_path / "wide", "qwen2", hidden_size=512)
+    narrow = save_llm(tmp_path / "narrow", "qwen2", hidden_size=256)
+    for has_it in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        expected = "bf16" if has_it else "fp32"
+        assert models.compute_precision("auto", wide) == expected
+        assert models.compute_precision("auto", find_config("qwen2.5-0.5b", "llm")) == expected
+        assert models.compute_precision("auto", str(narrow)) == "fp32"
+        assert models.compute_precision("auto", "tiny") == "fp32"
+        assert models.compute_precision("fp32", str(wide)) == "fp32", "or what is asked for"
+    llm, _ = load_llm(str(wide), 16)
+    assert llm.dtype == torch.bfloat16 and load_llm("tiny", 16)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
