@@ -21,6 +21,7 @@ from support.files import PROJECT, UserError, read_json, write_json, write_text
 from support.options import Between
 
 BLENDED = 0.5  # as tiny.pretrain has it
+CORES = os.cpu_count() or 1
 
 
 @dataclass
@@ -93,10 +94,9 @@ def parse_doses(text):
 def pretrain_missing(out, doses, pretrain):
     """An LLM for each dose, in its folder; as many at once as there are cores."""
     todo = [dose for dose in doses if not (dose.folder(out) / "measured.json").exists()]
-    at_once = max(1, os.cpu_count() or 1)
-    for start in range(0, len(todo), at_once):
+    for start in range(0, len(todo), CORES):
         running = []
-        for dose in todo[start : start + at_once]:
+        for dose in todo[start : start + CORES]:
             words = ["-m", "tiny.pretrain", "--only", "llm", "--share", str(pretrain)]
             words += ["--hesitant", str(dose.hesitant), "--blended", str(dose.blended)]
             words += ["--out", str(dose.folder(out).absolute())]
@@ -109,7 +109,7 @@ def compare_on(folder, options):
     words = [str(PROJECT / "mtbi.py"), "compare", "--llm", str((folder / "llm").absolute())]
     words += ["--tasks", str(PROJECT / "tiny" / "tasks.toml"), "--no-curve"]
     words += ["--recipes", options.recipes, "--seeds", options.seeds]
-    words += ["--jobs", str(max(1, os.cpu_count() or 1))]
+    words += ["--jobs", str(CORES)]
     words += ["--out", str((folder / "compare").absolute())]
     words += ["--quick"] if options.quick else []
     wait_for([begin_python(words)])

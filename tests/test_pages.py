@@ -10,8 +10,8 @@ from conftest import ROOT
 
 import model
 import mtbi
-from lab.gpu import GpuOptions
 from lab.dose import DoseOptions
+from lab.gpu import GpuOptions
 from lab.look import LookOptions, look
 from lab.step import StepOptions
 from mtbi import COMMANDS

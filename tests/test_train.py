@@ -316,7 +316,8 @@ def test_where_every_state_is_damaged_it_does_not_begin_anew_by_itself(
     (tmp_path / "state").mkdir()
     for step in (4, 6):
         (tmp_path / "state" / f"{step:08d}.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="can be read; delete it, or --force starts again"):
+    why = "holds no state that can be read; delete it, or --force starts again"
+    with pytest.raises(UserError, match=why):
         go(fresh(), steps_of_two, tmp_path)
 
 
