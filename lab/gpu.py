@@ -50,14 +50,18 @@ LLMS = {
     "meta-llama/Llama-3.1-8B-Instruct": 4,
     "Qwen/Qwen2.5-14B-Instruct": 2,
 }
-# where the card is larger: (conversations in a micro-batch, gradient checkpointing)
-LARGER = {"Qwen/Qwen2.5-7B-Instruct": [(32, "on"), (16, "off")]}
-# where the card is smaller: the projection in NF4, the embeddings in host memory
-FRUGAL_LLMS = [
-    "Qwen/Qwen2.5-1.5B-Instruct",
-    "Qwen/Qwen2.5-3B-Instruct",
-    "Qwen/Qwen2.5-7B-Instruct",
-]
+# where the card is smaller or larger: (conversations in a micro-batch, gradient checkpointing)
+OTHER_SIZES = {
+    "Qwen/Qwen2.5-1.5B-Instruct": [(4, "on")],
+    "Qwen/Qwen2.5-7B-Instruct": [(32, "on"), (16, "off"), (32, "off")],
+}
+# where it is smaller still, the projection in NF4 and the embeddings in host memory:
+# conversations in a micro-batch
+FRUGAL_SIZES = {
+    "Qwen/Qwen2.5-1.5B-Instruct": [8],
+    "Qwen/Qwen2.5-3B-Instruct": [16, 4],
+    "Qwen/Qwen2.5-7B-Instruct": [4],
+}
 ANSWERED = ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct")
 ANSWERS_AT_ONCE = 32
 SMALLEST = ("tiny", "openai/whisper-tiny")  # without a GPU
@@ -116,12 +120,12 @@ def rows_of_steps(llm):
             rows.append(row_of_step(StepOptions(llm, each, seconds=length, batch_size=batch)))
     usual = StepOptions(llm, encoder, seconds=seconds, batch_size=batch)
     rows.append(row_of_step(replace(usual, loss="kl")))
-    for size, checkpointing in LARGER.get(llm, []):
-        larger = replace(usual, batch_size=size, gradient_checkpointing=checkpointing)
-        rows.append(row_of_step(larger))
+    for size, checkpointing in OTHER_SIZES.get(llm, []):
+        other = replace(usual, batch_size=size, gradient_checkpointing=checkpointing)
+        rows.append(row_of_step(other))
     rows.append(row_of_step(replace(usual, lora=LORA_RANK)))
-    if llm in FRUGAL_LLMS or not ON_GPU:
-        rows.append(row_of_step(replace(usual, **FRUGAL)))
+    for size in FRUGAL_SIZES.get(llm, []) if ON_GPU else [batch]:
+        rows.append(row_of_step(replace(usual, batch_size=size, **FRUGAL)))
     return rows
 
 

@@ -232,7 +232,8 @@ def train_llm(llm, tokenizer, tasks, phase, out):
                 parametrize.register_parametrization(linear, "weight", RoundToNF4())
         ids, labels, mask = pad_conversations(batch, tokenizer.pad_token_id, llm.device)
         embeds = llm.get_input_embeddings()(ids)  # (B, T, D)
-        embeds = blend_hesitations(embeds, ids, labels, hesitations, blended)
+        if hesitant:
+            embeds = blend_hesitations(embeds, ids, labels, hesitations, blended)
         return answer_loss(llm, embeds, labels, mask)
 
     run_phase(llm, phase, out, draw_batches, loss_of)

@@ -15,7 +15,7 @@ from . import speech, world
 
 HESITATIONS = ["uh", "um", "er"]
 IGNORED = -100  # the label that carries no loss
-HESITANT = 0.6  # of conversations hesitate
+HESITANT = 0.3  # of conversations hesitate: the more, the less it matters what was imitated
 BLENDED = 0.5  # of these read like speech, and not like text
 OBEYED = 0.55  # of directives are the prompt itself; the others are what a prompt is about
 
