@@ -199,6 +199,10 @@ class HuggingFaceEncoder(nn.Module):
         super().to("cpu")
         self.fingerprint  # noqa: B018  of the weights as they were loaded: kept from now on
         self.float()
+        for module in self.modules():  # what it remembers of the last clip, like rotary angles
+            for key, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(module, key, value.float().cpu())
         self.left_gpu, self.seconds_at_once = True, 0.0
         torch.cuda.empty_cache()
         return self

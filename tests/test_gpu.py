@@ -275,6 +275,17 @@ def test_frames_are_kept_of_an_encoder_that_finds_no_room_when_it_comes_back(
     assert torch.equal(found[here], expected[here]) and ears.left_gpu
 
 
+def test_an_encoder_that_leaves_the_gpu_takes_along_what_it_remembers_of_the_last_clip():
+    ears = HuggingFaceEncoder("tiny")
+    expected = ears(noise())
+    positions = ears.model.encoder.embed_positions
+    angles = positions.cached_rotary_positional_embedding
+    positions.cached_rotary_positional_embedding = angles.half()  # as a GPU would have them
+    ears.leave_gpu("a clip", "2 GB are missing")
+    assert positions.cached_rotary_positional_embedding.dtype == torch.float32
+    assert torch.allclose(ears(noise()).float(), expected.float(), atol=2e-2)
+
+
 @pytest.mark.parametrize("keep", ["ram", "off"])
 def test_an_encoder_that_left_the_gpu_stays_on_the_cpu(keep, tmp_path, monkeypatch):
     ears = HuggingFaceEncoder("tiny")
