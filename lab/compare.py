@@ -90,8 +90,8 @@ class CompareOptions:
     fair rival; default: the speech encoder's own head, if it has one"""
 
     jobs: Annotated[int, Between(1, 64)] | None = None
-    """commands at once, each in a process of its own; default: with the tiny models on a CPU one a
-    core, at most 4, elsewhere one"""
+    """commands at once, each in a process of its own; default: with the tiny models one a core, at
+    most 4 on a CPU and 12 on a GPU, otherwise one"""
 
     MAKES: ClassVar = ("sittings.json", *COMPARISON)
     force: ClassVar = False

@@ -18,6 +18,8 @@ from support.files import PROJECT, UserError, WriteError, write_text
 from support.processes import DEVICE
 
 MOST = 4  # processes at once, if nothing else is said: each wants 1.4 GB of memory
+MOST_ON_GPU = 12  # at once: on an H200 as many trained at 12 steps a second each
+BYTES_ON_GPU = 2.5e9  # of each, at most, with the tiny models
 GLANCE = 0.5  # seconds between two looks at what a process says
 CLEAR_LINE = "\x1b[K"  # tells a terminal to forget what stands from here to the end of the line
 
@@ -73,9 +75,14 @@ class Jobs:
         finally:
             self.threads = 0
 
+    @property
+    def shares(self):
+        """Is one command divided among processes? On one GPU they would be in each other's way."""
+        return self.at_once > 1 and DEVICE == "cpu"
+
     def together(self, words, folder):
         """One command that several processes share, as torchrun starts it; Failed if it fails."""
-        if self.at_once < 2:
+        if not self.shares:
             self.run_command(words)
             return
         shared = {
@@ -231,10 +238,17 @@ def lines_without_bars(output):
 
 def jobs_that_fit(tiny):
     """(how many jobs at once, the reason)."""
-    if DEVICE != "cpu":
-        return 1, "because one training fills a GPU"
     if not tiny:
-        return 1, "because one training fills a CPU, if the models are not tiny"
+        what = "CPU" if DEVICE == "cpu" else "GPU"
+        return 1, f"because one training fills a {what}, if the models are not tiny"
+    if DEVICE != "cpu":
+        cores, free = os.cpu_count() or 1, torch.cuda.mem_get_info()[0]
+        why = (
+            "because a tiny model leaves a GPU waiting for the core that starts its kernels: there "
+            f"are {cores} cores and {free / 1e9:.0f} GB of free GPU memory, of which each process "
+            f"takes up to {BYTES_ON_GPU / 1e9:g}; {MOST_ON_GPU} at most"
+        )
+        return max(1, min(MOST_ON_GPU, cores, int(free / BYTES_ON_GPU))), why
     threads = torch.get_num_threads()
     why = (
         f"because PyTorch has {threads} threads, of which a tiny model needs one, and each process "

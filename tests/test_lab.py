@@ -457,6 +457,18 @@ def test_what_a_job_says_is_cut_to_its_line_and_clears_what_stood_there(tmp_path
     assert max(len(line) for line in shown) < 130
 
 
+def test_tiny_models_share_a_gpu_as_far_as_its_memory_and_the_cores_go(monkeypatch):
+    monkeypatch.setattr(lab.jobs, "DEVICE", "cuda")
+    monkeypatch.setattr(lab.jobs.os, "cpu_count", lambda: 16)
+    for gigabytes, expected in ((1, 1), (8, 3), (80, 12)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda g=gigabytes: (int(g * 1e9), None))
+        assert lab.jobs.jobs_that_fit(tiny=True)[0] == expected
+    monkeypatch.setattr(lab.jobs.os, "cpu_count", lambda: 2)
+    assert lab.jobs.jobs_that_fit(tiny=True)[0] == 2
+    assert lab.jobs.jobs_that_fit(tiny=False)[0] == 1
+    assert not Jobs(4, None, tiny=True).shares, "one command on one GPU is one process"
+
+
 def test_of_what_a_process_said_the_last_line_and_all_but_the_bars_are_shown(tmp_path):
     output = tmp_path / "output.txt"
     bar = "train mtbi:  50%|█████     | 1/2 [00:01<00:01,  1.0it/s]\rtrain mtbi: 100%|███| 2/2\n"
