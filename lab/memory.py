@@ -138,6 +138,10 @@ class MicroBatch:
     answer: int  # tokens of each that carry loss
     read: int = 0  # tokens of the same with its transcript as text, for a loss that has a teacher
 
+    def positions(self, k):
+        """Of each in the LLM, with k frames a speech token."""
+        return ceil_div(self.frames, k) + self.prompt + self.answer
+
 
 def activation_bytes(llm, adapted, connector, batch, width):
     """The peak of what the forward and backward pass of a MicroBatch keeps.
@@ -145,7 +149,7 @@ def activation_bytes(llm, adapted, connector, batch, width):
     The pass of SpeechLLM.forward on shapes; width: D_encoder.
     """
     table = llm.get_input_embeddings().weight  # (V, D)
-    length = ceil_div(batch.frames, connector.k) + batch.prompt + batch.answer
+    length = batch.positions(connector.k)
 
     # What is there before does not count, nor do the gradients of the micro-batch before: they
     # belong to what is trained.
@@ -228,9 +232,9 @@ def estimate(
 ):
     """{name: bytes} of a training step on the GPU, and their sum, "peak".
 
-    Beside them "trained_parameters" and "k". width, rate: D_encoder, and encoder frames a second;
-    batch: conversations in a micro-batch, each of so many `seconds` of speech and tokens of
-    `prompt` and `answer`.
+    Beside them "trained_parameters", "k", and "positions" of a conversation in the LLM. width,
+    rate: D_encoder, and encoder frames a second; batch: conversations in a micro-batch, each of so
+    many `seconds` of speech and tokens of `prompt` and `answer`.
     """
     llm, adapted = llm_shape(llm_config, dtype, checkpointing, lora)
     weights, unpacked = weight_bytes(llm, bits, dtype, head_bits, embeddings)
@@ -250,7 +254,8 @@ def estimate(
         "activations": activation_bytes(llm, adapted, body, micro_batch, width),
         "unpacked": unpacked,
     }
-    return {**parts, "peak": sum(parts.values()), "trained_parameters": trained, "k": k}
+    counts = {"trained_parameters": trained, "k": k, "positions": micro_batch.positions(k)}
+    return {**parts, "peak": sum(parts.values()), **counts}
 
 
 # ---- stage 1 ----

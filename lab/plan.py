@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from data import Recipe
 from lab.memory import CONTEXT, GB, TRANSCRIPT_RATE, behaviors_bytes, estimate
 from lab.model_shapes import encoder_shape, find_config, full_name
 from model import PRECISIONS
@@ -165,10 +164,8 @@ def print_table(options, config, best, more):
     llm = f"{options.llm}: {shape}, vocabulary of {config.vocab_size}; {packed}"
 
     trained = f"{parts['trained_parameters'] / 1e6:.1f}M parameters x 16 bytes"
-    speech = round(options.seconds * Recipe.tokens_per_second)
-    length = speech + options.prompt_tokens + options.answer_tokens
     checkpointing = f"gradient checkpointing {'on' if best.checkpointing else 'off'}"
-    step = f"{best.micro_batch} x {length} positions at once, {checkpointing}"
+    step = f"{best.micro_batch} x {parts['positions']} positions at once, {checkpointing}"
 
     rows = [
         ("LLM weights", parts["weights"], llm),

@@ -839,6 +839,8 @@ def test_what_is_said_to_fit_is_a_command_that_runs_and_more_memory_never_fits_l
         assert train.batch_size * train.accumulate == 32
         assert train.gradient_checkpointing == "on"
         micro_batches.append(train.batch_size)
+        # 750 frames in 94 tokens of 8, a prompt of 48 tokens and an answer of 64
+        assert f"{train.batch_size} x 206 positions at once" in said
         assert table["peak"] <= vram
         of_the_step = list(table)[: list(table).index("peak")]
         # the table adds up
