@@ -899,7 +899,7 @@ def test_two_processes_get_the_loss_and_the_weights_of_one(
         command.write_text(WITHOUT_DROPOUT.format(root=str(ROOT)))
     one, two = begun_anew(run, tmp_path / "one"), begun_anew(run, tmp_path / "two")
     # Adam blows rounding up to the rate's size
-    more = [*SMALL, "--accumulate", str(accumulate), "--steps", "3", "--lr", "0.001"]
+    more = [*SMALL, "--accumulate", str(accumulate), "--steps", "3", "--lr", "0.0001"]
     assert main(["train", str(one), *more]) == 0
     words = ["-m", *launcher, free_port(), command, "train", two, *more, "--save-every", "2"]
     done = program(words)
@@ -908,9 +908,7 @@ def test_two_processes_get_the_loss_and_the_weights_of_one(
     assert done.said.count("device:") == 1
     alone, together = (load_file(r / "mtbi" / "connector.safetensors") for r in (one, two))
     for name in alone:
-        off = (alone[name] - together[name]).abs()
-        # A weight of a thousand, whose gradient is near zero, may show that rounding.
-        assert (off > 1e-5).float().mean() <= 1e-3 and off.max() < 1e-4, name
+        torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-5)
     losses = losses_in(one / "mtbi")
     assert losses == pytest.approx(losses_in(two / "mtbi"), abs=1e-5)
     assert len(losses) == 3
