@@ -189,6 +189,18 @@ class HuggingFaceEncoder(nn.Module):
             why = first_line(error)
         return self.leave_gpu(self.name, why)
 
+    def _apply(self, fn, recurse=True):
+        """Move or cast, as to() and float() do, what a module remembers of the last clip, too.
+
+        Such as rotary angles, which are neither parameters nor buffers.
+        """
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            for key, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(module, key, fn(value))
+        return self
+
     def leave_gpu(self, name, why):
         """To the CPU, for good; name: what it was about to hear, or its own."""
         tqdm.write(
@@ -199,10 +211,6 @@ class HuggingFaceEncoder(nn.Module):
         super().to("cpu")
         self.fingerprint  # noqa: B018  of the weights as they were loaded: kept from now on
         self.float()
-        for module in self.modules():  # what it remembers of the last clip, like rotary angles
-            for key, value in vars(module).items():
-                if isinstance(value, torch.Tensor):
-                    setattr(module, key, value.float().cpu())
         self.left_gpu, self.seconds_at_once = True, 0.0
         torch.cuda.empty_cache()
         return self
