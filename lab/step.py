@@ -34,7 +34,7 @@ from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
 from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, connector_class
 from model import embedding_rms
-from support.files import UserError, ceil_div, write_json
+from support.files import UserError, write_json
 from support.hub import TINY, keep_embeddings_on_host, pack_head, pack_linear, parameters_of
 from support.options import Count, Rank, Size
 from support.processes import DEVICE
@@ -359,8 +359,8 @@ def compare_steps(options, llm=None):
     model, checkpointing = build_random(options, llm, encoder_config)
     frames = round(options.seconds * FRAME_RATE)
     examples = random_conversations(options, encoder_config.d_model, frames)
-    length = ceil_div(frames, model.connector.k) + options.prompt_tokens + options.answer_tokens
-    planned = planned_peak(options, config, encoder_config, dtype, checkpointing)
+    planned = plan_of_step(options, config, encoder_config, dtype, checkpointing)
+    length = planned["positions"]
     useful, limit = useful_flops(config, parameters, options, length), flop_limit(dtype)
     result = {
         **describe_device(),
@@ -379,7 +379,7 @@ def compare_steps(options, llm=None):
         "positions": length,
         "gradient_checkpointing": checkpointing,
         "matrix_product_tflops": limit / 1e12,
-        "planned_peak_gb": planned / GB,
+        "planned_peak_gb": planned["peak"] / GB,
     }
     measured = partial(measure_step, options, model, examples, length, useful / limit)
     result["ours"] = measured(partial(our_step, loss=options.loss), None)
@@ -409,9 +409,9 @@ def configs_of(options):
     return config, encoder_config
 
 
-def planned_peak(options, config, encoder_config, dtype, checkpointing):
-    """Bytes that `plan` expects of our step."""
-    planned = estimate(
+def plan_of_step(options, config, encoder_config, dtype, checkpointing):
+    """What `plan` expects of our step, as lab.memory.estimate says it."""
+    return estimate(
         config,
         encoder_config.d_model,
         FRAME_RATE,
@@ -428,7 +428,6 @@ def planned_peak(options, config, encoder_config, dtype, checkpointing):
         batch=options.batch_size,
         checkpointing=checkpointing,
     )
-    return planned["peak"]
 
 
 def useful_flops(config, parameters, options, length):

@@ -829,5 +829,5 @@ def test_plan_says_what_a_step_took_of_a_gpu(row, loss, monkeypatch):
     options = lab.step.StepOptions(**{name: measured[name] for name in names})
     configs = lab.step.configs_of(options)
     checkpointing = measured["gradient_checkpointing"]
-    planned = lab.step.planned_peak(options, *configs, torch.bfloat16, checkpointing)
+    planned = lab.step.plan_of_step(options, *configs, torch.bfloat16, checkpointing)["peak"]
     assert 0 <= planned / 1e9 / measured["ours"]["peak_gb"] - 1 < 0.07
