@@ -364,6 +364,7 @@ class ConnectorBody(nn.Module):
     """What connectors have in common: their defaults for k and for the hidden width."""
 
     k_is_a_power_of_two = False
+    windows_apart = False  # is a token made of its own k frames, and of no others?
     # the hidden width: so many times the LLM's width, a multiple of this, at most that
     widening, multiple_of, widest = 4, 1, 2048
 
@@ -388,6 +389,8 @@ class StackMLP(ConnectorBody):
 
     frames (B, N * k, D_encoder) -> (B, N, k * D_encoder) -> LayerNorm, MLP -> (B, N, D)
     """
+
+    windows_apart = True
 
     def __init__(self, width_in, width_out, k, hidden):
         super().__init__()
@@ -453,6 +456,7 @@ class QFormer(ConnectorBody):
     """
 
     HEADS, LAYERS = 8, 2
+    windows_apart = True
     widening, multiple_of, widest = 1, 64, 1024
 
     def __init__(self, width_in, width_out, k, hidden):
@@ -523,26 +527,37 @@ class Connector(nn.Module):
     def forward(self, spans):
         """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)], N_i = T_i / k rounded up.
 
-        The last token's missing frames are zeros. Spans of as many tokens go through together:
-        nothing is padded beyond that, so a span's tokens, but for dropout, do not depend on its
+        The last token's missing frames are zeros. Where each token is made of its own k frames, all
+        windows of all spans go through at once; else spans of as many tokens go through together.
+        Nothing is padded beyond that, so a span's tokens, but for dropout, do not depend on its
         batch.
         """
+        counts = [ceil_div(len(frames), self.k) for frames in spans]  # N_i
+        if self.body.windows_apart:
+            windows = [self.filled(frames, n) for frames, n in zip(spans, counts)]
+            x = torch.cat(windows).unflatten(0, (-1, self.k))  # (sum of N_i, k, D_encoder)
+            return self.tokens(x).flatten(0, 1).split(counts)  # (sum of N_i, D), cut into spans
+
         by_length = {}  # N -> which spans have so many tokens
-        for i, frames in enumerate(spans):
-            by_length.setdefault(ceil_div(len(frames), self.k), []).append(i)
+        for i, n in enumerate(counts):
+            by_length.setdefault(n, []).append(i)
         tokens = [None for _ in spans]
         for n, rows in by_length.items():
-            x = self.stack([spans[i] for i in rows], n * self.k)  # (B, N * k, D_encoder)
-            y = self.body(x) if n else x.new_zeros(len(rows), 0, len(self.scale))  # (B, N, D)
-            y = F.rms_norm(y, y.shape[-1:]) * self.scale
-            for i, row in zip(rows, y):
-                tokens[i] = row  # (N_i, D)
+            x = torch.stack([self.filled(spans[i], n) for i in rows])  # (B, N * k, D_encoder)
+            for i, row in zip(rows, self.tokens(x)):  # (B, N, D)
+                tokens[i] = row
         return tokens
 
-    def stack(self, spans, length):
-        """[frames (T_i, D_encoder)] -> (B, length, D_encoder), filled up with zeros."""
-        filled = [F.pad(frames, (0, 0, 0, length - len(frames))) for frames in spans]
-        return torch.stack(filled).to(self.scale)
+    def filled(self, frames, n):
+        """Frames (T, D_encoder) -> (n * k, D_encoder), filled up with zeros."""
+        return F.pad(frames, (0, 0, 0, n * self.k - len(frames))).to(self.scale)
+
+    def tokens(self, x):
+        """Frames (B, N * k, D_encoder) -> speech tokens (B, N, D) as large as embeddings."""
+        if not x.numel():
+            return x.new_zeros(len(x), 0, len(self.scale))
+        y = self.body(x)  # (B, N, D)
+        return F.rms_norm(y, y.shape[-1:]) * self.scale
 
 
 # ---- the frozen LLM ----

@@ -714,7 +714,7 @@ def test_an_optimizer_that_finds_no_room_at_any_parameter_goes_on_to_the_same_we
     when, monkeypatch, capsys
 ):
     before, weights, calls = some_weights(), some_weights(), []
-    usual = torch.optim.AdamW(before, betas=(0.9, 0.98), weight_decay=0.01, foreach=False)
+    usual = torch.optim.AdamW(before, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     expected = steps_of(usual, before)
 
     def make_room(p):

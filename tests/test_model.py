@@ -221,6 +221,16 @@ def test_every_connector_gives_one_token_for_k_frames_wherever_the_span_stands(k
     assert all(p.grad is not None for p in connector.parameters())
 
 
+@pytest.mark.parametrize("kind, groups", [("stack-mlp", 1), ("qformer", 1), ("conv", 3)])
+def test_windows_that_stand_apart_go_through_the_connector_at_once(kind, groups):
+    connector = Connector(kind, 24, 40, k=4, hidden=32)
+    shapes = []
+    connector.body.register_forward_pre_hook(lambda body, args: shapes.append(args[0].shape))
+    connector([torch.randn(n, 24) for n in (40, 3, 40, 41, 0, 1, 4)])
+    assert len(shapes) == groups, "spans of 10, 1 and 11 tokens"
+    assert sum(rows * frames for rows, frames, _ in shapes) == (10 + 1 + 10 + 11 + 1 + 1) * 4
+
+
 class EveryKth(ConnectorBody):
     """A connector as docs/extend.md adds one: every k-th frame, projected."""
 
