@@ -5,7 +5,8 @@ How a sample travels:
     manifest row -> Utterance -> (stage 1) Behavior -> parts [Text, Speech, Text, Response] -> batch
 
 The chapters below follow it: audio, utterances, tasks and recipes, behaviors, tokens, parts,
-interleaving, examples. The last is what stage 1 leaves for the training and the benchmark.
+interleaving, examples; and run folders, which are what stage 1 leaves for the training and the
+benchmark.
 """
 
 import hashlib
@@ -43,9 +44,9 @@ MIN_SECONDS = 0.1  # less gives some encoders not one frame
 def load_audio(path, duration=None, max_seconds=None):
     """float32 mono samples at SAMPLE_RATE of a WAV, FLAC, OGG or MP3 file of any rate.
 
-    `duration` (seconds) is what the manifest says; a file that holds less is truncated. It may hold
-    `max_seconds`, or else little more than `duration`, or else MAX_SECONDS. UserError names the
-    file and what is wrong.
+    duration: seconds, as the manifest says; a file that holds clearly less was cut off, which is a
+    UserError. max_seconds: the longest that is read; without it a little more than `duration`, or
+    MAX_SECONDS. UserErrors name the file and what is wrong.
     """
     path = Path(path)
     samples, rate = read_sound(path, duration, max_seconds)  # (n,)
@@ -65,7 +66,7 @@ def at_sample_rate(samples, rate):
     """Samples (n,) of `rate` Hz, resampled to SAMPLE_RATE.
 
     The memory it takes grows with both numbers of the ratio of the rates, so they are at most 1000:
-    8000 Hz is 1:2, and 44101 Hz is taken as 441:160, like 44100 Hz. That is never 0.1% off.
+    8000 Hz is 1:2, and 44101 Hz is taken as 328:119. That is never 0.1% off.
     """
     if rate == SAMPLE_RATE:
         return samples
@@ -356,7 +357,7 @@ def marks_of(tokenizer):
     """{AUDIO_MARK: its token id, BREAK: its token id}, each a token of its own.
 
     Text beside a mark is tokenized as in the middle of a conversation, and the cut is exact. The
-    LLM never reads them: their ids lie beyond its vocabulary.
+    LLM never reads them: whoever tokenizes with them leaves their ids out.
     """
     marks = (AUDIO_MARK, BREAK)
     tokenizer.add_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
@@ -448,7 +449,7 @@ def transcript_tokens(tokenizer, text):
 def response_tokens(tokenizer, text, ended=True):
     """The token ids to imitate: the answer and, unless it was cut off, the end of its turn."""
     ids = tokenize_in_context(tokenizer, text)[0]
-    return Response(ids + [end_of_turn(tokenizer)] if ended else ids)
+    return ids + [end_of_turn(tokenizer)] if ended else ids
 
 
 def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
@@ -622,7 +623,7 @@ class Examples:
     """
 
     tokenizer: object
-    utterances: list  # those of the training split; after `check`, those that are trained on
+    utterances: list  # those of the training split; from __post_init__ on, those trained on
     behaviors: list
     frames: object  # {utterance id: frames (T, D_encoder)}
     recipe: Recipe
@@ -639,7 +640,7 @@ class Examples:
         self.sort_behaviors()
         self.utterances = [self.by_id[i] for i in self.about]
         self.check()
-        # A step asks for one batch of a bucket, and the next step for its neighbour.
+        # A step asks for a batch or more of a bucket, and the next step for their neighbours.
         self.bucket = lru_cache(maxsize=2)(self.draw_bucket)
 
     def of_its_kinds(self):
@@ -752,7 +753,7 @@ class Examples:
 
     def conversation(self, behavior, audio):
         """The Example of a behavior; audio: the parts that stand for each of its utterances."""
-        response = response_tokens(self.tokenizer, behavior.response, behavior.ended).ids
+        response = response_tokens(self.tokenizer, behavior.response, behavior.ended)
         messages = behavior.messages()
         teacher = None
         if self.with_teacher:

@@ -1,4 +1,4 @@
-"""The benchmark: seen and unseen tasks x seen and unseen prompts, on speech never trained on.
+"""The benchmark: seen prompts, unseen prompts, unseen tasks, on speech never trained on.
 
 The reference is the text LLM's own answer to the true transcript, so that any LLM and any
 transcribed speech can be benchmarked. A system is a model and a way to put an utterance before it:
@@ -442,7 +442,7 @@ def draw_dialogues(cases, answers, n, seed):
                 about_it = about[case.utterance.id]
                 firsts.append([j for j in about_it if cases[j].task is not case.task])
             else:
-                firsts.append(everything)
+                firsts.append(everything)  # in which it stands itself: it takes one more
         fitting = [i for i in everything if len(firsts[i]) > (0 if again else 1)]
         for i in rng.sample(fitting, min(n, len(fitting))):
             first = rng.choice([j for j in firsts[i] if j != i])
@@ -476,8 +476,8 @@ class Questions:
         answers, self.ended = self.answers_of_text("questions")
         drawn = draw_dialogues(cases, answers, self.options.dialogues, self.options.seed)
         self.cases["dialogues"] = drawn
-        spoken, _ = self.answers_of_text("dialogues")
-        self.references = {"questions": answers, "dialogues": spoken, "text": answers}
+        second, _ = self.answers_of_text("dialogues")
+        self.references = {"questions": answers, "dialogues": second, "text": answers}
         self.cases["replies"] = [bare_directive(u) for u in directives_of(cases)]
         replies, _ = self.answers_of_text("replies")
         asked = [case.utterance.id for case in self.cases["replies"]]
@@ -573,7 +573,7 @@ class Questions:
         for i in self.probes:
             answer = self.references["questions"][i]
             cases.append(self.cases["questions"][i])
-            responses.append(response_tokens(system.model.tokenizer, answer, self.ended[i]).ids)
+            responses.append(response_tokens(system.model.tokenizer, answer, self.ended[i]))
         gaps = behavior_gap(system, self.top_line, cases, responses)
         return gaps, attention_shares(system, cases, responses)
 
@@ -630,8 +630,6 @@ def row_of(name, which, case, reference, answer):
         "cell": case.cell,
         "kind": case.utterance.kind,
         "task": case.task.name,
-        "task_seen": case.task.split == "train",
-        "prompt_seen": case.prompt in case.task.prompts,
         "prompt": case.prompt,
         "utterance": case.utterance.id,
         "speaker": case.utterance.speaker,

@@ -2,9 +2,12 @@
 
 Shapes, in the whole file:
 
-    B conversations     L positions      T encoder frames     N = T / k speech tokens
+    B conversations     L positions      T encoder frames     N = ceil(T / k) speech tokens
     V vocabulary        R response tokens of a batch
     D_encoder and D, the widths of the encoder and of the LLM
+
+In encoders and connectors B counts recordings and spans of speech, of which a conversation may have
+several.
 """
 
 import math
@@ -95,7 +98,7 @@ def load_encoder(name, pad_whisper=False):
     return shared_encoder(name, pad_whisper)
 
 
-@lru_cache(maxsize=2)  # it would tell f(name) from f(name, False)
+@lru_cache(maxsize=2)  # to which f(name) and f(name, False) are two
 def shared_encoder(name, pad_whisper):
     if name in ENCODERS:
         return ENCODERS[name]()
@@ -305,8 +308,8 @@ class HuggingFaceEncoder(nn.Module):
 
         WhisperEncoder.forward of transformers without its check that the input is 30 s long.
         """
-        mel = torch.cat([piece.inputs["input_features"] for piece in pieces])
-        x = F.gelu(self.model.conv1(mel.to(self.model.conv1.weight)))  # of (B, mel bins, 2T)
+        mel = torch.cat([piece.inputs["input_features"] for piece in pieces])  # (B, mel bins, 2T)
+        x = F.gelu(self.model.conv1(mel.to(self.model.conv1.weight)))  # (B, D_encoder, 2T)
         x = F.gelu(self.model.conv2(x)).transpose(1, 2)  # (B, T, D_encoder)
         x = x + self.model.embed_positions.weight[: x.shape[1]]
         for layer in self.model.layers:
@@ -364,9 +367,12 @@ class ConnectorBody(nn.Module):
     """What connectors have in common: their defaults for k and for the hidden width."""
 
     k_is_a_power_of_two = False
-    windows_apart = False  # is a token made of its own k frames, and of no others?
-    # the hidden width: so many times the LLM's width, a multiple of this, at most that
-    widening, multiple_of, widest = 4, 1, 2048
+    # Is a token made of its own k frames, and of no others? Then B is all windows of a batch and N
+    # is 1, else B is spans of N tokens each.
+    windows_apart = False
+    widening = 4  # the hidden width: so many times the LLM's width,
+    multiple_of = 1  # rounded up to a multiple of this,
+    widest = 2048  # and at most this
 
     @classmethod
     def frames_a_token(cls, frame_rate, tokens_per_second):
@@ -412,7 +418,7 @@ class StackMLP(ConnectorBody):
 class Conv(ConnectorBody):
     """Strided 1-d convolutions, each halving the rate, then a two-layer MLP with a residual.
 
-    BLSP, arXiv 2309.00916, section 3.1.
+    After BLSP (arXiv 2309.00916); docs/papers.md says how it differs from the authors' code.
 
     frames (B, N * k, D_encoder) -> log2(k) convolutions of stride 2 -> (B, N, D_encoder)
     -> (B, N, D)
@@ -441,7 +447,7 @@ class Conv(ConnectorBody):
 
     def forward(self, x):
         for conv in self.convs:
-            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)  # (B, T, D_enc) -> (B, T/2, D_enc)
+            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)  # half as many of (B, n, D_encoder)
         x = self.norm(self.project(x))  # (B, N, D)
         return x + self.adapter(x)
 
@@ -449,7 +455,8 @@ class Conv(ConnectorBody):
 class QFormer(ConnectorBody):
     """A learned query reads each window of k frames through two Transformer layers.
 
-    SALMONN, arXiv 2310.13289, section 3.1; as in Self-Powered LSM.
+    After the window-level Q-Former of SALMONN (arXiv 2310.13289), as Self-Powered LSM has one
+    (arXiv 2410.03798); docs/papers.md says what we know of it.
 
     frames (B, N * k, D_encoder) -> windows (B * N, k, hidden)
     -> one query each, cross-attention -> (B * N, 1, hidden) -> (B, N, D)
@@ -592,7 +599,7 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
     where = located(name, "llm")
     compute = PRECISIONS[compute_precision(precision, name)]
     tokenizer = load_or_explain(AutoTokenizer, where, "LLM")
-    vocabulary = len(tokenizer)  # before the audio mark is added
+    vocabulary = len(tokenizer)  # before marks_of adds its two
     check_tokenizer(tokenizer, where)
     with explained(f"LLM {where}: its chat template cannot be used", IndexError):
         end_of_turn(tokenizer)
@@ -629,10 +636,11 @@ def llm_of(made, precision):
 
 
 def fingerprint_of_llm(llm, tokenizer):
-    """Tells one LLM from another by what is never quantized.
+    """Names an LLM by what is the same in any precision.
 
-    Its shape, its vocabulary, a slice of its embeddings, its norms; and whether its vocabulary
-    projection is.
+    Its shape, the size of its vocabulary, 64 rows of its embeddings and its norms; and whether its
+    vocabulary projection is packed, which makes it another LLM. A fine-tune that left all of these
+    alone has the same name.
     """
     text = llm.config.get_text_config()  # of a model that also sees, the part that reads
     weights = [llm.get_input_embeddings().weight[:64]]
@@ -847,9 +855,9 @@ class SpeechLLM(nn.Module):
         # much padding stands before it; the padding itself, masked, may have any: 0.
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
 
-        # The last hidden states are thinned out before they are projected to the vocabulary: of
-        # 150,000 numbers a position only those where an answer is predicted are ever needed.
-        answered = labels[:, 1:] != IGNORE  # one position predicts the next
+        # The projection to the vocabulary makes 150,000 numbers of a position. They are needed only
+        # where an answer is predicted, so all other hidden states are dropped before it.
+        answered = labels[:, 1:] != IGNORE  # (B, L - 1): one position predicts the next
 
         def answers_alone(head, args):
             return (args[0][:, :-1][answered],)  # (B, L, D) -> (R, D)
@@ -972,6 +980,10 @@ class SpeechLLM(nn.Module):
         folder = local_or_fetched(folder, TRAINED)
         spec = read_spec(folder)
         again = "train again with --force"
+        if fingerprint_of_training(folder) != spec["weights_fingerprint"]:
+            raise UserError(
+                f"{folder}: its weights are damaged, or not those that were trained; {again}"
+            )
         try:
             model = cls.build(spec, llm, encoder, precision=precision)
         except torch.OutOfMemoryError:  # which says nothing of the file
@@ -981,10 +993,6 @@ class SpeechLLM(nn.Module):
                 f"{folder / 'model.json'}: is not what training writes there "
                 f"({first_line(error)}); {again}"
             ) from None
-        if fingerprint_of_training(folder) != spec["weights_fingerprint"]:
-            raise UserError(
-                f"{folder}: its weights are damaged, or not those that were trained; {again}"
-            )
         found = (model.fingerprint, model.encoder.fingerprint)
         for what, name, now in zip(("LLM", "speech encoder"), ("llm", "encoder"), found):
             if now != spec[f"{name}_fingerprint"]:

@@ -101,7 +101,7 @@ RECIPES = {
         repeat=(0.2, 0.2),
     ),
     "mtbi-4": Recipe(
-        "mtbi on four tasks",
+        "mtbi on four tasks of the tiny world; tasks.toml has three of them",
         tasks=("repeat", "translate*", "who", "numerals"),
         interleave=0.4,
         repeat=(1.0, 0.2),
@@ -247,9 +247,9 @@ class BehaviorsOptions:
     llm: str = "tiny"
     """the LLM: `tiny`, a local folder, or a Hugging Face name"""
     bits: Literal[4, 8, 16] = 4
-    """load the LLM in 4 (NF4), 8 or 16 (not quantized) bits,"""
+    """load the LLM in 4 (NF4), 8 or 16 (not quantized) bits"""
     head_bits: Literal[4, 16] = 16
-    """and its vocabulary projection in 4 (NF4) or 16: a smaller GPU, another LLM"""
+    """load its vocabulary projection in 4 (NF4) or 16 bits: a smaller GPU, another LLM"""
     embeddings: Literal["gpu", "host"] = "gpu"
     """where its table of embeddings is: on the host it takes no memory of the GPU, changes no
     result, and costs little time; `train` and `bench` have it where RUN was told to last"""
@@ -392,7 +392,7 @@ def training_tasks(tasks, utterance):
 
 def draw_questions(tasks, utterances, per_utterance, seed):
     """Behaviors that lack their response: training tasks and training prompts only."""
-    rng = random.Random(f"imitate-{seed}")  # the name stays, so that the draws stay
+    rng = random.Random(f"imitate-{seed}")  # once this stage's name; it stays, so the draws stay
     questions = []
     for u in utterances:
         fitting = training_tasks(tasks, u)

@@ -92,14 +92,14 @@ class TrainOptions:
 
     # what changes no weight
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """compute activations again in the backward pass instead of keeping them; auto: from 3B
-    parameters on"""
+    """compute activations again in the backward pass instead of keeping them; auto: from 2.5
+    billion parameters on"""
     cache_features: Literal["disk", "ram", "off"] = "disk"
     """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use"""
     save_every: Count = 100
-    """steps between two saved states; the last two are kept,"""
+    """steps between two saved states; the last two are kept"""
     keep_states: bool = False
-    """or all of them, so that `bench --step` can measure how the training went"""
+    """keep all saved states, so that `bench --step` can measure how the training went"""
     track: Literal[TRACKERS] = "off"
     """also show the log in TensorBoard (RUN/tensorboard) or in Weights & Biases, which are packages
     of their own"""
@@ -264,17 +264,19 @@ def build(run, utterances, recipe, options):
 def connector_size(options, recipe, llm_width, encoder):
     """{"k", "hidden"}: as asked for, or derived."""
     kind = connector_class(recipe.connector)
-    k = options.k or kind.frames_a_token(encoder.frame_rate, recipe.tokens_per_second)
-    why = "as asked by --k"
-    if not options.k:
+    if options.k:
+        k, why = options.k, "as asked by --k"
+    else:
+        k = kind.frames_a_token(encoder.frame_rate, recipe.tokens_per_second)
         why = (
             f"because the encoder gives {encoder.frame_rate:.1f} frames/s and the recipe wants "
             f"about {recipe.tokens_per_second} speech tokens/s"
         )
     print(f"k: {k} encoder frames a speech token, {why}")
-    hidden, why = kind.hidden_width(llm_width)
     if options.hidden:
         hidden, why = options.hidden, "as asked by --hidden"
+    else:
+        hidden, why = kind.hidden_width(llm_width)
     print(f"hidden: {hidden}, {why}")
     return {"k": k, "hidden": hidden}
 
@@ -418,7 +420,8 @@ def pieces_of_step(examples, step):
     """This process's share of a step: a Piece for each micro-batch."""
     pieces = []
     for name, micro_batch in my_micro_batches(examples, step):
-        pieces.append(Piece(micro_batch, f"dropout-{examples.seed}-{step}-{name}"))
+        if micro_batch:  # of a small one a process may have no row
+            pieces.append(Piece(micro_batch, f"dropout-{examples.seed}-{step}-{name}"))
     return pieces
 
 
@@ -582,8 +585,8 @@ def train(
 
             # Save now and then, at the end, and where it stops on the way.
             stop = anyone(wants_to_stop)
-            is_last = progress.step == steps or stop or progress.is_stuck()
-            if is_last or progress.step % save_every == 0:
+            leaves = progress.step == steps or stop or progress.is_stuck()
+            if leaves or progress.step % save_every == 0:
                 log.write()  # first: what it is ahead of the state is dropped on resuming
                 save_state(folder, parameters, optimizer, progress, made_with, keep)
             leave_if_it_stops(folder, progress, steps, stop)

@@ -1,2 +1,2 @@
 """What a trained model is used with: asking it, talking to it, giving it away, looking for what a
-machine lacks. The commands are in mtbi.py's table; the five modules do the work."""
+machine lacks. The commands are in mtbi.py's table; the modules here do the work."""

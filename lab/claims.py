@@ -5,7 +5,7 @@ No hand touches the verdicts.
 
 from dataclasses import dataclass
 
-from lab.statistics import QUESTION, RESAMPLES, is_whole, over_runs, rows_of
+from lab.statistics import QUESTION, RESAMPLES, is_whole, over_runs, rows_of, utterances_of
 from support.files import UserError
 
 
@@ -44,7 +44,18 @@ ROUNDING = 1e-9
 BOTH_TRAINED_ON = {
     "asr": ("repeat",),
     "blsp": ("continue",),
-    "vtb": ("repeat", "translate*", "who", "where", "what", "how_many", "category", "smallest"),
+    "vtb": (  # of SPOKEN_TASKS in mtbi.py, those of either task table that are trained on
+        "repeat",
+        "translate*",
+        "who",
+        "where",
+        "what",
+        "how_many",
+        "category",
+        "topic",
+        "question_about",
+        "smallest",
+    ),
 }
 for other, tasks in BOTH_TRAINED_ON.items():
     CLAIMS.append(
@@ -309,13 +320,13 @@ def decide(claim, results):
     differences = [paired_difference(results, run, claim) for run in runs]
     found = over_runs(differences)
     low, high = found["ci95"]
-    tasks, utterances = set(), 0
+    tasks, utterances = set(), set()
     for rows in differences:
         tasks.update(rows["task"])
-        utterances += rows["utterance"].nunique()
+        utterances.update(utterances_of(rows) if len(rows) else [])
     if not found["n"]:
         verdict = "not measured"
-    elif utterances < FEWEST:
+    elif len(utterances) < FEWEST:
         verdict = "undecided"
     elif low > claim.margin + ROUNDING:
         verdict = "holds"

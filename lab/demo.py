@@ -51,8 +51,8 @@ SHORT = {
 
 # human voices through Whisper: its frames are twelve a speech token, 240 ms
 DIGITS = {
-    "prepare": ["--join", "3:6", "--count", "1500"],
-    "train": ["--steps", "600", "--k", "12"],
+    "prepare": ["--join", "3:6", "--count", "1400"],
+    "train": ["--steps", "500", "--k", "12"],
 }
 SHORT_DIGITS = {
     "prepare": ["--join", "3:6", "--count", "200"],

@@ -1,4 +1,4 @@
-"""What `python -m lab.look` and `python -m lab.step` have in common; neither is in COMMANDS."""
+"""What programs that `python -m` runs, like lab.step, have in common; none is in COMMANDS."""
 
 import inspect
 import sys

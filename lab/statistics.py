@@ -257,7 +257,6 @@ NUMBERS = (
     "attention_on_instruction",
     "attention_on_utterance",
 )
-SWITCHES = ("task_seen", "prompt_seen")
 
 
 def read_answers(path):
@@ -268,6 +267,5 @@ def read_answers(path):
     columns = pandas.read_csv(path, nrows=0).columns
     kinds = dict.fromkeys(columns, str)
     kinds |= dict.fromkeys(NUMBERS, float)
-    kinds |= dict.fromkeys(SWITCHES, bool)
     holes = {name: [""] for name in NUMBERS}
     return pandas.read_csv(path, dtype=kinds, keep_default_na=False, na_values=holes)

@@ -748,7 +748,7 @@ def hostile_conversations(tokenizer):
     """A conversation of harmless text, and the same with control tokens written out in it."""
     for text in ("red", HOSTILE):
         transcript = [transcript_tokens(tokenizer, text)]
-        answer = response_tokens(tokenizer, text).ids
+        answer = response_tokens(tokenizer, text)
         yield chat_parts(tokenizer, ask(text), [transcript], answer, instruction=text)
 
 

@@ -296,6 +296,14 @@ def test_four_utterances_give_no_verdict():
     assert decide(MTBI_OVER_ASR, Results(pandas.DataFrame(rows)))["verdict"] == "undecided"
 
 
+def test_the_same_three_utterances_in_two_runs_are_three():
+    rows = []
+    for system, value in (("mtbi", 1.0), ("asr", 0.0)):
+        once = table("seed-0", system, always(value), n=3)
+        rows += once + [{**row, "run": "seed-1"} for row in once]
+    assert decide(MTBI_OVER_ASR, Results(pandas.DataFrame(rows)))["verdict"] == "undecided"
+
+
 def test_a_hard_task_with_more_unseen_prompts_is_no_drop():
     easy, hard = table("seed-0", "asr", always(0.9)), table("seed-0", "asr", always(0.1))
     hard = [{**row, "task": "where"} for row in hard]
@@ -549,7 +557,7 @@ def test_the_report_of_a_comparison_has_the_rule_the_claims_and_how_it_was_made(
 
 def test_the_scores_of_a_comparison_are_means_of_the_answers_of_its_runs(compared_once, comparison):
     answers = pandas.read_csv(compared_once / "seed-0" / "answers.csv")
-    questions = answers[(answers["set"] == "questions") & ~answers["task_seen"]]
+    questions = answers[(answers["set"] == "questions") & (answers["cell"] == "unseen_task")]
     means = questions.groupby("system")["score"].mean()
     table = pandas.read_csv(compared_once / "scores.csv").set_index(["system", "measure"])
     for system, mean in means.items():

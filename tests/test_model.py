@@ -40,7 +40,7 @@ def noise(seconds):
 def conversation(model, audio, response=None, prompt=PROMPT):
     """The parts of a question about parts that are heard or read; open without a response."""
     if response is not None:
-        response = response_tokens(model.tokenizer, response).ids
+        response = response_tokens(model.tokenizer, response)
     return chat_parts(model.tokenizer, ask(prompt), [audio], response)
 
 
@@ -638,7 +638,7 @@ def test_only_the_response_and_its_end_of_turn_carry_loss(model, frames, utteran
     ]
     _, _, labels = model.embed(rows)
     for row, parts, answer in zip(labels, rows, ("red", "three red apples")):
-        wanted = response_tokens(model.tokenizer, answer).ids
+        wanted = response_tokens(model.tokenizer, answer)
         assert (
             row[row != IGNORE].tolist() == wanted == parts[-1].ids == row[-len(wanted) :].tolist()
         )

@@ -55,7 +55,7 @@ def repeats(model, utterances, frames, n=8):
     """n conversations: the speech of an utterance, and its transcript as the answer."""
     rows = []
     for u in utterances[:n]:
-        response = response_tokens(model.tokenizer, u.text).ids
+        response = response_tokens(model.tokenizer, u.text)
         heard = [Speech(frames[u.id])]
         rows.append(chat_parts(model.tokenizer, ask("Repeat this."), [heard], response))
     return rows
@@ -756,7 +756,7 @@ def test_a_clip_of_a_tenth_of_a_second_and_one_of_30_s_share_a_batch(model, enco
     rows = []
     for seconds in (0.1, 30.0):
         frames = torch.randn(max(1, round(seconds * encoder.frame_rate)), encoder.width).half()
-        answer = response_tokens(model.tokenizer, "the farmer").ids
+        answer = response_tokens(model.tokenizer, "the farmer")
         rows.append(chat_parts(model.tokenizer, ask("Who did it?"), [[Speech(frames)]], answer))
     with torch.no_grad():
         together, alone = model(rows), sum(model([row]) for row in rows)
@@ -842,6 +842,14 @@ def test_any_number_of_processes_shares_the_same_step(
         return sorted(rows)
 
     assert what(shares(processes)) == what(shares(1))
+
+
+def test_a_process_without_a_row_of_a_small_step_has_nothing_to_do(examples_of, monkeypatch, fresh):
+    monkeypatch.setattr(support.processes, "WORLD", 3)
+    monkeypatch.setattr(support.processes, "RANK", 2)
+    pieces = pieces_of_step(examples_of(RECIPES["asr"], batch_size=2), 0)
+    assert pieces == []
+    assert accumulate_gradients(fresh(), pieces, tokens=10) == 0.0
 
 
 def test_out_of_memory_halves_what_a_process_really_had(examples_of, fresh, monkeypatch):

@@ -7,7 +7,7 @@ from . import speech
 CARD = """# The tiny world's two checkpoints
 
 Made by `python -m tiny.pretrain` from seed {seed}, from nothing but `world.py`, `tasks.toml` and
-espeak-ng voices; numbers below are printed by `python -m tiny.pretrain --measure`. License: MIT,
+espeak-ng voices; scores below are printed by `python -m tiny.pretrain --measure`. License: MIT,
 like the rest of the project. They know a closed grammar and nothing else.
 
 | | `llm/` | `encoder/` |
@@ -43,7 +43,7 @@ tasks, as a real LLM knows more than the connector is taught.
 
 
 def write_card(folder, figures):
-    """README.md of the folder that has llm/ and encoder/; nothing in it is typed by hand.
+    """README.md of the folder that has llm/ and encoder/, from what measured.json says.
 
     figures: what measured.json holds (pretrain.main).
     """

@@ -120,7 +120,7 @@ def obeyed(count, seed):
 
 
 def generate_answers(llm, tokenizer, conversations):
-    """The greedy answer to each conversation, at most 32 tokens."""
+    """The greedy answer to each conversation, at most 64 tokens."""
     texts = []
     for messages in conversations:
         texts.append(
