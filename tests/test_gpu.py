@@ -24,7 +24,7 @@ import support.frames
 import support.hub
 import train
 from app.systems import Systems, Turn
-from data import Recipe, load_audio, read_manifest
+from data import Example, Recipe, Text, load_audio, read_manifest
 from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
 from model import HuggingFaceEncoder, SpeechLLM, encode_all
@@ -684,10 +684,11 @@ def test_steps_made_ahead_and_pinned_give_the_same_weights_resumed_or_not(tmp_pa
 
 def test_where_the_encoder_hears_at_every_use_no_step_is_made_ahead(monkeypatch):
     monkeypatch.setattr(train, "DEVICE", "cpu:0")
-    steps = FewSteps([])
+    written = Example([Text([1])], None)  # of a conversation without speech nothing is pinned
+    steps = FewSteps([written])
     steps.frames = support.frames.FramesAtEveryUse(None, None, [])
     with train.steps_ahead(steps, 0) as made:
-        assert next(made)[0].examples == [] and steps.made == [(0, False)]
+        assert next(made)[0].examples == [written] and steps.made == [(0, False)]
 
 
 # ---- the optimizer without room for its moments ----
