@@ -543,7 +543,8 @@ class Connector(nn.Module):
         if self.body.windows_apart:
             windows = [self.filled(frames, n) for frames, n in zip(spans, counts)]
             x = torch.cat(windows).unflatten(0, (-1, self.k))  # (sum of N_i, k, D_encoder)
-            return self.tokens(x).flatten(0, 1).split(counts)  # (sum of N_i, D), cut into spans
+            tokens = self.speech_tokens(x).flatten(0, 1)  # (sum of N_i, D)
+            return tokens.split(counts)
 
         by_length = {}  # N -> which spans have so many tokens
         for i, n in enumerate(counts):
@@ -551,16 +552,17 @@ class Connector(nn.Module):
         tokens = [None for _ in spans]
         for n, rows in by_length.items():
             x = torch.stack([self.filled(spans[i], n) for i in rows])  # (B, N * k, D_encoder)
-            for i, row in zip(rows, self.tokens(x)):  # (B, N, D)
+            for i, row in zip(rows, self.speech_tokens(x)):  # (B, N, D)
                 tokens[i] = row
         return tokens
 
     def filled(self, frames, n):
         """Frames (T, D_encoder) -> (n * k, D_encoder), filled up with zeros."""
-        return F.pad(frames, (0, 0, 0, n * self.k - len(frames))).to(self.scale)
+        return F.pad(frames, (0, 0, 0, n * self.k - len(frames)))
 
-    def tokens(self, x):
+    def speech_tokens(self, x):
         """Frames (B, N * k, D_encoder) -> speech tokens (B, N, D) as large as embeddings."""
+        x = x.to(self.scale)
         if not x.numel():
             return x.new_zeros(len(x), 0, len(self.scale))
         y = self.body(x)  # (B, N, D)
