@@ -36,7 +36,7 @@ class CompareOptions:
     seeds: str = "3"
     """how many seeds, or which: 8:16 are those from 8 to 15"""
     quick: bool = False
-    """one seed, 300 steps, fewer questions: some half an hour on two cores"""
+    """one seed, 300 steps, fewer questions"""
     no_curve: bool = False
     """without the trainings on 10 and 30% of the speech, and without the benchmarks after 125, 250
     and 500 steps"""

@@ -25,6 +25,7 @@ import lab.smoke
 import lab.step
 from eval import CELLS, DIALOGUES
 from lab.claims import (
+    BOTH_TRAINED_ON,
     BAR,
     CLAIMS,
     CURVE,
@@ -294,6 +295,11 @@ def test_a_claim_names_the_tasks_that_were_asked_of_those_it_is_about():
 def test_four_utterances_give_no_verdict():
     rows = table("seed-0", "mtbi", always(1.0), n=4) + table("seed-0", "asr", always(0.0), n=4)
     assert decide(MTBI_OVER_ASR, Results(pandas.DataFrame(rows)))["verdict"] == "undecided"
+
+
+def test_the_tasks_both_were_trained_on_are_those_of_the_recipe():
+    for other, tasks in BOTH_TRAINED_ON.items():
+        assert tasks == RECIPES[other].tasks
 
 
 def test_the_same_three_utterances_in_two_runs_are_three():
