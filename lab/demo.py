@@ -49,13 +49,14 @@ SHORT = {
 }
 
 
-# human voices through Whisper: its frames are twelve a speech token, 240 ms
+# human voices through Whisper: its frames are twelve a speech token, 240 ms. Digits in one go, as a
+# visitor says them.
 DIGITS = {
-    "prepare": ["--join", "3:6", "--count", "1400"],
+    "prepare": ["--join", "3:6", "--one-go", "--count", "1400"],
     "train": ["--steps", "500", "--k", "12"],
 }
 SHORT_DIGITS = {
-    "prepare": ["--join", "3:6", "--count", "200"],
+    "prepare": ["--join", "3:6", "--one-go", "--count", "200"],
     "train": ["--steps", "30", "--k", "12"],
     "bench": SHORT["bench"],
 }
