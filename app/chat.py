@@ -12,12 +12,12 @@ import torch
 
 from app.generate import answer_streaming, chosen_recipe
 from app.microphone import recorded
+from app.voice import VOICES, spoken
 from data import load_audio, write_audio
 from model import SpeechLLM
 from support.console import want_of_memory
-from support.files import UserError, write_text
+from support.files import UserError, WriteError, unused, write_text
 from support.options import Count, RunFolder, Seed
-from tiny.speech import render
 
 HELP = """What you type is a question. Before it, or without it:
   /audio FILE       a sound file, heard with the next question
@@ -64,33 +64,26 @@ class Chat:
         print(f"heard with the next question: {name}")
 
     def say(self, text):
-        if not text:
-            raise UserError("/say TEXT: there is no text")
-        try:
-            samples, _, voice = render(text, self.rng, "test")
-        except ValueError as error:
-            raise UserError(f"/say: {error}") from None
+        voice = self.rng.choice(VOICES)
+        samples = spoken(text, voice)
         path = Path(tempfile.mkdtemp(prefix="mtbi-")) / "said.wav"
         write_audio(path, samples)
         self.audio(str(path))
-        print(f"spoken by {voice['voice']}")
+        print(f"spoken by {voice}")
 
     def record(self, seconds):
         try:
             length = float(seconds or 5)
         except ValueError:
             raise UserError(f"/record SECONDS: {seconds!r} is no number") from None
-        if not 0 < length <= 30:
-            raise UserError("/record SECONDS: from 0 to 30 s")
         self.audio(recorded(length))
 
     def save(self, name):
         if not name:
             raise UserError("/save FILE: names no file")
-        if Path(name).exists():
-            raise UserError(f"{name}: is there already; name another file")
-        write_text(Path(name), json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n")
-        print(f"{name}: {len(self.messages)} messages")
+        path = unused(name)
+        write_text(path, json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n")
+        print(f"{path}: {len(self.messages)} messages")
 
     def help(self, _):
         print(HELP)
@@ -159,7 +152,9 @@ def talk(options, recipes):
         try:
             if not chat.take(line):
                 return
-        except UserError as error:  # of one line; the conversation goes on
+        except (UserError, WriteError) as error:  # of one line; the conversation goes on
             print(f"chat: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # of a recording, say
+            print("\nstopped")
         except torch.OutOfMemoryError as error:  # /reset makes it shorter
             print(f"chat: {want_of_memory(error)}", file=sys.stderr)

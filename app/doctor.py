@@ -6,11 +6,13 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import psutil
 import torch
 
-from support.files import PROJECT, first_line, nearest_existing
+from data import read_manifest
+from support.files import PROJECT, UserError, first_line, nearest_existing
 from support.hub import TINY
 from support.processes import DEVICE
 
@@ -26,7 +28,7 @@ OPTIONAL = {
 @dataclass
 class DoctorOptions:
     data: str | None = None
-    """a folder of data or runs to look at the free disk of; default: where you are"""
+    """a data folder to look at, and at the free disk there; default: the disk where you are"""
 
 
 @dataclass
@@ -43,6 +45,8 @@ def examine(options):
     """Say what runs on this machine, and the command that mends what does not. Needs no network."""
     findings = [python(), *packages(), card(), quantizer(), voices(), memory()]
     findings += [disk(options.data or "."), tiny_world(), *optional_packages()]
+    if options.data:
+        findings.append(speech_in(options.data))
     width = max(len(finding.what) for finding in findings)
     for f in findings:
         mark = "ok" if not f.mend else "MISSING" if f.needed else "-"
@@ -61,6 +65,9 @@ def verdict(findings):
         yield f"Not ready: {', '.join(wrong)}."
         return
     yield "python mtbi.py demo                          runs here, offline, on the CPU or the GPU"
+    yield "python mtbi.py demo digits                   the same on human voices, once downloaded"
+    if "gradio" not in [f.what for f in findings if f.mend]:
+        yield "python mtbi.py serve RUN                     opens the page of what was trained"
     if DEVICE == "cpu":
         yield "real LLMs train on a GPU; `plan --vram GB`   says which card trains which"
     else:
@@ -100,11 +107,16 @@ def packages():
 
 
 def card():
+    built = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     if DEVICE == "cpu":
-        why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
-        return Finding("GPU", f"none: {why}; everything runs on the CPU")
+        mend = ""
+        if shutil.which("nvidia-smi"):  # then there is a card, or there was
+            mend = "its driver: nvidia-smi says more; or torch for its CUDA: pytorch.org"
+        found = f"none; {built}: everything runs on the CPU"
+        return Finding("GPU", found, mend, needed=False)
     free, total = torch.cuda.mem_get_info()
-    found = f"{torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    name = torch.cuda.get_device_name()
+    found = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {built}"
     if free < 0.5 * total:
         return Finding("GPU", found, "close what else uses the card (nvidia-smi)", needed=False)
     return Finding("GPU", found)
@@ -119,7 +131,8 @@ def quantizer():
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
         bitsandbytes.functional.dequantize_4bit(packed, state)
     except Exception as error:  # whatever a broken library raises
-        return Finding("bitsandbytes", first_line(error), INSTALL)
+        found = f"{first_line(error)}; LLMs are not quantized"
+        return Finding("bitsandbytes", found, INSTALL, needed=False)
     return Finding("bitsandbytes", f"{bitsandbytes.__version__}: NF4 works on {DEVICE}")
 
 
@@ -154,6 +167,16 @@ def tiny_world():
         if not (TINY / name).exists():
             return Finding("tiny world", f"{name} is missing", "clone the repository again")
     return Finding("tiny world", "both checkpoints are there")
+
+
+def speech_in(folder):
+    """What `prepare` has put there."""
+    try:
+        utterances = read_manifest(Path(folder) / "manifest.jsonl")
+    except UserError as error:
+        return Finding("data", str(error), f"python mtbi.py prepare … --out {folder}")
+    hours = sum(u.duration for u in utterances) / 3600
+    return Finding("data", f"{len(utterances)} utterances, {hours:.2f} hours in {folder}")
 
 
 def optional_packages():

@@ -7,7 +7,8 @@ from pathlib import Path
 from app.generate import chosen_recipe
 from data import open_run
 from lab.report import markdown_table, percent
-from support.files import HALF_WRITTEN, UserError, read_json, read_json_if_whole, writing
+from support.files import HALF_WRITTEN, UserError, read_json, read_json_if_whole, unused
+from support.files import write_json, writing
 from support.options import RunFolder
 from support.runs import fingerprint_of_training, read_spec
 
@@ -18,20 +19,25 @@ ADAPTER = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
 @dataclass
 class ExportOptions:
     run: RunFolder
-    """a run folder with a trained recipe"""
+    """a run folder with a trained recipe, or the folder of one, RUN/RECIPE"""
     out: str
     """the folder to make"""
     recipe: str | None = None
     """which of its recipes; default: the first of the table that is there"""
 
+    # for the card
+    llm_name: str | None = None
+    """the LLM's public name, if it was trained with a local folder: others load it by that"""
+    encoder_name: str | None = None
+    """the encoder's, likewise"""
+    speech: str | None = None
+    """the public name of the speech, and its licence, as `LibriSpeech (CC BY 4.0)`"""
+    license: str | None = None
+    """the licence of what you publish, as the hub writes it, like mit or cc-by-4.0"""
+
 
 CARD = """---
-library_name: pytorch
-base_model:
-{bases}
-tags:
-- speech-llm
-- mtbi
+{head}
 ---
 
 # {recipe}: ears for {llm}
@@ -43,14 +49,14 @@ them, with fingerprints of the weights that it was trained for.
 
 ## Use it
 
+In a clone of the project that made it:
+
 ```python
 from model import SpeechLLM
 
-model = SpeechLLM.from_pretrained("{name}")
+model = SpeechLLM.from_pretrained("YOU/{name}")  # its hub name, or the path of this folder
 print(model.answer("Translate this into Spanish.", "clip.wav"))
 ```
-
-in a clone of the project that made it, where `python mtbi.py bench` measures it, too.
 
 ## Data
 
@@ -60,25 +66,26 @@ in a clone of the project that made it, where `python mtbi.py bench` measures it
 
 {scores}
 
-## Limits and licences
+## Limits
 
 It was trained to answer as the LLM does, and says what the LLM would say, wrong or right. It was
-measured on speech like its training data and on nothing else. The licence of this connector is for
-whoever publishes it to choose; it is of use only together with the LLM and the encoder, whose
-licences stand with them{bases_in_words}, and it was made from speech whose licence stands with it.
+measured on speech like its training data and on nothing else.
+
+## Licences
+
+{licences}
 """
 
 
 def write_folder(options, recipes):
     """Write the folder whole, or not at all; recipes: the table's names."""
     folder = chosen_recipe(options.run, options.recipe, recipes)
-    out = Path(options.out)
-    if out.exists():
-        raise UserError(f"{out}: is there already; name another --out")
+    out = unused(options.out, "--out")
     spec = read_spec(folder)
     if fingerprint_of_training(folder) != spec["weights_fingerprint"]:
         raise UserError(f"{folder}: its weights are not those that were trained; train it again")
-    card = model_card(options.run, folder, out.name, spec)
+    spec = with_public_names(spec, options)
+    card = model_card(folder, out.name, spec, options)
     names = FILES + (ADAPTER if spec["lora"] else [])
     half = out.with_name(f"{HALF_WRITTEN}{out.name}")
     with writing(out):
@@ -86,37 +93,95 @@ def write_folder(options, recipes):
         for name in names:
             (half / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, half / name)
+        write_json(half / "model.json", spec)
         (half / "README.md").write_text(card, encoding="utf-8")
         half.rename(out)
     print(f"{out}: {', '.join(names)} and README.md, the model card")
+    for part in local_parts(spec):
+        print(
+            f"{part} is a folder of this machine, {spec[part]}: nobody else can load it; if it has "
+            f"a public name, say --{part}-name"
+        )
+    if not options.license:
+        print("the card names no licence of yours: say --license")
     print(f"publish it: hf upload YOU/{out.name} {out}")
 
 
-def model_card(run_folder, folder, name, spec):
-    """The text of README.md: everything in it is read off the run."""
-    run = open_run(run_folder)
-    bases = [spec[part] for part in ("llm", "encoder") if spec[part] != "tiny"]
+def with_public_names(spec, options):
+    """The spec with the names by which others load the LLM and the encoder.
+
+    Their fingerprints are of the weights themselves, so another name changes none.
+    """
+    names = {"llm": options.llm_name, "encoder": options.encoder_name}
+    spec = {name: value for name, value in spec.items() if name != "checksum"}
+    return {**spec, **{part: name for part, name in names.items() if name}}
+
+
+def local_parts(spec):
+    return [part for part in ("llm", "encoder") if Path(spec[part]).is_absolute()]
+
+
+def model_card(folder, name, spec, options):
+    """The text of README.md: everything in it is read off the run, or was said."""
+    run = open_run(folder.parent)
     row = read_json(folder / "config.json", "content")["content"]["recipe"]
     about = ", ".join(f"{key} {value}" for key, value in row.items()) or "the table's defaults"
     return CARD.format(
-        bases="\n".join(f"- {base}" for base in bases) or "- none: the tiny world's own",
+        head="\n".join(head_of_card(spec, options)),
         recipe=folder.name,
-        llm=spec["llm"],
-        encoder=spec["encoder"],
+        llm=public_name(spec, "llm"),
+        encoder=public_name(spec, "encoder"),
         parameters=spec["trained_parameters"] / 1e6,
         adapter=f" and a LoRA adapter of rank {spec['lora']}" if spec["lora"] else "",
         about=about,
         bits="NF4" if spec["bits"] == 4 else f"{spec['bits']} bits",
         name=name,
-        data=data_for_card(run),
+        data=data_for_card(run, options.speech),
         scores=scores_for_card(run, folder.name),
-        bases_in_words=f" ({', '.join(bases)})" if bases else "",
+        licences=licences_for_card(spec, options),
     )
 
 
-def data_for_card(run):
-    """How much speech it was trained and measured on."""
-    lines = []
+def public_name(spec, part):
+    """As the card calls it: a local folder without the folders above it."""
+    if spec[part] == "tiny":
+        return f"the tiny world's {'LLM' if part == 'llm' else 'encoder'}"
+    return Path(spec[part]).name if part in local_parts(spec) else spec[part]
+
+
+def head_of_card(spec, options):
+    """The lines of YAML that the hub reads: what it knows by name alone."""
+    yield "library_name: pytorch"
+    if options.license:
+        yield f"license: {options.license}"
+    local = ["tiny", *(spec[part] for part in local_parts(spec))]
+    bases = [spec[part] for part in ("llm", "encoder") if spec[part] not in local]
+    if bases:
+        yield "base_model:"
+    for base in bases:
+        yield f"- {base}"
+    yield "tags:"
+    yield "- speech-llm"
+    yield "- mtbi"
+
+
+def licences_for_card(spec, options):
+    """A line for each thing that has a licence."""
+    lines = [f"- this connector: {options.license or 'not said by who published it'}"]
+    for part, what in (("llm", "LLM"), ("encoder", "speech encoder")):
+        stands = f"as huggingface.co/{spec[part]} says"
+        if spec[part] == "tiny":
+            stands = "MIT, with the project"
+        elif part in local_parts(spec):
+            stands = "as its folder says"
+        lines.append(f"- the {what}, which is not in here ({public_name(spec, part)}): {stands}")
+    lines.append(f"- the speech it was made from: {options.speech or 'not said'}")
+    return "\n".join(lines)
+
+
+def data_for_card(run, speech):
+    """What it was trained and measured on, and how much."""
+    lines = [f"- speech: {speech}"] if speech else []
     for split in ("train", "test"):
         rows = [u for u in run.utterances if u.split == split]
         hours = sum(u.duration for u in rows) / 3600

@@ -62,8 +62,13 @@ def answer_questions(options, recipes):
 
 
 def chosen_recipe(run, name, table):
-    """The folder of a trained recipe of a run: the one of this name, or the table's first."""
+    """The folder of a trained recipe of a run: the one of this name, or the table's first.
+
+    A folder of a recipe itself, RUN/RECIPE or what `export` made, stands for itself.
+    """
     run = Path(run)
+    if not name and (run / "model.json").exists():
+        return run
     found = list(trained_recipes(run, table))
     if not name and found:
         name = found[0]
@@ -169,5 +174,16 @@ def describe_answer(stream, start):
     if DEVICE != "cpu":
         said.append(f"at most {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU")
     else:
-        said.append(f"{psutil.Process().memory_info().rss / 1e9:.2f} GB of memory")
+        said.append(f"at most {most_memory() / 1e9:.2f} GB of memory")
     return ", ".join(said)
+
+
+def most_memory():
+    """The most memory that this process has had, in bytes."""
+    of_windows = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if of_windows:
+        return of_windows
+    import resource  # Windows has none
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

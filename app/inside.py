@@ -102,7 +102,9 @@ def draw_heard(pyplot, model, heard, prompt, answer, words=None):
         wave.axvline(border, color="tab:orange", linewidth=0.5)
         mel.axvline(border, color="white", linewidth=0.5)
     for word, start, end in words or []:
-        wave.text((start + end) / 2, wave.get_ylim()[1], word, ha="center", va="top", fontsize=8)
+        middle = (start + end) / 2
+        wave.text(middle, wave.get_ylim()[1], word, ha="center", va="top", fontsize=8)
+        mel.text(middle, 78, word, ha="center", va="top", fontsize=8, color="white")
 
     standard = heard.frames.float().numpy()
     standard = (standard - standard.mean(0)) / (standard.std(0) + 1e-5)  # (T, D_encoder)

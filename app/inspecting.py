@@ -6,11 +6,11 @@ from typing import Annotated
 
 from app.generate import chosen_recipe
 from app.inside import draw_example, draw_heard, hear
-from data import load_audio, open_run
+from data import Speech, load_audio, open_run
 from lab.look import examples_of
 from lab.plots import finish_figure, pyplot
 from model import SpeechLLM
-from support.files import UserError
+from support.files import UserError, unused
 from support.options import Between, RunFolder, called_many
 
 
@@ -34,15 +34,14 @@ def draw_inside(options, recipes):
     """Draw the picture; recipes: the names of the table."""
     if (options.example is None) != (len(options.audio) == 1):
         raise UserError("inspect: name one sound file, or --example N")
-    if Path(options.out).exists():
-        raise UserError(f"{options.out}: is there already; name another --out")
+    out = unused(options.out, "--out")
     folder = chosen_recipe(options.run, options.recipe, recipes)
     if options.example is None:
         figure = figure_of_clip(options, folder)
     else:
         figure = figure_of_example(options, folder)
-    finish_figure(figure, Path(options.out))
-    print(f"{options.out}: written")
+    finish_figure(figure, out)
+    print(f"{out}: written")
 
 
 def figure_of_clip(options, folder):
@@ -52,7 +51,7 @@ def figure_of_clip(options, folder):
     model = SpeechLLM.from_pretrained(folder)
     answer = model.answer(options.prompt, path)
     words = None
-    for utterance in open_run(options.run).utterances:  # of the run's own, word times are known
+    for utterance in open_run(folder.parent).utterances:  # of the run's own, word times are known
         if utterance.audio.resolve() == Path(path).resolve():
             words = utterance.words
     return draw_heard(pyplot, model, hear(model, samples, path), options.prompt, answer, words)
@@ -60,10 +59,19 @@ def figure_of_clip(options, folder):
 
 def figure_of_example(options, folder):
     """A conversation of the training, text and speech in colours."""
-    model, examples = examples_of(open_run(options.run), folder)
+    model, examples = examples_of(open_run(folder.parent), folder)
     step, i = divmod(options.example, examples.batch_size)
     if step >= examples.steps:
         most = examples.steps * examples.batch_size - 1
         raise UserError(f"--example {options.example}: they are counted from 0 to {most}")
-    title = f"{folder}: conversation {i} of step {step}"
-    return draw_example(pyplot, model, examples.batch(step)[i], title)
+    batch = examples.batch(step)
+    mixed = [n for n, example in enumerate(batch) if pieces_of_speech(example) > 1]
+    if mixed and i not in mixed:
+        others = ", ".join(str(step * examples.batch_size + n) for n in mixed[:5])
+        print(f"--example {options.example}: its speech is in one piece; in several: {others}")
+    return draw_example(pyplot, model, batch[i], f"{folder}: conversation {i} of step {step}")
+
+
+def pieces_of_speech(example):
+    """How many there are, between what is text."""
+    return sum(isinstance(part, Speech) for part in example.parts)

@@ -6,12 +6,16 @@ from pathlib import Path
 from data import SAMPLE_RATE, write_audio
 from support.files import UserError, first_line
 
+LONGEST_RECORDING = 30  # seconds
+
 
 def recorded(seconds):
     """The path of a sound file, in the system's temporary folder, of so many seconds of speech.
 
-    UserError if sounddevice is not installed or finds no microphone.
+    UserError if sounddevice is not installed or finds no microphone, or if it is too long.
     """
+    if not 0 < seconds <= LONGEST_RECORDING:
+        raise UserError(f"a recording of {seconds:g} s: it may have up to {LONGEST_RECORDING} s")
     try:
         import sounddevice
     except (ImportError, OSError) as error:  # OSError: the system's PortAudio is missing

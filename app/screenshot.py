@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.programs import run_program
-from support.files import PROJECT, UserError
+from support.files import PROJECT, UserError, unused
 from support.options import RunFolder, called
 
 PORT = 7863
@@ -39,8 +39,7 @@ def take_screenshot(options):
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise UserError("a screenshot needs playwright: pip install playwright") from None
-    if Path(options.out).exists():
-        raise UserError(f"{options.out}: is there already; name another --out")
+    out = unused(options.out, "--out")
     command = [sys.executable, "mtbi.py", "serve", str(Path(options.run).resolve())]
     server = subprocess.Popen([*command, "--port", str(PORT)], cwd=PROJECT)
     try:
@@ -51,12 +50,12 @@ def take_screenshot(options):
             )
             tab = browser.new_page(viewport={"width": 1300, "height": 900})
             ask_on_page(tab, options)
-            tab.screenshot(path=options.out, full_page=True)
+            tab.screenshot(path=out, full_page=True)
             browser.close()
     finally:
         server.terminate()
         server.wait()
-    print(f"{options.out}: written")
+    print(f"{out}: written")
 
 
 def wait_for_page(server):
@@ -75,9 +74,9 @@ def ask_on_page(tab, options):
     tab.goto(f"http://127.0.0.1:{PORT}")
     tab.click("#speech button[aria-label='Upload file']")
     tab.set_input_files("#speech input[type=file]", options.audio)
+    tab.wait_for_timeout(2000)  # what is heard anew has no transcript yet
     tab.fill("#transcript textarea, #transcript input", options.transcript)
     tab.fill("#question textarea, #question input", options.question)
-    tab.wait_for_timeout(2000)
     tab.click("#ask")
     tab.wait_for_function(
         "document.querySelectorAll('#chat-text .message').length >= 2", timeout=120_000

@@ -5,6 +5,7 @@ gradio (requirements-page.txt) is imported where it is used: it is optional, and
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -36,6 +37,9 @@ class ServeOptions:
     """who may come: this machine alone, or 0.0.0.0 for everybody in the network"""
     max_new_tokens: Count = 64
     """longest answer, in tokens"""
+    asr: str | None = None
+    """CTC model for the cascade, or a folder that `recognizer` made; default: the speech encoder's
+    own head, if it has one"""
 
 
 class Page:
@@ -53,11 +57,15 @@ class Page:
         """Yields (turns, a chat for each system) while one system after another answers."""
         turn = self.tried(self.new_turn, turns, question, path, transcript)
         for name in self.systems.names():
-            text = ""
-            for text in self.systems.answer(name, [*turns, turn]):
-                growing = replace(turn, answers={**turn.answers, name: text})
+            growing = turn
+            for text, notice in self.systems.answer(name, [*turns, turn]):
+                growing = replace(
+                    turn,
+                    answers={**turn.answers, name: text.strip()},
+                    notices={**turn.notices, name: notice},
+                )
                 yield [turns, *self.chats([*turns, growing])]
-            turn = replace(turn, answers={**turn.answers, name: text.strip()})
+            turn = growing
         yield [[*turns, turn], *self.chats([*turns, turn])]
 
     def new_turn(self, turns, question, path, transcript):
@@ -73,7 +81,10 @@ class Page:
             raise UserError("ask something, or say something")
         samples = None
         if path:
-            samples = load_audio(path)
+            try:
+                samples = load_audio(path)
+            except UserError as error:  # where the server keeps it is not told
+                raise UserError(str(error).replace(str(path), Path(path).name)) from None
             if len(samples) > MOST_SECONDS * SAMPLE_RATE:
                 raise UserError(f"the recording is longer than {MOST_SECONDS} s")
         return Turn(question, samples, (transcript or "").strip())
@@ -86,7 +97,7 @@ class Page:
             for turn in turns:
                 heard = "(speech) " if turn.samples is not None else ""
                 messages.append({"role": "user", "content": heard + turn.question})
-                messages.append({"role": "assistant", "content": turn.answers.get(name, "")})
+                messages.append({"role": "assistant", "content": shown_answer(turn, name)})
             chats.append(messages)
         return chats
 
@@ -121,6 +132,13 @@ class Page:
             raise gradio.Error(want_of_memory(error), print_exception=False) from None
 
 
+def shown_answer(turn, name):
+    """What a system's chat shows of a turn: its answer, and in brackets what went wrong."""
+    shown = turn.answers.get(name, "")
+    notice = turn.notices.get(name)
+    return f"{shown} ({notice})".strip() if notice else shown
+
+
 def refuse(reason):
     raise UserError(reason)
 
@@ -143,9 +161,10 @@ def blocks_of_page(gradio, page):
     names = page.systems.names()
     with gradio.Blocks(title="MTBI", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
         turns = gradio.State([])
+        cascade = "`cascade` reads what a recognizer heard, " if "cascade" in names else ""
         gradio.Markdown(
             "# Speak to your own model\nSay something, choose what is asked about it, and compare "
-            "who obeys. `cascade` reads what a recognizer heard, `text` the transcript you type. "
+            f"who obeys. {cascade}`text` reads the transcript you type. "
             "To go on about what was said before, take the recording away and ask again."
         )
         audio, transcript = lay_out_speech(gradio, page)
@@ -198,6 +217,9 @@ def lay_out_speech(gradio, page):
                 pitch = gradio.Slider(0, 99, 50, label="pitch")
                 noise = gradio.Slider(0, 1, 0, label="noise")
             speak = gradio.Button("speak it", elem_id="speak")
+    # a transcript is of one recording
+    own = [audio.upload, audio.start_recording, audio.clear]
+    gradio.on(own, lambda: "", None, [transcript], queue=False)
     speak.click(page.say, [sentence, voice, rate, pitch, noise], [audio, transcript])
     return audio, transcript
 
@@ -222,7 +244,7 @@ def serve_page(options, recipes):
     except ImportError:
         raise UserError("the page needs gradio: pip install -r requirements-page.txt") from None
 
-    page = Page(Systems(options.run, recipes, options.max_new_tokens))
+    page = Page(Systems(options.run, recipes, options.max_new_tokens, options.asr))
     blocks = blocks_of_page(gradio, page)
     blocks.queue(default_concurrency_limit=1, max_size=IN_FLIGHT, api_open=False)
     print(f"http://{options.host}:{options.port} shows {', '.join(page.systems.names())}")

@@ -14,6 +14,7 @@ from eval import hypothesis
 from model import SpeechLLM, llm_of, load_encoder, shared_llm
 from support.console import want_of_memory
 from support.files import UserError
+from support.hub import named
 from support.runs import read_spec, trained_recipes
 
 SECONDS = 20  # the longest that one system may answer
@@ -21,13 +22,21 @@ SECONDS = 20  # the longest that one system may answer
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, what was heard with it, and what each system answered."""
+    """A question, what was heard with it, and what each system answered, if it could."""
 
     question: str
     samples: np.ndarray | None = None  # float32, SAMPLE_RATE
     transcript: str = ""
     answers: dict = field(default_factory=dict)  # system -> its answer
+    notices: dict = field(default_factory=dict)  # system -> why there is none, or no whole one
     frames: dict = field(default_factory=dict)  # fingerprint of an encoder -> what it heard
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What is said instead of an answer, or after a part of one."""
+
+    text: str
 
 
 def hear_once(encoder, turn):
@@ -41,7 +50,7 @@ class Systems:
     """The models of a run, which share one LLM and, if they can, one encoder; one answers at a
     time."""
 
-    def __init__(self, run_folder, table, max_new_tokens):
+    def __init__(self, run_folder, table, max_new_tokens, asr=None):
         self.run = open_run(run_folder)
         self.max_new_tokens = max_new_tokens
         self.lock = threading.Lock()
@@ -57,7 +66,13 @@ class Systems:
         if not self.recipes:
             raise UserError(f"{run_folder}: holds no trained recipe: run `train` first")
         first = next(iter(self.recipes.values()))
-        self.transcriber = first.encoder if first.encoder.can_transcribe else None
+        transcriber = load_encoder(named(asr)) if asr else first.encoder
+        self.transcriber = transcriber if transcriber.can_transcribe else None
+        if not self.transcriber:
+            print(
+                f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model, "
+                "or a folder that `recognizer` made"
+            )
 
     def names(self):
         """The systems, in the order of the page."""
@@ -84,6 +99,8 @@ class Systems:
         """The conversation of a system; the last turn is still to be answered."""
         messages, audio = [], []
         for turn in turns:
+            if turn is not turns[-1] and not turn.answers.get(name):
+                continue  # what it could not answer is no part of its conversation
             content = [{"type": "text", "text": turn.question}] if turn.question else []
             if turn.samples is not None:
                 content.append({"type": "audio", "audio": None})
@@ -94,7 +111,7 @@ class Systems:
         return chat_parts(self.model(name).tokenizer, messages, audio)
 
     def answer(self, name, turns):
-        """Yields a system's answer to the last turn as it grows; what is wrong is the answer."""
+        """Yields (a system's answer to the last turn as it grows, what went wrong or "")."""
         said = queue.Queue()
         worker = threading.Thread(target=self.work, args=(name, turns, said), daemon=True)
         worker.start()
@@ -103,12 +120,15 @@ class Systems:
             piece = said.get()
             if piece is None:
                 break
-            text += piece
-            yield text
+            if isinstance(piece, Notice):
+                yield text, piece.text
+            else:
+                text += piece
+                yield text, ""
         worker.join()
 
     def work(self, name, turns, said):
-        """Put the pieces of an answer into the queue `said`, then None."""
+        """Put the pieces of an answer, or a Notice, into the queue `said`, then None."""
         try:
             with self.lock:
                 parts = self.parts(name, turns)
@@ -119,10 +139,10 @@ class Systems:
                 )
                 self.model(name).generate_rows([parts], self.max_new_tokens, stream)
         except TimeoutError:
-            said.put(f" … (stopped after {SECONDS} s)")
+            said.put(Notice(f"stopped after {SECONDS} s"))
         except UserError as error:
-            said.put(f"({error})")
+            said.put(Notice(str(error)))
         except torch.OutOfMemoryError as error:
-            said.put(f"({want_of_memory(error)})")
+            said.put(Notice(want_of_memory(error)))
         finally:
             said.put(None)

@@ -6,7 +6,7 @@ from torchaudio.functional import resample
 
 from data import SAMPLE_RATE
 from support.files import UserError
-from tiny.speech import ACCENTS, TEST_VARIANTS, speak
+from tiny.speech import ACCENTS, TEST_VARIANTS, synthesized
 
 VOICES = [f"{accent}+{variant}" for accent in ACCENTS for variant in TEST_VARIANTS]
 LONGEST = 200  # characters
@@ -26,7 +26,7 @@ def spoken(text, voice=VOICES[0], rate=160, pitch=50, noise=0.0, seed=0):
     if voice not in VOICES:
         raise UserError(f"there is no voice {voice!r}")
     try:
-        audio, own_rate, _ = speak(
+        audio, own_rate, _, _ = synthesized(
             text, {"voice": voice, "rate": rate, "pitch": pitch, "range": 50}
         )
     except ValueError as error:

@@ -3,6 +3,7 @@
 By Zohar Jackson and others, CC BY-SA 4.0: github.com/Jakobovski/free-spoken-digit-dataset
 """
 
+import http.client
 import re
 import tarfile
 import urllib.error
@@ -23,8 +24,8 @@ CHUNK = 2**16  # bytes
 def download_digits(root, url=URL):
     """The manifest of the recordings, downloaded to ROOT/fsdd unless they are there.
 
-    A download that was cut off goes on where it was; an archive that is damaged is deleted.
-    UserError if it cannot be had.
+    A download that was cut off goes on where it was; an archive that is damaged, by the checksum in
+    it, is deleted. UserError if it cannot be had.
     """
     folder = Path(root) / "fsdd"
     manifest = folder / "manifest.jsonl"
@@ -62,11 +63,13 @@ def fetch(url, path):
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
+            if total and path.stat().st_size < total:
+                raise ConnectionError(f"the connection ended after {path.stat().st_size} bytes")
     except urllib.error.HTTPError as error:
         if error.code == 416 and done:  # it is whole already
             return
         raise UserError(f"{url}: cannot be downloaded ({first_line(error)})") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"{url}: cannot be downloaded ({first_line(error)}); the same command goes on, or name "
             "recordings of your own with --speech"
@@ -94,6 +97,8 @@ def unpack(archive, folder):
                     "speaker": speaker,
                 }
             )
+        while tar.fileobj.read(CHUNK):
+            pass  # to its end, where the checksum is compared
     if not rows:
         raise tarfile.TarError("it holds no recordings")
     return rows

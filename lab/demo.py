@@ -146,7 +146,7 @@ def show_demo(options, run_command, download_digits):
     print(f"\ndemo: {time.perf_counter() - start:.0f} s{shortened}")
     if options.profile:
         show_times()
-    show_next(demo.out, options.world)
+    show_next(demo.out, options.world, shlex.join(encoder[1:]))
 
 
 def digits_of(options, download_digits):
@@ -174,12 +174,14 @@ def show_times():
         print(f"| {name} | {seconds:.1f} | {seconds / total:.0%} |")
 
 
-def show_next(out, world):
+def show_next(out, world, encoder):
     if world == "digits":
         print(f"""
 What to try next
   python mtbi.py serve {out}                (pip install -r requirements-page.txt)
-  and say some digits: it has never heard you, nor anybody who sounds like the one held out.""")
+  and say some digits: it has never heard you, nor anybody who sounds like the one held out.
+  python mtbi.py recognizer {out}/data --encoder {encoder}
+  and serve with --asr {out}/data/recognizer: a cascade beside them, of the same recordings.""")
         return
     wav = out / "data" / "audio" / "test-00000.wav"
     print(f"""

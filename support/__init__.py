@@ -4,6 +4,15 @@ The scripts import this first: torch and tokenizers read these settings when the
 """
 
 import os
+import sys
+from importlib.util import find_spec
+
+# what is not there is said in a line, and not by a traceback
+if sys.version_info < (3, 11):  # noqa: UP036  where it is, nothing of pip has been asked
+    sys.exit("mtbi: Python is older than 3.11; install a newer one")
+for name in ("torch", "torchaudio", "transformers", "tyro"):
+    if find_spec(name) is None:
+        sys.exit(f"mtbi: {name} is not installed here: pip install -r requirements.txt")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # waiting threads sleep: half the time where others use the cores too, a tenth more alone

@@ -80,6 +80,17 @@ def whole_file(path):
             temporary.unlink(missing_ok=True)
 
 
+def unused(name, option=""):
+    """The path of a new file or folder; UserError if something is there already.
+
+    `..` is taken away first: of missing/../file nothing says that the file is there.
+    """
+    path = Path(os.path.abspath(Path(name).expanduser()))
+    if path.exists():
+        raise UserError(f"{name}: is there already; name another {option or 'file'}")
+    return path
+
+
 def write_text(path, text):
     """The text as a UTF-8 file; the first process alone writes."""
     if MAIN:

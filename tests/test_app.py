@@ -1,8 +1,13 @@
 """What a trained model is used with: asking, talking, giving away, looking for what is missing."""
 
 import json
+import os
+import shutil
+import subprocess
+import venv
 
 import pytest
+from conftest import ROOT
 from programs import one_line
 
 import app.chat
@@ -13,7 +18,7 @@ from app.inside import attention_on_speech, hear, nearest_words
 from data import load_audio
 from model import SpeechLLM
 from mtbi import RECIPES, main
-from support.files import UserError, read_json
+from support.files import UserError, read_json, write_json
 
 
 @pytest.fixture
@@ -51,6 +56,8 @@ def test_each_of_several_clips_is_answered_and_what_it_took_is_said(run, wav, ca
     first, second = said.out.splitlines()
     assert first == second and first.startswith(f"{wav}: ")
     assert "first token after" in said.err and "speech tokens heard" in said.err
+    most = float(said.err.rpartition("at most ")[2].split(" GB")[0])
+    assert 0.1 < most < 100
 
 
 def test_what_streams_is_the_answer(run, wav, capsys):
@@ -101,6 +108,12 @@ def test_without_a_microphone_it_says_what_to_install(monkeypatch):
         app.microphone.recorded(1.0)
 
 
+@pytest.mark.parametrize("seconds", [0, 30.5, 1e6])
+def test_a_recording_has_an_end(seconds):
+    with pytest.raises(UserError, match="it may have up to 30 s"):
+        app.microphone.recorded(seconds)
+
+
 # ---- chat ----
 
 
@@ -113,7 +126,7 @@ def test_a_chat_mixes_speech_and_text_and_is_saved_and_replayed(
         "/help",
         f"/audio '{wav}'",
         "Who did it?",
-        "/say three five nine",
+        "/say 42 apples - at 7:30",  # other words than stand there
         "Repeat this.",
         "And what is the last word?",
         f"/save {saved}",
@@ -139,6 +152,9 @@ def test_a_bad_line_of_a_chat_is_said_and_the_chat_goes_on(run, tmp_path, monkey
         "/record soon",
         "/record 99",
         f"/save {tmp_path / 'mine.json'}",
+        f"/save {tmp_path / 'missing' / '..' / 'mine.json'}",
+        f"/save {tmp_path / 'mine.json' / 'below.json'}",
+        "/say …",
         KeyboardInterrupt,
         "/reset",
         "",
@@ -148,8 +164,20 @@ def test_a_bad_line_of_a_chat_is_said_and_the_chat_goes_on(run, tmp_path, monkey
     assert main(["chat", str(run)]) == 0
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if line.startswith("chat: ")]
-    assert len(lines) == 6 and "Traceback" not in said.err
+    assert len(lines) == 9 and "Traceback" not in said.err
     assert (tmp_path / "mine.json").read_text() == "mine"
+    assert not (tmp_path / "missing").exists()
+
+
+def test_ctrl_c_while_it_records_ends_the_recording_and_not_the_chat(run, monkeypatch, capsys):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app.chat, "recorded", stopped)
+    typed(monkeypatch, "/record 5", "/help")
+    assert main(["chat", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert said.index("stopped") < said.index("/record SECONDS")
 
 
 def test_an_answer_that_is_stopped_is_taken_back(run, wav, monkeypatch, capsys):
@@ -177,7 +205,7 @@ def test_a_recording_is_drawn_from_its_sound_to_the_attention(run, wav, tmp_path
 
 def test_a_conversation_of_the_training_is_drawn(run, tmp_path, capsys):
     out = tmp_path / "example.png"
-    assert main(["inspect", str(run), "--example", "3", "--out", str(out)]) == 0
+    assert main(["inspect", str(run / "mtbi"), "--example", "3", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     out = tmp_path / "none.png"
     assert main(["inspect", str(run), "--example", "99999999", "--out", str(out)]) == 2
@@ -216,8 +244,9 @@ def test_an_exported_folder_loads_and_has_a_card_with_the_scores(
     benched_world, recipe, tmp_path, capsys
 ):
     run, out = benched_world / "run", tmp_path / "published"
-    assert main(["export", str(run), "--out", str(out), "--recipe", recipe]) == 0
+    assert main(["export", str(run / recipe), "--out", str(out)]) == 0
     card = (out / "README.md").read_text()
+    assert "base_model" not in card, "the hub knows no model that is called tiny"
     assert card.startswith("---\nlibrary_name") and "seen" in card and "utterances" in card
     assert str(run) not in card and "Not measured" not in card
     wav = benched_world / "data" / "audio" / "test-00000.wav"
@@ -229,6 +258,34 @@ def test_an_exported_folder_loads_and_has_a_card_with_the_scores(
     capsys.readouterr()
     assert main(["export", str(run), "--out", str(out)]) == 2
     one_line(capsys, "is there already")
+
+
+def test_what_is_local_is_exported_under_its_public_name(run, tmp_path, capsys):
+    mine = tmp_path / "trained"
+    shutil.copytree(run / "mtbi", mine / "mtbi")
+    shutil.copy(run / "behaviors.jsonl", mine)
+    config = read_json(run / "config.json")
+    config["options"]["data"] = str((run / config["options"]["data"]).resolve())
+    write_json(mine / "config.json", without_checksum(config))
+    spec = read_json(mine / "mtbi" / "model.json")
+    spec["encoder"] = str(tmp_path / "whisper-tiny.en")
+    write_json(mine / "mtbi" / "model.json", without_checksum(spec))
+
+    assert main(["export", str(mine), "--out", str(tmp_path / "local")]) == 0
+    said = capsys.readouterr().out
+    assert "nobody else can load it" in said and "--encoder-name" in said and "--license" in said
+    named = ["--encoder-name", "openai/whisper-tiny.en", "--license", "mit", "--speech", "My own"]
+    assert main(["export", str(mine), "--out", str(tmp_path / "public"), *named]) == 0
+    assert "nobody else" not in capsys.readouterr().out
+    card = (tmp_path / "public" / "README.md").read_text()
+    head = card.split("---")[1]
+    assert "base_model:\n- openai/whisper-tiny.en\n" in head and "license: mit" in head
+    assert "made from: My own" in card and str(tmp_path) not in card
+    assert read_json(tmp_path / "public" / "model.json")["encoder"] == "openai/whisper-tiny.en"
+
+
+def without_checksum(value):
+    return {name: part for name, part in value.items() if name != "checksum"}
 
 
 def test_an_export_without_a_benchmark_says_so(run, tmp_path):
@@ -266,6 +323,23 @@ def test_the_doctor_names_what_is_missing_and_the_command_that_mends_it(capsys, 
     assert said.count("MISSING") == 2 and "libespeak-ng.so" in said
     assert "mend: pip install -r requirements.txt" in said
     assert "Not ready: espeak-ng, memory." in said
+
+
+def test_the_doctor_looks_at_the_data_too(trained_world, tmp_path, capsys):
+    assert main(["doctor", "--data", str(trained_world / "data")]) == 0
+    assert " utterances, " in capsys.readouterr().out
+    assert main(["doctor", "--data", str(tmp_path)]) == 0
+    assert f"mend: python mtbi.py prepare … --out {tmp_path}" in capsys.readouterr().out
+
+
+def test_without_torch_a_line_says_what_to_install(tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False)
+    bare = tmp_path / "bare" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    ended = subprocess.run(
+        [bare, ROOT / "mtbi.py", "doctor"], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr == "mtbi: torch is not installed here: pip install -r requirements.txt\n"
 
 
 def test_generate_answers_nothing_before_everything_asked_was_understood(run, wav):

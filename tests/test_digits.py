@@ -47,13 +47,15 @@ def server():
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(serving.content) - start))
             self.end_headers()
-            self.wfile.write(serving.content[start:])
+            self.wfile.write(serving.content[start : serving.cut_at])
+            serving.cut_at = None  # the next time all of it
 
         def log_message(self, *_):
             """Quiet."""
 
     serving = HTTPServer(("127.0.0.1", 0), Handler)
     serving.content, serving.asked = archive_of(RECORDINGS + OTHERS), []
+    serving.cut_at = None
     serving.url = f"http://127.0.0.1:{serving.server_port}/digits.tar.gz"
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     yield serving
@@ -79,6 +81,23 @@ def test_a_download_that_was_cut_off_goes_on(server, tmp_path, had):
     half.write_bytes(server.content[:had])
     assert len(read_manifest(download_digits(tmp_path, server.url))) == 6
     assert server.asked == [had]
+
+
+def test_a_connection_that_ends_early_is_said_and_the_same_command_goes_on(server, tmp_path):
+    server.cut_at = 500
+    with pytest.raises(UserError, match="ended after 500 bytes.*the same command goes on"):
+        download_digits(tmp_path, server.url)
+    assert len(read_manifest(download_digits(tmp_path, server.url))) == 6
+    assert server.asked == [0, 500]
+
+
+def test_a_recording_that_was_altered_on_the_way_is_noticed_by_the_checksum(server, tmp_path):
+    altered = bytearray(server.content)
+    altered[-6] ^= 1  # of the CRC-32, which comes last but for the length
+    server.content = bytes(altered)
+    with pytest.raises(UserError, match="damaged .*CRC.* and is deleted"):
+        download_digits(tmp_path, server.url)
+    assert not list((tmp_path / "fsdd").glob("*manifest*"))
 
 
 def test_a_damaged_archive_is_deleted_and_said(server, tmp_path):

@@ -103,9 +103,25 @@ def _library():
 
 
 def speak(text, voice):
-    """`text` spoken by `voice` (see random_voice).
+    """`text` spoken by `voice` (see random_voice), word by word.
 
-    Returns (samples float32 in -1..1, their rate in Hz, [[word, start_s, end_s], ...]).
+    Returns (samples float32 in -1..1, their rate in Hz, [[word, start_s, end_s], ...]). ValueError
+    where espeak-ng makes other words of it than stand there, as of "42".
+    """
+    audio, rate, starts, end = synthesized(text, voice)
+    words = text.split()
+    if len(starts) != len(words):
+        raise ValueError(f"espeak-ng spoke {len(starts)} words for {text!r}")
+    ends = starts[1:] + [end]
+    times = [[w, s / rate, e / rate] for w, s, e in zip(words, starts, ends)]
+    return audio, rate, times
+
+
+def synthesized(text, voice):
+    """`text` spoken by `voice`, whatever words espeak-ng makes of it.
+
+    Returns (samples float32 in -1..1, their rate in Hz, the sample at which each word begins, the
+    sample at which the last one ends). ValueError if there is no such voice, or nothing to hear.
     """
     espeak, rate, heard, _ = _library()
     if espeak.espeak_SetVoiceByName(voice["voice"].encode()) != 0:
@@ -116,24 +132,18 @@ def speak(text, voice):
     heard["audio"], heard["starts"] = [], []
     # Hoarse and breathy voices have noise in them: the same one every time.
     espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))
-    words = text.split()
     # espeak-ng speaks some pairs ("in the") as one word with one event; a zero-width space between
     # words keeps them two.
-    data = "\u200b ".join(words).encode()
+    data = "\u200b ".join(text.split()).encode()
     espeak.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
-    audio = np.concatenate(heard["audio"]).astype(np.float32) / 32768
+    audio = np.concatenate([np.zeros(0), *heard["audio"]]).astype(np.float32) / 32768
 
     # espeak-ng ends a clause with silence: the last word ends 20 ms after the last loud sample.
-    end = len(audio)
     loud = np.flatnonzero(np.abs(audio) > 0.01)
-    if len(loud):
-        end = min(end, int(loud[-1]) + rate // 50)
-    starts = heard["starts"]
-    if len(starts) != len(words):
-        raise ValueError(f"espeak-ng spoke {len(starts)} words for {text!r}")
-    ends = starts[1:] + [end]
-    times = [[w, s / rate, e / rate] for w, s, e in zip(words, starts, ends)]
-    return audio[: end + rate // 20], rate, times
+    if not len(loud):
+        raise ValueError(f"espeak-ng finds nothing to say in {text!r}")
+    end = min(len(audio), int(loud[-1]) + rate // 50)
+    return audio[: end + rate // 20], rate, heard["starts"], end
 
 
 def render(text, rng, split, echo=0.5):
