@@ -13,6 +13,7 @@ from programs import one_line
 import app.chat
 import app.doctor
 import app.microphone
+from app.drawing import DrawingOptions, draw_interleaved
 from app.generate import GenerateOptions, answer_questions
 from app.inside import attention_on_speech, hear, nearest_words
 from data import load_audio
@@ -213,6 +214,15 @@ def test_a_conversation_of_the_training_is_drawn(run, tmp_path, capsys):
     assert main(["inspect", str(run), "--out", str(out)]) == 2
     one_line(capsys, "name one sound file, or --example N")
     assert not out.exists()
+
+
+def test_the_picture_of_the_readme_is_drawn_of_a_run(run, tmp_path):
+    for last in (2, 3):
+        out = tmp_path / f"{last}.svg"
+        draw_interleaved(DrawingOptions(str(run), str(out), last=last))
+        assert "</svg>" in out.read_text()
+    with pytest.raises(UserError, match="has no such utterance"):
+        draw_interleaved(DrawingOptions(str(run), str(tmp_path / "no.svg"), utterance="nobody"))
 
 
 def test_what_is_said_of_the_inside_adds_up(run, wav):

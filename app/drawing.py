@@ -1,0 +1,192 @@
+"""The picture of interleaving in the README: python -m app.drawing RUN --out docs/interleaved.svg
+
+Everything in it is of a run: its sound, its numbers of tokens, the answer of its LLM.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.generate import chosen_recipe
+from data import SAMPLE_RATE, Speech, Text, ask, chat_parts, frame_cuts, interleave, load_audio
+from data import open_run, positions_of, tokenize_in_context, transcript_tokens
+from lab.plots import finish_figure, pyplot
+from lab.programs import run_program
+from model import SpeechLLM
+from support.files import UserError, unused
+from support.options import Count, RunFolder
+
+TEXT, SPEECH, TRAINED, FROZEN, ANSWER = "#dbe7f6", "#fde3c8", "#ffd59e", "#eceff1", "#dcefdc"
+EDGE, SOUND = "#607d8b", "#e07b1f"
+CHARACTER = 0.24  # width of a written character, in widths of a token
+GAP = 0.7  # between two boxes
+
+
+@dataclass
+class DrawingOptions:
+    run: RunFolder
+    """a run folder with a trained recipe"""
+    out: str
+    """the picture to write: an .svg or a .png"""
+    utterance: str | None = None
+    """which of its utterances; default: the first sentence of the test split"""
+    first: Count = 2
+    """the first word that enters as text, counted from 1"""
+    last: Count = 3
+    """the last one"""
+    prompt: str = "Translate this into Spanish."
+    """what the LLM is asked"""
+
+
+@dataclass
+class Box:
+    """A part of the LLM's input: what it says, how many tokens it takes, and how wide it is."""
+
+    words: str
+    tokens: int
+    sound: np.ndarray | None = None  # samples, of speech
+    width: float = 0.0
+
+    def __post_init__(self):
+        self.width = max(self.tokens, CHARACTER * len(self.words) + 0.6)
+
+
+def draw_interleaved(options):
+    """Draw an utterance of which some words enter as text, and what the LLM answers to it."""
+    out = unused(options.out, "--out")
+    run = open_run(options.run)
+    model = SpeechLLM.from_pretrained(chosen_recipe(options.run, None, ["mtbi"]))
+    utterance = chosen_utterance(run, options)
+    as_text = [options.first <= n + 1 <= options.last for n in range(len(utterance.words))]
+    samples = load_audio(utterance.audio)
+    frames = model.encoder(samples, utterance.id)  # (T, D_encoder)
+    parts = interleave(model.tokenizer, utterance, frames, as_text)
+    prompt = Box(options.prompt, len(tokenize_in_context(model.tokenizer, options.prompt)[0]))
+    boxes = [prompt, *boxes_of(model, utterance, frames, samples, parts, as_text)]
+
+    written = [[transcript_tokens(model.tokenizer, utterance.text)]]
+    reads = chat_parts(model.tokenizer, ask(options.prompt), written)
+    answer = model.generate_rows([reads])[0][0]
+    finish_figure(figure_of(boxes, answer, model.connector.k), out)
+    print(f"{out}: {utterance.id}, {utterance.text!r}")
+
+
+def chosen_utterance(run, options):
+    """The utterance that was named, or the first that fits; UserError if there is none."""
+    for utterance in run.utterances:
+        named = options.utterance in (None, utterance.id)
+        fits = utterance.split == "test" and utterance.kind == "sentence"
+        enough = len(utterance.words or []) > options.last >= options.first
+        if named and enough and (options.utterance or fits):
+            return utterance
+    raise UserError(
+        f"{options.run}: has no such utterance with word times and more than {options.last} words"
+    )
+
+
+def boxes_of(model, utterance, frames, samples, parts, as_text):
+    """A Box for each part of the utterance, with its words and its sound."""
+    words, cuts = utterance.text.split(), frame_cuts(utterance, len(frames))
+    borders = [0]
+    for n in range(1, len(as_text)):
+        if as_text[n] != as_text[n - 1]:
+            borders.append(n)
+    borders.append(len(as_text))
+    for part, first, last in zip(parts, borders, borders[1:]):
+        tokens = positions_of(part, model.connector.k)
+        if isinstance(part, Text):
+            yield Box(" ".join(words[first:last]), tokens)
+        elif isinstance(part, Speech):
+            begin, end = (
+                round(cuts[n] / model.encoder.frame_rate * SAMPLE_RATE) for n in (first, last)
+            )
+            yield Box(" ".join(words[first:last]), tokens, samples[begin:end])
+
+
+# ---- the picture: rows from the top to the bottom, at these heights ----
+
+ENTERS, ENCODER, CONNECTOR, TOKENS, LLM, ANSWERED = 10, 7.2, 5.6, 4, 2, 0
+
+
+def figure_of(boxes, answer, k):
+    """The figure; one unit of its width is a token."""
+    total = sum(box.width for box in boxes) + GAP * (len(boxes) - 1)
+    figure, axes = pyplot.subplots(figsize=(12, 4.8))
+    axes.set(xlim=(-0.3, total + 10), ylim=(-1, 13))
+    axes.axis("off")
+    axes.text(
+        0,
+        12.6,
+        "what the LLM is asked, and an utterance: some words as text, the rest as speech",
+        color=EDGE,
+    )
+    at = 0.0
+    for box in boxes:
+        draw_box(axes, at, box)
+        at += box.width + GAP
+    rectangle(axes, 0, LLM, total, 1.3, FROZEN, "LLM, 4 bits, frozen")
+    arrow(axes, total / 2, LLM, ANSWERED + 1.2)
+    rectangle(axes, total / 2 - 9, ANSWERED, 18, 1.2, ANSWER, answer)
+
+    beside = total + 0.6
+    axes.text(beside, ENCODER + 0.4, "frozen", color=EDGE)
+    axes.text(
+        beside, CONNECTOR + 0.6, "trained: the only thing that is", color="#b35c00", weight="bold"
+    )
+    axes.text(beside, CONNECTOR - 0.1, f"{k} frames in, 1 speech token out", color=EDGE)
+    axes.text(beside, TOKENS + 0.2, "one row of embeddings", color=EDGE)
+    axes.text(
+        beside,
+        ANSWERED + 0.1,
+        "the answer that the same LLM gave\nto the transcript: what training imitates",
+        color=EDGE,
+    )
+    return figure
+
+
+def draw_box(axes, at, box):
+    """A part as it enters, what happens to it, and its tokens in the row."""
+    middle = at + box.width / 2
+    speech = box.sound is not None
+    rectangle(
+        axes, at, ENTERS, box.width, 1.8, SPEECH if speech else TEXT, "" if speech else box.words
+    )
+    if speech:
+        sound = box.sound[::20]  # as much as an eye can see
+        height = 0.8 * sound / max(1e-3, float(np.abs(sound).max()))
+        times = np.linspace(at + 0.15, at + box.width - 0.15, len(height))
+        axes.plot(times, ENTERS + 0.9 + height, color=SOUND, linewidth=0.4)
+        axes.text(middle, ENTERS - 0.7, f"“{box.words}”", ha="center", color="#a0561b", fontsize=9)
+        arrow(axes, middle, ENTERS - 0.9, ENCODER + 1.1)
+        rectangle(axes, at, ENCODER, box.width, 1.1, FROZEN, "encoder" if box.width > 2 else "")
+        arrow(axes, middle, ENCODER, CONNECTOR + 1.1)
+        rectangle(
+            axes, at, CONNECTOR, box.width, 1.1, TRAINED, "connector" if box.width > 2.6 else ""
+        )
+        arrow(axes, middle, CONNECTOR, TOKENS + 0.9)
+    else:
+        arrow(axes, middle, ENTERS, TOKENS + 0.9)
+        if box.width > 5:  # so there is room beside the arrow
+            axes.text(middle + 0.2, ENCODER, "its own\nembeddings", color=EDGE, fontsize=8)
+    arrow(axes, middle, TOKENS, LLM + 1.3)
+    each = box.width / box.tokens
+    for n in range(box.tokens):
+        rectangle(axes, at + n * each + 0.05, TOKENS, each - 0.1, 0.9, SPEECH if speech else TEXT)
+
+
+def rectangle(axes, left, bottom, width, height, colour, words=""):
+    axes.add_patch(
+        pyplot.Rectangle((left, bottom), width, height, facecolor=colour, edgecolor=EDGE)
+    )
+    axes.text(left + width / 2, bottom + height / 2, words, ha="center", va="center", fontsize=9)
+
+
+def arrow(axes, x, top, bottom):
+    axes.annotate(
+        "", (x, bottom), (x, top), arrowprops={"arrowstyle": "-|>", "color": EDGE, "linewidth": 1}
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("drawing", DrawingOptions, draw_interleaved, "app"))
