@@ -18,6 +18,8 @@ from programs import program
 
 import lab.demo
 import lab.jobs
+from app.serve import Page
+from app.systems import Systems
 from data import read_manifest
 from mtbi import RECIPES, main
 from support.files import read_json, read_jsonl
@@ -183,6 +185,14 @@ def test_every_recipe_trains_and_is_measured_with_a_real_encoder_and_a_real_toke
         assert row["audio_seconds"] > 0
         assert row["trained_parameters"] > 0
         assert adapter.exists() == (RECIPES[row["system"]].lora > 0)
+
+    # and the page answers with each, and the text LLM
+    run = tmp_path / "out" / "seed-0"
+    page = Page(Systems(run, list(RECIPES), 4, asr="tiny"))
+    clip = next(u.audio for u in read_manifest(run / "data" / "manifest.jsonl"))
+    *_, (turns, *chats) = page.ask([], "Repeat this.", str(clip), "one two three")
+    assert [*turns[0].answers] == page.systems.names() == [*names, "cascade", "text"]
+    assert not any(turns[0].notices.values()) and len(chats) == len(names) + 2
 
 
 def test_the_demo_on_human_voices_holds_a_speaker_out(tmp_path, capsys, monkeypatch):
