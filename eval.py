@@ -357,19 +357,28 @@ def systems_of(bench, llm):
     """
     reader = SpeechLLM(*llm)
     systems = {"text": System("text", bench.fingerprint_of(), reader), "copy": Copy(bench)}
-    asr = bench.options.asr
     first = next(iter(bench.trained))
-    transcriber = load_encoder(named(asr)) if asr else bench.encoder_of(first)
-    if transcriber.can_transcribe:
+    transcriber = transcriber_of(bench.options.asr, bench.encoder_of(first))
+    if transcriber:
         systems["cascade"] = Cascade(bench, reader, transcriber)
-    else:
-        print(
-            f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model to "
-            "transcribe with"
-        )
     for recipe in bench.trained:
         systems[recipe] = Trained(bench, recipe, llm)
     return systems
+
+
+def transcriber_of(asr, encoder):
+    """What transcribes for the cascade: the CTC model that `asr` names, or a recipe's encoder.
+
+    None, and a line that says so, if it has no CTC head.
+    """
+    transcriber = load_encoder(named(asr)) if asr else encoder
+    if transcriber.can_transcribe:
+        return transcriber
+    print(
+        f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model, or a "
+        "folder that `recognizer` made"
+    )
+    return None
 
 
 # ---- questions ----

@@ -1,8 +1,8 @@
 """Several turns with a trained model in the terminal: typed, spoken, from files, recorded."""
 
 import json
+import os
 import random
-import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ HELP = """What you type is a question. Before it, or without it:
   /reset            forget everything
   /save FILE        the conversation so far, as JSON that `generate --messages` takes
   /help             this
-  /quit             leave (or Ctrl-D); Ctrl-C stops an answer"""
+  /quit             leave (or Ctrl-D); Ctrl-C stops an answer or a recording"""
 
 
 @dataclass
 class ChatOptions:
     run: RunFolder
-    """a run folder with a trained recipe"""
+    """a run folder with a trained recipe, or the folder of one, RUN/RECIPE"""
     recipe: str | None = None
     """which of its recipes; default: the first of the table that is there"""
     system: str = ""
@@ -59,6 +59,7 @@ class Chat:
         self.heard = []  # paths of what the next question comes with
 
     def audio(self, name):
+        name = os.path.expanduser(name)
         load_audio(name)  # it is refused now, not with the question
         self.heard.append(name)
         print(f"heard with the next question: {name}")
@@ -130,8 +131,8 @@ class Chat:
 
 def unquoted(text):
     """A file name as it was dragged into the terminal: without the quotes around it."""
-    if text[:1] in "'\"" and text[-1:] == text[:1] and len(text) > 1:
-        return shlex.split(text)[0]
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
     return text
 
 
@@ -152,7 +153,7 @@ def talk(options, recipes):
         try:
             if not chat.take(line):
                 return
-        except (UserError, WriteError) as error:  # of one line; the conversation goes on
+        except (UserError, WriteError, OSError) as error:  # of one line; the conversation goes on
             print(f"chat: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # of a recording, say
             print("\nstopped")

@@ -3,7 +3,6 @@
 import importlib
 import platform
 import shutil
-import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -77,9 +76,7 @@ def verdict(findings):
 
 
 def python():
-    fits = sys.version_info >= (3, 11)
-    found = f"{platform.python_version()} on {platform.platform(terse=True)}"
-    return Finding("Python", found, "" if fits else "install Python 3.11 or newer")
+    return Finding("Python", f"{platform.python_version()} on {platform.platform(terse=True)}")
 
 
 def packages():

@@ -1,4 +1,4 @@
-"""The picture of interleaving in the README: python -m app.drawing RUN --out docs/interleaved.svg
+"""The picture of interleaving in the README: python -m app.drawing RUN --out interleaved.svg
 
 Everything in it is of a run: its sound, its numbers of tokens, the answer of its LLM.
 """
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.generate import chosen_recipe
-from data import SAMPLE_RATE, Speech, Text, ask, chat_parts, frame_cuts, interleave, load_audio
+from data import SAMPLE_RATE, Speech, ask, chat_parts, frame_cuts, interleave, load_audio
 from data import open_run, positions_of, tokenize_in_context, transcript_tokens
-from lab.plots import finish_figure, pyplot
+from lab.plots import finish_figure, picture_to_draw, pyplot
 from lab.programs import run_program
 from model import SpeechLLM
-from support.files import UserError, unused
+from support.files import UserError
 from support.options import Count, RunFolder
 
 TEXT, SPEECH, TRAINED, FROZEN, ANSWER = "#dbe7f6", "#fde3c8", "#ffd59e", "#eceff1", "#dcefdc"
@@ -26,7 +26,7 @@ GAP = 0.7  # between two boxes
 @dataclass
 class DrawingOptions:
     run: RunFolder
-    """a run folder with a trained recipe"""
+    """a run folder in which the recipe mtbi is trained"""
     out: str
     """the picture to write: an .svg or a .png"""
     utterance: str | None = None
@@ -41,67 +41,71 @@ class DrawingOptions:
 
 @dataclass
 class Box:
-    """A part of the LLM's input: what it says, how many tokens it takes, and how wide it is."""
+    """A part of the LLM's input: what it says, how many tokens it takes, and its sound, if any."""
 
     words: str
     tokens: int
     sound: np.ndarray | None = None  # samples, of speech
-    width: float = 0.0
 
-    def __post_init__(self):
-        self.width = max(self.tokens, CHARACTER * len(self.words) + 0.6)
+    @property
+    def width(self):
+        return max(self.tokens, width_of(self.words))
+
+
+def width_of(words):
+    """Of written words with some room around them, in widths of a token."""
+    return CHARACTER * len(words) + 0.6
 
 
 def draw_interleaved(options):
     """Draw an utterance of which some words enter as text, and what the LLM answers to it."""
-    out = unused(options.out, "--out")
-    run = open_run(options.run)
-    model = SpeechLLM.from_pretrained(chosen_recipe(options.run, None, ["mtbi"]))
+    out = picture_to_draw(options.out)
+    if options.first > options.last:
+        raise UserError(f"--first {options.first}: comes after --last {options.last}")
+    folder = chosen_recipe(options.run, None, ["mtbi"])
+    run = open_run(folder.parent)
     utterance = chosen_utterance(run, options)
-    as_text = [options.first <= n + 1 <= options.last for n in range(len(utterance.words))]
-    samples = load_audio(utterance.audio)
-    frames = model.encoder(samples, utterance.id)  # (T, D_encoder)
-    parts = interleave(model.tokenizer, utterance, frames, as_text)
+    model = SpeechLLM.from_pretrained(folder)
+    if model.lora:
+        raise UserError(f"{folder}: has an adapter, and the picture is of a frozen LLM")
     prompt = Box(options.prompt, len(tokenize_in_context(model.tokenizer, options.prompt)[0]))
-    boxes = [prompt, *boxes_of(model, utterance, frames, samples, parts, as_text)]
-
+    boxes = [prompt, *boxes_of(model, utterance, options)]
     written = [[transcript_tokens(model.tokenizer, utterance.text)]]
     reads = chat_parts(model.tokenizer, ask(options.prompt), written)
     answer = model.generate_rows([reads])[0][0]
-    finish_figure(figure_of(boxes, answer, model.connector.k), out)
+    finish_figure(figure_of(boxes, answer, model.connector.k, run.options["bits"]), out)
     print(f"{out}: {utterance.id}, {utterance.text!r}")
 
 
 def chosen_utterance(run, options):
     """The utterance that was named, or the first that fits; UserError if there is none."""
     for utterance in run.utterances:
-        named = options.utterance in (None, utterance.id)
-        fits = utterance.split == "test" and utterance.kind == "sentence"
-        enough = len(utterance.words or []) > options.last >= options.first
-        if named and enough and (options.utterance or fits):
+        fits = utterance.split == "test" and utterance.kind in ("", "sentence")
+        if options.utterance:
+            fits = utterance.id == options.utterance
+        if fits and len(utterance.words or []) > options.last:
             return utterance
     raise UserError(
         f"{options.run}: has no such utterance with word times and more than {options.last} words"
     )
 
 
-def boxes_of(model, utterance, frames, samples, parts, as_text):
+def boxes_of(model, utterance, options):
     """A Box for each part of the utterance, with its words and its sound."""
-    words, cuts = utterance.text.split(), frame_cuts(utterance, len(frames))
-    borders = [0]
-    for n in range(1, len(as_text)):
-        if as_text[n] != as_text[n - 1]:
-            borders.append(n)
-    borders.append(len(as_text))
+    words = utterance.text.split()
+    as_text = [options.first <= n + 1 <= options.last for n in range(len(words))]
+    samples = load_audio(utterance.audio)
+    frames = model.encoder(samples, utterance.id)  # (T, D_encoder)
+    parts = interleave(model.tokenizer, utterance, frames, as_text)
+    cuts = frame_cuts(utterance, len(frames))
+    borders = sorted({0, options.first - 1, options.last, len(words)})  # words
     for part, first, last in zip(parts, borders, borders[1:]):
-        tokens = positions_of(part, model.connector.k)
-        if isinstance(part, Text):
-            yield Box(" ".join(words[first:last]), tokens)
-        elif isinstance(part, Speech):
-            begin, end = (
-                round(cuts[n] / model.encoder.frame_rate * SAMPLE_RATE) for n in (first, last)
-            )
-            yield Box(" ".join(words[first:last]), tokens, samples[begin:end])
+        sound = None
+        if isinstance(part, Speech):
+            seconds = [cuts[n] / model.encoder.frame_rate for n in (first, last)]
+            begin, end = (round(second * SAMPLE_RATE) for second in seconds)
+            sound = samples[begin:end]
+        yield Box(" ".join(words[first:last]), positions_of(part, model.connector.k), sound)
 
 
 # ---- the picture: rows from the top to the bottom, at these heights ----
@@ -109,10 +113,10 @@ def boxes_of(model, utterance, frames, samples, parts, as_text):
 ENTERS, ENCODER, CONNECTOR, TOKENS, LLM, ANSWERED = 10, 7.2, 5.6, 4, 2, 0
 
 
-def figure_of(boxes, answer, k):
+def figure_of(boxes, answer, k, bits):
     """The figure; one unit of its width is a token."""
     total = sum(box.width for box in boxes) + GAP * (len(boxes) - 1)
-    figure, axes = pyplot.subplots(figsize=(12, 4.8))
+    figure, axes = pyplot.subplots(figsize=(0.3 * (total + 10), 4.8))
     axes.set(xlim=(-0.3, total + 10), ylim=(-1, 13))
     axes.axis("off")
     axes.text(
@@ -125,9 +129,10 @@ def figure_of(boxes, answer, k):
     for box in boxes:
         draw_box(axes, at, box)
         at += box.width + GAP
-    rectangle(axes, 0, LLM, total, 1.3, FROZEN, "LLM, 4 bits, frozen")
+    rectangle(axes, 0, LLM, total, 1.3, FROZEN, f"LLM, {bits} bits, frozen")
     arrow(axes, total / 2, LLM, ANSWERED + 1.2)
-    rectangle(axes, total / 2 - 9, ANSWERED, 18, 1.2, ANSWER, answer)
+    wide = max(18, width_of(answer))
+    rectangle(axes, max(0, total / 2 - wide / 2), ANSWERED, wide, 1.2, ANSWER, answer)
 
     beside = total + 0.6
     axes.text(beside, ENCODER + 0.4, "frozen", color=EDGE)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from app.generate import chosen_recipe
 from data import open_run
+from model import ENCODERS
 from lab.report import markdown_table, percent
 from support.files import HALF_WRITTEN, UserError, read_json, read_json_if_whole, unused
 from support.files import write_json, writing
 from support.options import RunFolder
 from support.runs import fingerprint_of_training, read_spec
 
-FILES = ["model.json", "connector.safetensors"]
+WEIGHTS = ["connector.safetensors"]
 ADAPTER = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
 
 
@@ -86,7 +87,7 @@ def write_folder(options, recipes):
         raise UserError(f"{folder}: its weights are not those that were trained; train it again")
     spec = with_public_names(spec, options)
     card = model_card(folder, out.name, spec, options)
-    names = FILES + (ADAPTER if spec["lora"] else [])
+    names = WEIGHTS + (ADAPTER if spec["lora"] else [])
     half = out.with_name(f"{HALF_WRITTEN}{out.name}")
     with writing(out):
         shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
@@ -96,7 +97,7 @@ def write_folder(options, recipes):
         write_json(half / "model.json", spec)
         (half / "README.md").write_text(card, encoding="utf-8")
         half.rename(out)
-    print(f"{out}: {', '.join(names)} and README.md, the model card")
+    print(f"{out}: {', '.join(names)}, model.json, and README.md, the model card")
     for part in local_parts(spec):
         print(
             f"{part} is a folder of this machine, {spec[part]}: nobody else can load it; if it has "
@@ -112,13 +113,20 @@ def with_public_names(spec, options):
 
     Their fingerprints are of the weights themselves, so another name changes none.
     """
-    names = {"llm": options.llm_name, "encoder": options.encoder_name}
-    spec = {name: value for name, value in spec.items() if name != "checksum"}
-    return {**spec, **{part: name for part, name in names.items() if name}}
+    public = dict(spec)
+    for part, name in (("llm", options.llm_name), ("encoder", options.encoder_name)):
+        if name:
+            public[part] = name
+    return public
 
 
 def local_parts(spec):
     return [part for part in ("llm", "encoder") if Path(spec[part]).is_absolute()]
+
+
+def is_on_hub(name):
+    """Is it a name of the hub: neither the tiny world's, nor a folder, nor one of ENCODERS?"""
+    return name != "tiny" and name not in ENCODERS and not Path(name).is_absolute()
 
 
 def model_card(folder, name, spec, options):
@@ -154,8 +162,7 @@ def head_of_card(spec, options):
     yield "library_name: pytorch"
     if options.license:
         yield f"license: {options.license}"
-    local = ["tiny", *(spec[part] for part in local_parts(spec))]
-    bases = [spec[part] for part in ("llm", "encoder") if spec[part] not in local]
+    bases = [spec[part] for part in ("llm", "encoder") if is_on_hub(spec[part])]
     if bases:
         yield "base_model:"
     for base in bases:
@@ -169,11 +176,11 @@ def licences_for_card(spec, options):
     """A line for each thing that has a licence."""
     lines = [f"- this connector: {options.license or 'not said by who published it'}"]
     for part, what in (("llm", "LLM"), ("encoder", "speech encoder")):
-        stands = f"as huggingface.co/{spec[part]} says"
+        stands = "as whoever gives it says"
         if spec[part] == "tiny":
             stands = "MIT, with the project"
-        elif part in local_parts(spec):
-            stands = "as its folder says"
+        elif is_on_hub(spec[part]):
+            stands = f"as huggingface.co/{spec[part]} says"
         lines.append(f"- the {what}, which is not in here ({public_name(spec, part)}): {stands}")
     lines.append(f"- the speech it was made from: {options.speech or 'not said'}")
     return "\n".join(lines)
@@ -187,7 +194,9 @@ def data_for_card(run, speech):
         hours = sum(u.duration for u in rows) / 3600
         speakers = len({u.speaker for u in rows})
         lines.append(f"- {split}: {len(rows)} utterances, {hours:.2f} hours, {speakers} speakers")
-    lines.append(f"- task table: `{run.options['tasks']}`; the answers are the LLM's own")
+    lines.append(
+        f"- task table: `{Path(run.options['tasks']).name}`; the answers are the LLM's own"
+    )
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from support.runs import recipe_folders, trained_recipes
 @dataclass
 class GenerateOptions:
     run: RunFolder
-    """a run folder with a trained recipe"""
+    """a run folder with a trained recipe, or the folder of one, RUN/RECIPE"""
     words: called_many("AUDIO... PROMPT") = ()
     """WAV, FLAC, OGG or MP3 files, and what to ask about each of them; the prompt alone with
     --record; nothing with --messages"""
@@ -31,7 +31,7 @@ class GenerateOptions:
     """a JSON file with a whole conversation in the Hugging Face message format, whose audio entries
     name files: what comes next?"""
     record: Size | None = None
-    """so many seconds from the microphone instead of a file (needs sounddevice)"""
+    """so many seconds, up to 30, from the microphone instead of a file (needs sounddevice)"""
     recipe: str | None = None
     """which of its recipes; default: the first of the table that is there"""
     system: str = ""

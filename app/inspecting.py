@@ -8,16 +8,16 @@ from app.generate import chosen_recipe
 from app.inside import draw_example, draw_heard, hear
 from data import Speech, load_audio, open_run
 from lab.look import examples_of
-from lab.plots import finish_figure, pyplot
+from lab.plots import finish_figure, picture_to_draw, pyplot
 from model import SpeechLLM
-from support.files import UserError, unused
+from support.files import UserError
 from support.options import Between, RunFolder, called_many
 
 
 @dataclass
 class InspectOptions:
     run: RunFolder
-    """a run folder with a trained recipe"""
+    """a run folder with a trained recipe, or the folder of one, RUN/RECIPE"""
     audio: called_many("AUDIO") = ()
     """a WAV, FLAC, OGG or MP3 file"""
     example: Annotated[int, Between(0, 2**31)] | None = None
@@ -34,7 +34,7 @@ def draw_inside(options, recipes):
     """Draw the picture; recipes: the names of the table."""
     if (options.example is None) != (len(options.audio) == 1):
         raise UserError("inspect: name one sound file, or --example N")
-    out = unused(options.out, "--out")
+    out = picture_to_draw(options.out)
     folder = chosen_recipe(options.run, options.recipe, recipes)
     if options.example is None:
         figure = figure_of_clip(options, folder)
@@ -51,7 +51,8 @@ def figure_of_clip(options, folder):
     model = SpeechLLM.from_pretrained(folder)
     answer = model.answer(options.prompt, path)
     words = None
-    for utterance in open_run(folder.parent).utterances:  # of the run's own, word times are known
+    own = open_run(folder.parent).utterances if (folder.parent / "behaviors.jsonl").exists() else []
+    for utterance in own:  # of the run's own, word times are known
         if utterance.audio.resolve() == Path(path).resolve():
             words = utterance.words
     return draw_heard(pyplot, model, hear(model, samples, path), options.prompt, answer, words)
@@ -68,7 +69,8 @@ def figure_of_example(options, folder):
     mixed = [n for n, example in enumerate(batch) if pieces_of_speech(example) > 1]
     if mixed and i not in mixed:
         others = ", ".join(str(step * examples.batch_size + n) for n in mixed[:5])
-        print(f"--example {options.example}: its speech is in one piece; in several: {others}")
+        n = pieces_of_speech(batch[i])
+        print(f"--example {options.example}: {n} pieces of speech; more than one have {others}")
     return draw_example(pyplot, model, batch[i], f"{folder}: conversation {i} of step {step}")
 
 

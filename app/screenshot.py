@@ -1,4 +1,4 @@
-"""The picture of the page in docs/: python -m app.screenshot RUN AUDIO --out docs/page.png
+"""The picture of the page: python -m app.screenshot RUN AUDIO --transcript … --out page.png
 
 It opens the page of a run in a headless chromium, asks about a recording, and looks inside.
 """
@@ -10,8 +10,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.plots import picture_to_draw
 from lab.programs import run_program
-from support.files import PROJECT, UserError, unused
+from support.files import PROJECT, UserError
 from support.options import RunFolder, called
 
 PORT = 7863
@@ -39,7 +40,7 @@ def take_screenshot(options):
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise UserError("a screenshot needs playwright: pip install playwright") from None
-    out = unused(options.out, "--out")
+    out = picture_to_draw(options.out)
     command = [sys.executable, "mtbi.py", "serve", str(Path(options.run).resolve())]
     server = subprocess.Popen([*command, "--port", str(PORT)], cwd=PROJECT)
     try:
@@ -74,7 +75,7 @@ def ask_on_page(tab, options):
     tab.goto(f"http://127.0.0.1:{PORT}")
     tab.click("#speech button[aria-label='Upload file']")
     tab.set_input_files("#speech input[type=file]", options.audio)
-    tab.wait_for_timeout(2000)  # what is heard anew has no transcript yet
+    tab.wait_for_timeout(3000)  # what is heard anew has no transcript yet: it is taken away
     tab.fill("#transcript textarea, #transcript input", options.transcript)
     tab.fill("#question textarea, #question input", options.question)
     tab.click("#ask")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from app.inside import draw_heard, hear
+from app.microphone import LONGEST_RECORDING as MOST_SECONDS
 from app.systems import Systems, Turn
 from app.voice import LONGEST, VOICES, spoken
 from data import SAMPLE_RATE, load_audio, load_tasks
@@ -20,7 +21,6 @@ from support.console import want_of_memory
 from support.files import PROJECT, UserError
 from support.options import Between, Count, RunFolder
 
-MOST_SECONDS = 30  # of a recording
 MOST_TURNS = 8  # of a conversation
 MOST_BYTES_SENT = "20mb"  # of a file
 IN_FLIGHT = 20  # requests that wait; one is answered at a time
@@ -57,15 +57,11 @@ class Page:
         """Yields (turns, a chat for each system) while one system after another answers."""
         turn = self.tried(self.new_turn, turns, question, path, transcript)
         for name in self.systems.names():
-            growing = turn
             for text, notice in self.systems.answer(name, [*turns, turn]):
-                growing = replace(
-                    turn,
-                    answers={**turn.answers, name: text.strip()},
-                    notices={**turn.notices, name: notice},
-                )
-                yield [turns, *self.chats([*turns, growing])]
-            turn = growing
+                answers = {**turn.answers, name: text.strip()}
+                notices = {**turn.notices, name: notice}
+                turn = replace(turn, answers=answers, notices=notices)
+                yield [turns, *self.chats([*turns, turn])]
         yield [[*turns, turn], *self.chats([*turns, turn])]
 
     def new_turn(self, turns, question, path, transcript):
@@ -122,14 +118,15 @@ class Page:
 
     def tried(self, function, *args):
         """What a function returns; its UserError, or want of memory, is shown on the page."""
-        import gradio
-
         try:
             return function(*args)
         except UserError as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            why = str(error)
         except torch.OutOfMemoryError as error:
-            raise gradio.Error(want_of_memory(error), print_exception=False) from None
+            why = want_of_memory(error)
+        import gradio
+
+        raise gradio.Error(why, print_exception=False)
 
 
 def shown_answer(turn, name):

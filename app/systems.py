@@ -10,11 +10,10 @@ import torch
 
 from app.generate import Stream
 from data import Speech, chat_parts, open_run, transcript_tokens
-from eval import hypothesis
+from eval import hypothesis, transcriber_of
 from model import SpeechLLM, llm_of, load_encoder, shared_llm
 from support.console import want_of_memory
 from support.files import UserError
-from support.hub import named
 from support.runs import read_spec, trained_recipes
 
 SECONDS = 20  # the longest that one system may answer
@@ -30,13 +29,6 @@ class Turn:
     answers: dict = field(default_factory=dict)  # system -> its answer
     notices: dict = field(default_factory=dict)  # system -> why there is none, or no whole one
     frames: dict = field(default_factory=dict)  # fingerprint of an encoder -> what it heard
-
-
-@dataclass(frozen=True)
-class Notice:
-    """What is said instead of an answer, or after a part of one."""
-
-    text: str
 
 
 def hear_once(encoder, turn):
@@ -66,13 +58,7 @@ class Systems:
         if not self.recipes:
             raise UserError(f"{run_folder}: holds no trained recipe: run `train` first")
         first = next(iter(self.recipes.values()))
-        transcriber = load_encoder(named(asr)) if asr else first.encoder
-        self.transcriber = transcriber if transcriber.can_transcribe else None
-        if not self.transcriber:
-            print(
-                f"cascade: left out, {transcriber.name} has no CTC head; --asr names a CTC model, "
-                "or a folder that `recognizer` made"
-            )
+        self.transcriber = transcriber_of(asr, first.encoder)
 
     def names(self):
         """The systems, in the order of the page."""
@@ -108,6 +94,8 @@ class Systems:
             messages.append({"role": "user", "content": content})
             if turn is not turns[-1]:
                 messages.append({"role": "assistant", "content": turn.answers[name]})
+        if not audio and any(turn.samples is not None for turn in turns):
+            raise UserError("it has read nothing of what was said: ask again with a transcript")
         return chat_parts(self.model(name).tokenizer, messages, audio)
 
     def answer(self, name, turns):
@@ -116,33 +104,32 @@ class Systems:
         worker = threading.Thread(target=self.work, args=(name, turns, said), daemon=True)
         worker.start()
         text = ""
-        while True:
-            piece = said.get()
-            if piece is None:
-                break
-            if isinstance(piece, Notice):
-                yield text, piece.text
-            else:
-                text += piece
-                yield text, ""
+        while (more := said.get()) is not None:
+            piece, notice = more
+            text += piece
+            yield text, notice
         worker.join()
 
     def work(self, name, turns, said):
-        """Put the pieces of an answer, or a Notice, into the queue `said`, then None."""
+        """Put (a piece of the answer, what went wrong) into the queue `said`, again and again; then
+        None."""
         try:
             with self.lock:
                 parts = self.parts(name, turns)
                 stream = Stream(
                     self.model(name).tokenizer,
-                    lambda text, **_: said.put(text),
+                    lambda text, **_: said.put((text, "")),
                     until=time.perf_counter() + SECONDS,
                 )
                 self.model(name).generate_rows([parts], self.max_new_tokens, stream)
         except TimeoutError:
-            said.put(Notice(f"stopped after {SECONDS} s"))
+            said.put(("", f"stopped after {SECONDS} s"))
         except UserError as error:
-            said.put(Notice(str(error)))
+            said.put(("", str(error)))
         except torch.OutOfMemoryError as error:
-            said.put(Notice(want_of_memory(error)))
+            said.put(("", want_of_memory(error)))
+        except Exception:
+            said.put(("", "something went wrong, and where the page was started it says what"))
+            raise
         finally:
             said.put(None)

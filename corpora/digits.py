@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data import SAMPLE_RATE, load_audio
 from support.console import progress_bar
-from support.files import HALF_WRITTEN, UserError, first_line, write_jsonl
+from support.files import HALF_WRITTEN, UserError, first_line, write_jsonl, writing
 
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
 NAMES = "zero one two three four five six seven eight nine".split()
@@ -86,7 +86,7 @@ def unpack(archive, folder):
                 continue
             digit, speaker, number = found.groups()
             name = f"{digit}_{speaker}_{number}.wav"
-            with open(folder / name, "wb") as file:
+            with writing(folder / name), open(folder / name, "wb") as file:
                 file.write(tar.extractfile(member).read())
             seconds = len(load_audio(folder / name)) / SAMPLE_RATE
             rows.append(

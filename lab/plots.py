@@ -5,13 +5,21 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from support.files import whole_file
+from support.files import UserError, unused, whole_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 TWENTY = pyplot.get_cmap("tab20").colors  # for 20 systems: the strong colours first
 pyplot.rcParams["axes.prop_cycle"] = pyplot.cycler(color=TWENTY[::2] + TWENTY[1::2])
+
+
+def picture_to_draw(name):
+    """The path of a picture that is not there yet; UserError if it is, or if it is no picture."""
+    path = unused(name, "--out")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out {name}: must end in .png, .svg or .pdf")
+    return path
 
 
 def finish_figure(figure, path):

@@ -9,10 +9,14 @@ from importlib.util import find_spec
 
 # what is not there is said in a line, and not by a traceback
 if sys.version_info < (3, 11):  # noqa: UP036  where it is, nothing of pip has been asked
-    sys.exit("mtbi: Python is older than 3.11; install a newer one")
-for name in ("torch", "torchaudio", "transformers", "tyro"):
+    print("mtbi: Python is older than 3.11; install a newer one", file=sys.stderr)
+    sys.exit(2)
+NEEDED = "torch torchaudio transformers accelerate soundfile psutil tyro docstring_parser tqdm"
+NEEDED += " filelock pandas matplotlib jiwer sacrebleu"
+for name in NEEDED.split():
     if find_spec(name) is None:
-        sys.exit(f"mtbi: {name} is not installed here: pip install -r requirements.txt")
+        print(f"mtbi: {name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # waiting threads sleep: half the time where others use the cores too, a tenth more alone

@@ -85,8 +85,8 @@ def unused(name, option=""):
 
     `..` is taken away first: of missing/../file nothing says that the file is there.
     """
-    path = Path(os.path.abspath(Path(name).expanduser()))
-    if path.exists():
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    if os.path.lexists(path):
         raise UserError(f"{name}: is there already; name another {option or 'file'}")
     return path
 

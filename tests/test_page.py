@@ -118,6 +118,8 @@ def test_an_answer_that_takes_too_long_is_stopped_and_says_so(page, wav, monkeyp
 def test_what_a_system_could_not_answer_is_no_part_of_its_conversation(page, systems, wav):
     turns, *chats = last(page.ask([], "Who did it?", wav, ""))  # without a transcript
     assert "type the transcript" in chats[-1][1]["content"] and not turns[0].answers["text"]
+    *_, after = last(page.ask(turns, "What is the last word?", None, ""))
+    assert "ask again with a transcript" in after[-1]["content"], "it knows of no speech"
     turns, *chats = last(page.ask(turns, "What is the last word?", wav, "the farmer sold apples"))
     assert turns[1].answers["text"] and not turns[1].notices["text"]
     alone = systems.parts("text", [turns[1]])
@@ -293,7 +295,9 @@ def test_an_upload_is_heard_and_a_bad_one_refused_in_a_browser(url, browser_page
     tab.goto(url)
     fill(tab, "transcript", "of another recording")
     upload(tab, wav)
-    assert tab.input_value("#transcript textarea, #transcript input") == ""
+    tab.wait_for_function(
+        "document.querySelector('#transcript textarea, #transcript input').value === ''"
+    )
     fill(tab, "question", "Who did it?")
     tab.click("#ask")
     answered(tab, "mtbi", 2)
@@ -340,6 +344,7 @@ def test_more_clients_than_may_wait_are_answered_or_told_so_for_a_minute(url, wa
         client.start()
     for client in clients:
         client.join(timeout=180)
+    assert not any(client.is_alive() for client in clients)
     counts = Counter(outcomes)
     print(f"{CLIENTS} clients in a minute: {dict(counts)}")
     assert set(counts) == {"answered", "full"} and counts["answered"] >= 20

@@ -10,6 +10,8 @@ from conftest import ROOT
 
 import model
 import mtbi
+from app.drawing import DrawingOptions
+from app.screenshot import ScreenshotOptions
 from lab.dose import DoseOptions
 from lab.gpu import GpuOptions
 from lab.look import LookOptions, look
@@ -106,6 +108,8 @@ def test_extending_it_shows_a_recipe_a_task_a_connector_a_loss_and_an_encoder():
 # ---- commands ----
 
 PROGRAMS = {
+    "app.drawing": DrawingOptions,
+    "app.screenshot": ScreenshotOptions,
     "lab.dose": DoseOptions,
     "lab.gpu": GpuOptions,
     "lab.look": LookOptions,
@@ -116,7 +120,8 @@ PROGRAMS = {
 def command_lines(page):
     """[words] of the `python …` lines in a page's sh blocks, and of those in its text."""
     text = page.read_text(encoding="utf-8")
-    lines = re.findall(r"`(python (?:mtbi|train|eval)\.py [^`]+|python -m lab\.[^`]+)`", text)
+    ours = r"python (?:mtbi|train|eval)\.py [^`]+|python -m (?:app|lab)\.[^`]+"
+    lines = re.findall(f"`({ours})`", text)
     for block in blocks_of(page, "sh"):
         lines += block.replace("\\\n", " ").splitlines()
     found = []
