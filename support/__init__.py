@@ -7,6 +7,10 @@ import os
 import sys
 from importlib.util import find_spec
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# waiting threads sleep: half the time where others use the cores too, a tenth more alone
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # what is not there is said in a line, and not by a traceback
 if sys.version_info < (3, 11):  # noqa: UP036  where it is, nothing of pip has been asked
     print("mtbi: Python is older than 3.11; install a newer one", file=sys.stderr)
@@ -17,7 +21,3 @@ for name in NEEDED.split():
     if find_spec(name) is None:
         print(f"mtbi: {name} is not installed: pip install -r requirements.txt", file=sys.stderr)
         sys.exit(2)
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# waiting threads sleep: half the time where others use the cores too, a tenth more alone
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
