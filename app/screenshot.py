@@ -10,9 +10,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.plots import picture_to_draw
 from lab.programs import run_program
-from support.files import PROJECT, UserError
+from support.files import PROJECT, UserError, unused
 from support.options import RunFolder, called
 
 PORT = 7863
@@ -40,7 +39,7 @@ def take_screenshot(options):
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise UserError("a screenshot needs playwright: pip install playwright") from None
-    out = picture_to_draw(options.out)
+    out = unused(options.out, "--out")
     command = [sys.executable, "mtbi.py", "serve", str(Path(options.run).resolve())]
     server = subprocess.Popen([*command, "--port", str(PORT)], cwd=PROJECT)
     try:
