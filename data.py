@@ -144,9 +144,9 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=
     for number, row in bar:
         try:
             utterance = parse_row(row, folder)
-            first = lines.setdefault(os.path.abspath(utterance.audio), number)
-            if first != number:
-                raise UserError(f"has the same audio file as line {first}")
+            first_line = lines.setdefault(os.path.abspath(utterance.audio), number)
+            if first_line != number:
+                raise UserError(f"has the same audio file as line {first_line}")
             settle_duration(utterance, check_audio, max_seconds)
             utterances.append(utterance)
         except (UserError, OSError) as error:
@@ -156,10 +156,10 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=
             reason = str(error).removeprefix(f"{folder / audio}: ")
             skipped.append({"line": number, "audio_filepath": audio, "reason": reason})
     if not utterances:
-        first = ""
+        why = ""
         if skipped:
-            first = f"; the first bad row is line {skipped[0]['line']}: {skipped[0]['reason']}"
-        raise UserError(f"{path}: holds no usable utterance{first}")
+            why = f"; the first bad row is line {skipped[0]['line']}: {skipped[0]['reason']}"
+        raise UserError(f"{path}: holds no usable utterance{why}")
     return utterances
 
 
@@ -246,7 +246,10 @@ def load_tasks(path):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the recipe table: what makes one paper's system differ from another's."""
+    """One row of the recipe table: what makes one paper's system differ from another's.
+
+    `Examples`, below, is where most of it takes effect.
+    """
 
     about: str
     # which of the training tasks, as names or patterns
@@ -257,11 +260,11 @@ class Recipe:
     tokens_per_second: float = 6.6
     # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
     lora: int = 0
-    # share of examples in which spans of words enter as text,
+    # share of examples in which spans of words enter as text
     interleave: float = 0.0
-    # the share of words that are text in such an example,
+    # share of the words that are text in such an example
     text_words: float = 0.4
-    # and the mean length of a text span, words
+    # mean length of a text span in it, words
     span: float = 2.0
     # share of the task "repeat": at the start, and from half-way on
     repeat: tuple = (0.0, 0.0)
@@ -354,7 +357,7 @@ BREAK = "\N{INTERLINEAR ANNOTATION SEPARATOR}"  # within text that looks like a 
 
 @lru_cache(maxsize=8)  # by tokenizer: it is asked for every text
 def marks_of(tokenizer):
-    """{AUDIO_MARK: its token id, BREAK: its token id}, each a token of its own.
+    """{AUDIO_MARK: its token id, BREAK: its token id}, each a token of its own, added if need be.
 
     Text beside a mark is tokenized as in the middle of a conversation, and the cut is exact. The
     LLM never reads them: whoever tokenizes with them leaves their ids out.
@@ -388,7 +391,7 @@ def as_plain_text(tokenizer, text):
 def tokenize_in_context(tokenizer, text):
     """(token ids, the character each begins at) of a text in the middle of a conversation.
 
-    At the start of a string some tokenizers add a space.
+    At the start of a string some tokenizers add a space, so an AUDIO_MARK stands before it.
     """
     marks = marks_of(tokenizer)
     marked = AUDIO_MARK + as_plain_text(tokenizer, text)
@@ -409,7 +412,7 @@ def end_of_turn(tokenizer):
     """The token the chat template puts after an answer: the first of its special tokens there."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
     after = render_chat(tokenizer, turns, add_generation_prompt=False).rsplit(AUDIO_MARK, 1)[1]
-    marks_of(tokenizer)
+    marks_of(tokenizer)  # from here on the tokenizer knows AUDIO_MARK
     ids = tokenizer(AUDIO_MARK + after, add_special_tokens=False)["input_ids"][1:]
     for i in ids:
         if i in tokenizer.added_tokens_decoder:
@@ -433,7 +436,8 @@ class Speech:
 
 @dataclass
 class Response:
-    # token ids to be answered, with the end-of-turn token: the only part that carries loss
+    # token ids to be answered and, unless the answer was cut off, the end-of-turn token: the only
+    # part that carries loss
     ids: list
 
 
@@ -471,11 +475,9 @@ def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
             f"the conversation names {rendered.count(AUDIO_MARK)} audio entries, but {len(audio)} "
             "were given"
         )
-    begin = end = -1
+    begin, end = 0, 0
     if instruction:
-        instruction = as_plain_text(tokenizer, instruction.strip())
-        begin = rendered.find(instruction)
-        end = begin + len(instruction)
+        begin, end = place_of(as_plain_text(tokenizer, instruction.strip()), rendered)
 
     # Token by token: a mark makes room for the parts of its utterance.
     marks = marks_of(tokenizer)
@@ -496,6 +498,12 @@ def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
     if response is not None:
         parts.append(Response(response))
     return parts
+
+
+def place_of(instruction, rendered):
+    """(begin, end) of an instruction before the speech, which a system turn may say, too."""
+    begin = rendered.rfind(instruction, 0, rendered.rfind(AUDIO_MARK))
+    return (begin, begin + len(instruction)) if begin >= 0 else (0, 0)
 
 
 def flatten(tokenizer, content):
@@ -654,8 +662,7 @@ class Examples:
         self.about = {}  # utterance id -> {"repeat": [..], "other": [..]}
         self.in_text, self.dialogues = [], []
         for b in self.as_the_recipe_has_them():
-            about = [b.utterance, *b.utterances()]
-            if any(i not in self.by_id for i in about):
+            if any(i not in self.by_id for i in b.utterances()):
                 continue
             if b.earlier:
                 if self.recipe.trains_on(b.task):
@@ -717,8 +724,8 @@ class Examples:
         """BUCKET batches of an epoch: examples of similar length share one, in random order.
 
         The first batch of a training is the longest of its bucket, and the longest utterance is
-        in it unless its turn is taken by one in text: if the memory does not suffice, the first
-        step most likely shows it.
+        in it unless a conversation in text or of two turns takes its place: if the memory does not
+        suffice, the first step most likely shows it.
         """
         first = number * BUCKET * self.batch_size
         chosen = self.epoch_order(epoch)[first : first + BUCKET * self.batch_size]
@@ -780,7 +787,9 @@ class Examples:
         """A behavior about the utterance; how often it is "repeat", the recipe says."""
         kinds = self.about[utterance.id]
         want = "repeat" if rng.random() < self.recipe.repeat_share(done) else "other"
-        return rng.choice(kinds[want] or kinds["repeat"] or kinds["other"])
+        if not kinds[want]:
+            want = "other" if want == "repeat" else "repeat"
+        return rng.choice(kinds[want])
 
     def draw_text_only(self, rng):
         """Any training task about a transcript that is read."""

@@ -128,7 +128,7 @@ class Bench:
     settings: dict  # all that the answers depend on
 
     @contextmanager
-    def alone(self):
+    def at_work(self):
         """While this benchmark works in its folder, no other does, and nobody else's file is there.
 
         UserError otherwise.
@@ -306,6 +306,9 @@ class Cascade(System):
     def load(self):
         self.frames = self.bench.encode(self.transcriber)
 
+    def unload(self):
+        self.frames = None  # every utterance is transcribed by now
+
     def parts(self, utterance):
         if utterance.id not in self.hypotheses:
             frames = self.frames[utterance.id]
@@ -389,7 +392,7 @@ class Case:
     """One question of the benchmark."""
 
     utterance: Utterance
-    task: object
+    task: Task
     prompt: str
     cell: str  # one of CELLS, or of DIALOGUES
     earlier: tuple = ()  # the turn before: (prompt, utterance, is it spoken, answer)
@@ -434,7 +437,8 @@ def cell_of(task, prompt):
 def draw_dialogues(cases, answers, n, seed):
     """n conversations of two turns of each kind in DIALOGUES, made of pairs of cases.
 
-    The first turn is answered as the text LLM answered it.
+    The first turn is answered as the text LLM answered it. Where the second brings an utterance of
+    its own, that and the task may, by chance, be those of the first.
     """
     rng = random.Random(f"dialogues-{seed}")
     drawn = []
@@ -471,7 +475,8 @@ class Questions:
         self.kept = bench.folder / "bench"
         self.tasks = tasks
         cases = draw_cases(tasks, bench.utterances, self.options.per_prompt, self.options.seed)
-        self.cases = {"questions": cases, "dialogues": [], "text": cases}  # by SETS
+        # by SETS, and "replies": to directives that are the prompt
+        self.cases = {"questions": cases, "dialogues": [], "text": cases, "replies": []}
 
         # the questions on which we look inside
         rng = random.Random(f"probes-{self.options.seed}")
@@ -495,8 +500,7 @@ class Questions:
     def answers_of_text(self, which):
         """(the text LLM's answers to the transcripts, which of them ended by themselves).
 
-        which: one of SETS, or "replies": to directives that are the prompt. They are asked for
-        once, and kept.
+        which: a key of `cases`. They are asked for once, and kept.
         """
         path = self.kept / f"text-{which}.answers.json"
         kept = read_record(path, self.top_line.fingerprint, "answers", "ended")
@@ -511,7 +515,7 @@ class Questions:
         return kept["answers"], kept["ended"]
 
     def ask(self, system, which, hearing=None):
-        """[(answer, did it end by itself)] of a system to one of SETS.
+        """[(answer, did it end by itself)] of a system to the cases of one key of `cases`.
 
         hearing: who puts the utterances before it, if not the system itself.
         """
@@ -737,7 +741,10 @@ def directives_of(cases):
 
 
 def bare_directive(utterance):
-    """The Case in which the directive is the prompt, and nothing goes with it."""
+    """The Case in which the directive is the prompt, and nothing goes with it.
+
+    again: here, too, it says that no utterance of its own comes with the prompt.
+    """
     return Case(utterance, REPLY, utterance.text, "seen", again=True)
 
 

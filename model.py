@@ -7,7 +7,7 @@ Shapes, in the whole file:
     D_encoder and D, the widths of the encoder and of the LLM
 
 In encoders and connectors B counts recordings and spans of speech, of which a conversation may have
-several.
+several; where a speech token is made of its own k frames alone, it counts these, and N is 1.
 """
 
 import math
@@ -98,7 +98,7 @@ def load_encoder(name, pad_whisper=False):
     return shared_encoder(name, pad_whisper)
 
 
-@lru_cache(maxsize=2)  # to which f(name) and f(name, False) are two
+@lru_cache(maxsize=2)  # it takes f(name) and f(name, False) for two: load_encoder always gives both
 def shared_encoder(name, pad_whisper):
     if name in ENCODERS:
         return ENCODERS[name]()
@@ -332,9 +332,12 @@ class HuggingFaceEncoder(nn.Module):
         """As measured on espeak-ng's own word times and recorded in the tiny encoder's config."""
         return getattr(self.config, "ctc_delay", 0.0)
 
-    @property
+    @cached_property
     def ctc_fingerprint(self):
-        return self.fingerprint  # the head comes with the weights
+        """Of all that determines the transcripts: the head, too, and what its outputs stand for."""
+        symbols = sorted(self.ctc_tokenizer.get_vocab().items())
+        head = self.head.state_dict().values()
+        return fingerprint_of_tensors(head, (self.fingerprint, symbols))
 
     @torch.no_grad()
     def ctc(self, frames):
@@ -505,20 +508,21 @@ def connector_class(kind):
     return CONNECTORS[kind]
 
 
-def check_size(kind, width_in, width_out, k, hidden):
-    """UserError if a connector of this size cannot be trained in the memory that is free."""
+def check_size(kind, width_in, width_out, k, hidden, copies=1):
+    """UserError if so many copies of a connector's weights do not fit the memory that is free."""
     with torch.device("meta"):  # weights that have a size and take no memory
         body = connector_class(kind)(width_in, width_out, k, hidden)
     weights = sum(p.numel() * p.element_size() for p in body.parameters())
-    needed = 4 * weights  # with the gradients, and the two moments of Adam
+    needed = copies * weights
     if torch.device(DEVICE).type == "cuda":
-        free = torch.cuda.mem_get_info(DEVICE)[0]
+        kept = torch.cuda.memory_reserved(DEVICE) - torch.cuda.memory_allocated(DEVICE)
+        free = torch.cuda.mem_get_info(DEVICE)[0] + kept  # what torch keeps for later use is free
     else:
         free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"a {kind} connector with --k {k} and --hidden {hidden} takes {needed / 1e9:.3g} GB to "
-            f"train, and {free / 1e9:.3g} GB of memory are free: choose smaller ones"
+            f"a {kind} connector with --k {k} and --hidden {hidden} takes {needed / 1e9:.3g} GB, "
+            f"and {free / 1e9:.3g} GB of memory are free: choose smaller ones"
         )
 
 
@@ -541,8 +545,8 @@ class Connector(nn.Module):
         """
         counts = [ceil_div(len(frames), self.k) for frames in spans]  # N_i
         if self.body.windows_apart:
-            windows = [self.filled(frames, n) for frames, n in zip(spans, counts)]
-            x = torch.cat(windows).unflatten(0, (-1, self.k))  # (sum of N_i, k, D_encoder)
+            filled = [self.filled(frames, n) for frames, n in zip(spans, counts)]
+            x = torch.cat(filled).unflatten(0, (-1, self.k))  # (sum of N_i, k, D_encoder)
             tokens = self.speech_tokens(x).flatten(0, 1)  # (sum of N_i, D)
             return tokens.split(counts)
 
@@ -741,8 +745,9 @@ LOSSES = {"ce": CrossEntropy(), "kl": DistributionKL()}
 
 
 class SpeechLLM(nn.Module):
-    """forward() in five sentences: text parts are embedded by the LLM's own table; speech parts by
-    the connector; both are spliced in order; the LLM reads them; only the response is scored."""
+    """Text parts are embedded by the LLM's own table, speech parts by the connector, and both are
+    spliced in order (`embed`); the LLM reads them (`logits`); a loss of LOSSES scores the response
+    alone (`forward`)."""
 
     def __init__(self, llm, tokenizer, encoder=None, connector=None, lora=0):
         super().__init__()
@@ -905,7 +910,11 @@ class SpeechLLM(nn.Module):
         ).tolist()  # (B, up to max_new_tokens)
         answers = []
         for row in rows:
-            end = next((i for i, token in enumerate(row) if token in self.ends), None)
+            end = None
+            for i, token in enumerate(row):
+                if token in self.ends:
+                    end = i
+                    break
             text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
             if end is None:  # one that was cut off may end in half a character
                 text = text.rstrip("\ufffd")

@@ -267,7 +267,7 @@ class BehaviorsOptions:
     max_new_tokens: Count = 64
     """longest answer, in tokens; longer ones are cut off"""
     batch_size: Count = 128
-    """transcripts the LLM answers at once"""
+    """questions the LLM answers at once"""
 
     MAKES: ClassVar = ("behaviors.jsonl", "behaviors*.part-[0-9]*.jsonl")
     CHANGES_NOTHING: ClassVar = ("out", "batch_size", "embeddings")
@@ -392,7 +392,8 @@ def training_tasks(tasks, utterance):
 
 def draw_questions(tasks, utterances, per_utterance, seed):
     """Behaviors that lack their response: training tasks and training prompts only."""
-    rng = random.Random(f"imitate-{seed}")  # once this stage's name; it stays, so the draws stay
+    # "imitate" was once this stage's name; another one would change every draw
+    rng = random.Random(f"imitate-{seed}")
     questions = []
     for u in utterances:
         fitting = training_tasks(tasks, u)
@@ -406,7 +407,8 @@ def draw_questions(tasks, utterances, per_utterance, seed):
 def draw_second_questions(tasks, utterances, behaviors, per_utterance, seed):
     """Questions of a second turn, likewise: each after a turn that is answered already.
 
-    Half of them are about the utterance of the first turn once more, half about a new one.
+    Half of them are about the utterance of the first turn once more; the first turn of the others
+    is any behavior at all, by chance one of the same utterance or task.
     """
     rng = random.Random(f"dialogues-{seed}")
     questions = []
@@ -461,7 +463,7 @@ def bench_run(options):
     if report:
         print(f"{planned.folder / 'report.md'}: is written already")
     else:
-        with planned.alone():
+        with planned.at_work():
             report = lab.report.write_report(measure_all(planned, Mistakes))
     lab.report.show(report, planned.folder)
 

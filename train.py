@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from data import Examples, Speech, open_run, read_behaviors
-from model import LOSSES, SpeechLLM, compute_precision, connector_class, encode_all, llm_of
-from model import fingerprint_of_encoder, load_encoder, load_llm, shared_llm
+from model import LOSSES, SpeechLLM, check_size, compute_precision, connector_class, encode_all
+from model import fingerprint_of_encoder, llm_of, load_encoder, load_llm, shared_llm
 from support.adam import RoomyAdamW
 from support.ahead import ahead
 from support.console import progress_bar, say_device, stop_signals, timed
@@ -184,7 +184,7 @@ def with_options(row, options):
         if getattr(options, name) is not None:
             changed[name] = getattr(options, name)
     recipe = replace(row, **changed)
-    connector_class(recipe.connector)
+    connector_class(recipe.connector)  # UserError if there is none of this name
     if recipe.loss not in LOSSES:
         raise UserError(f"there is no loss {recipe.loss!r}; there are {', '.join(LOSSES)}")
     return recipe
@@ -262,7 +262,10 @@ def build(run, utterances, recipe, options):
 
 
 def connector_size(options, recipe, llm_width, encoder):
-    """{"k", "hidden"}: as asked for, or derived."""
+    """{"k", "hidden"}: as asked for, or derived.
+
+    UserError if there is no memory to train a connector of that size.
+    """
     kind = connector_class(recipe.connector)
     if options.k:
         k, why = options.k, "as asked by --k"
@@ -278,6 +281,9 @@ def connector_size(options, recipe, llm_width, encoder):
     else:
         hidden, why = kind.hidden_width(llm_width)
     print(f"hidden: {hidden}, {why}")
+    # its gradients, too, and AdamW's two moments, which leave a GPU that is full
+    copies = 4 if DEVICE == "cpu" else 2
+    check_size(recipe.connector, encoder.width, llm_width, k, hidden, copies)
     return {"k": k, "hidden": hidden}
 
 
@@ -350,8 +356,8 @@ class Progress:
     halvings: int = 0  # how often the micro-batch was halved for want of memory
     skipped: int = 0  # steps left out because their loss or gradient was not finite,
     in_a_row: int = 0  # of these the last ones in a row
-    loss_scale: float = 1.0  # fp16: the loss times this, so that small gradients do not vanish,
-    scale_steps: int = 0  # and for how many steps it has held
+    loss_scale: float = 1.0  # fp16: the loss times this, so that small gradients do not vanish
+    scale_steps: int = 0  # steps since one overflowed
 
     def advance(self, finite):
         """One step more, taken or skipped."""
@@ -373,7 +379,7 @@ class Progress:
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over `warmup` steps, at most half of them, then a cosine to zero."""
+    """Linear warm-up over `warmup` steps, at most half of all, then a cosine to zero."""
     warmup = min(warmup, max(1, steps // 2))
     done = max(0, step - warmup) / max(1, steps - warmup)
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
@@ -570,7 +576,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            # Hear, answer, compare with the behaviors: the gradients of the whole step.
+            # Hear, and say how likely each token of the behaviors is: the gradients of the step.
             loss, tokens, frames = step_gradients(model, pieces, progress, examples.recipe.loss)
 
             # Change the connector, unless something is not finite; then the step is left out.

@@ -8,6 +8,7 @@ import tempfile
 import tracemalloc
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +23,14 @@ from programs import one_line, python
 import mtbi
 from data import SAMPLE_RATE, Behavior, Examples, Recipe, Speech, Text, Utterance, ask, chat_parts
 from data import (
+    AUDIO_MARK,
     at_sample_rate,
     end_of_turn,
     held_out,
     interleave,
     load_audio,
     load_tasks,
+    place_of,
     random_spans,
     read_behaviors,
 )
@@ -35,6 +38,7 @@ from data import read_manifest, response_tokens, transcript_tokens
 from model import SpeechLLM
 from support.files import UserError, read_jsonl
 from support.recordings import RATES, check_text_fits, check_transcript, ends_as_ogg, mp3_frame
+from train import TrainOptions, connector_size
 
 
 def tone(seconds=1.0, rate=16000, channels=1):
@@ -501,6 +505,17 @@ def test_a_connector_that_cannot_fit_is_refused_before_it_is_built(llm, encoder)
     SpeechLLM.build({**spec, "k": 9, "hidden": 64}, llm, encoder)
 
 
+def test_to_load_a_connector_takes_less_memory_than_to_train_it(llm, encoder, monkeypatch):
+    free = SimpleNamespace(available=8e6)
+    monkeypatch.setattr("model.psutil.virtual_memory", lambda: free)
+    options = TrainOptions("run", k=5, hidden=768)  # 888 thousand parameters, 3.6 MB
+    with pytest.raises(UserError, match="stack-mlp .*takes 0.0142 GB, and 0.008 GB of memory are"):
+        connector_size(options, Recipe(""), 192, encoder)
+    SpeechLLM.build({"connector": "stack-mlp", "k": 5, "hidden": 768, "lora": 0}, llm, encoder)
+    free.available = 20e6
+    assert connector_size(options, Recipe(""), 192, encoder) == {"k": 5, "hidden": 768}
+
+
 # ---- manifests ----
 
 
@@ -765,6 +780,13 @@ def test_what_is_said_never_becomes_a_control_token(name, tokenizer):
         if name != "tiny":  # which knows no < and no |
             assert tokenizer.decode(part.ids).split() == HOSTILE.split()
             assert "im_start" in tokenizer.decode(part.ids)
+
+
+def test_an_instruction_is_marked_where_the_user_gives_it_and_nowhere_else():
+    rendered = f"system: You obey. user: You obey {AUDIO_MARK} assistant: You obey"
+    begin, end = place_of("You obey", rendered)
+    assert rendered[:begin] == "system: You obey. user: " and rendered[begin:end] == "You obey"
+    assert place_of("assistant", rendered) == (0, 0), "which is nothing at all"
 
 
 # ---- interleaving ----

@@ -661,6 +661,14 @@ def test_another_encoder_has_another_fingerprint(encoder):
     assert other.fingerprint != encoder.fingerprint
 
 
+def test_another_ctc_head_on_the_same_encoder_is_another_recognizer(encoder):
+    other = HuggingFaceEncoder("tiny")
+    with torch.no_grad():
+        other.head.bias += 1.0
+    assert other.fingerprint == encoder.fingerprint
+    assert other.ctc_fingerprint != encoder.ctc_fingerprint
+
+
 @pytest.mark.parametrize("keep", ["disk", "ram", "off"])
 def test_kept_on_disk_in_ram_or_not_at_all_the_frames_are_the_same(
     encoder, copies, heard, tmp_path, keep
