@@ -14,6 +14,7 @@ import os
 import random
 import re
 import tomllib
+import unicodedata
 from dataclasses import KW_ONLY, dataclass, field, replace
 from fnmatch import fnmatch
 from fractions import Fraction
@@ -190,9 +191,18 @@ def fingerprint_of_utterances(utterances):
     return fingerprint([(u.id, u.text, u.split) for u in utterances])
 
 
+def is_mark(letter):
+    """Is it an accent or a vowel sign, which stands with the letter before it?"""
+    return unicodedata.category(letter).startswith("M")
+
+
 def normalize(text):
-    """The words alone: small letters, no punctuation."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+    """The words alone: small letters, with their accents and vowel signs, and no punctuation."""
+    kept = ""
+    for letter in unicodedata.normalize("NFC", text.lower()):
+        belongs = is_mark(letter) and kept[-1:].strip()  # to the letter before it
+        kept += letter if letter.isalnum() or letter == "_" or belongs else " "
+    return " ".join(kept.split())
 
 
 def held_out(text):

@@ -319,6 +319,8 @@ class Cascade(System):
 def hypothesis(transcriber, frames, reader):
     """What a recognizer makes of frames (T, D_encoder), as the LLM of a SpeechLLM reads it."""
     text = transcriber.transcribe(frames) or "…"
+    if text == text.upper():  # as wav2vec 2.0's vocabulary has it, and no transcript of `prepare`
+        text = text.lower()
     heard = transcript_tokens(reader.tokenizer, text)
     # a head that writes at every frame must leave room for the rest of the conversation
     return Text(heard.ids[: reader.context // 4])

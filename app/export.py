@@ -7,7 +7,7 @@ from pathlib import Path
 from app.generate import chosen_recipe
 from data import open_run
 from model import ENCODERS
-from lab.report import markdown_table, percent
+from lab.report import is_of, markdown_table, percent
 from support.files import HALF_WRITTEN, UserError, read_json, read_json_if_whole, unused
 from support.files import write_json, writing
 from support.options import RunFolder
@@ -192,8 +192,9 @@ def data_for_card(run, speech):
     for split in ("train", "test"):
         rows = [u for u in run.utterances if u.split == split]
         hours = sum(u.duration for u in rows) / 3600
-        speakers = len({u.speaker for u in rows})
-        lines.append(f"- {split}: {len(rows)} utterances, {hours:.2f} hours, {speakers} speakers")
+        speakers = len({u.speaker for u in rows} - {""})
+        who = f"{speakers} known speakers"
+        lines.append(f"- {split}: {len(rows)} utterances, {hours:.2f} hours, {who}")
     lines.append(
         f"- task table: `{Path(run.options['tasks']).name}`; the answers are the LLM's own"
     )
@@ -202,10 +203,12 @@ def data_for_card(run, speech):
 
 def scores_for_card(run, recipe):
     """A table of the benchmark's cells with their intervals, if there was a benchmark."""
-    report = read_json_if_whole(run.folder / "report.json", "recipes")
+    report = read_json_if_whole(run.folder / "report.json", "recipes", "meta")
     entry = (report or {}).get("recipes", {}).get(recipe)
     if not entry:
         return "Not measured: no benchmark was run before the export."
+    if not is_of(report, run.folder / recipe):
+        return "Not measured: no benchmark was run since it was trained again."
     rows = []
     for name, cell in entry["cells"].items():
         low, high = (percent(end) for end in cell["ci95"])

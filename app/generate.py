@@ -17,7 +17,7 @@ from support.checks import check_messages
 from support.files import MOST_BYTES, UserError, ceil_div, explained, read_text
 from support.options import Count, RunFolder, Size, called_many
 from support.processes import DEVICE
-from support.runs import recipe_folders, trained_recipes
+from support.runs import trained_recipes
 
 
 @dataclass
@@ -76,7 +76,7 @@ def chosen_recipe(run, name, table):
         wanted = f" {name!r}" if name else ""
         there = ", ".join(found) or "none: run `train` first"
         raise UserError(f"{run}: holds no trained recipe{wanted}; there are {there}")
-    return recipe_folders(run, [name])[name]
+    return run / name
 
 
 def conversations_of(options):

@@ -61,17 +61,20 @@ def figure_of_clip(options, folder):
 def figure_of_example(options, folder):
     """A conversation of the training, text and speech in colours."""
     model, examples = examples_of(open_run(folder.parent), folder)
-    step, i = divmod(options.example, examples.batch_size)
-    if step >= examples.steps:
-        most = examples.steps * examples.batch_size - 1
+    size = examples.batch_size
+    number, i = divmod(options.example, size)  # of the micro-batch, over all steps
+    if number >= examples.steps * examples.accumulate:
+        most = examples.steps * examples.accumulate * size - 1
         raise UserError(f"--example {options.example}: they are counted from 0 to {most}")
-    batch = examples.batch(step)
+    step, micro = divmod(number, examples.accumulate)
+    batch = examples.batch(step, micro)
     mixed = [n for n, example in enumerate(batch) if pieces_of_speech(example) > 1]
     if mixed and i not in mixed:
-        others = ", ".join(str(step * examples.batch_size + n) for n in mixed[:5])
+        others = ", ".join(str(number * size + n) for n in mixed[:5])
         n = pieces_of_speech(batch[i])
         print(f"--example {options.example}: {n} pieces of speech; more than one have {others}")
-    return draw_example(pyplot, model, batch[i], f"{folder}: conversation {i} of step {step}")
+    title = f"{folder}: conversation {micro * size + i} of step {step}"
+    return draw_example(pyplot, model, batch[i], title)
 
 
 def pieces_of_speech(example):

@@ -14,6 +14,7 @@ from pathlib import Path
 from data import SAMPLE_RATE, load_audio
 from support.console import progress_bar
 from support.files import HALF_WRITTEN, UserError, first_line, write_jsonl, writing
+from support.runs import alone
 
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
 NAMES = "zero one two three four five six seven eight nine".split()
@@ -32,18 +33,19 @@ def download_digits(root, url=URL):
     if manifest.exists():
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / f"{HALF_WRITTEN}archive.tar.gz"
-    fetch(url, archive)
-    try:
-        rows = unpack(archive, folder)
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        archive.unlink(missing_ok=True)
-        raise UserError(
-            f"{url}: the archive was damaged ({first_line(error)}) and is deleted; run the same "
-            "command again"
-        ) from None
-    write_jsonl(manifest, rows)
-    archive.unlink()
+    with alone(folder):
+        archive = folder / f"{HALF_WRITTEN}archive.tar.gz"
+        fetch(url, archive)
+        try:
+            rows = unpack(archive, folder)
+        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+            archive.unlink(missing_ok=True)
+            raise UserError(
+                f"{url}: the archive was damaged ({first_line(error)}) and is deleted; run the "
+                "same command again"
+            ) from None
+        write_jsonl(manifest, rows)
+        archive.unlink()
     return manifest
 
 

@@ -150,7 +150,7 @@ def prepare_recordings(options, lengths):
     print(f"{path}: {what}, {len(rows)} rows")
     utterances, skipped = check_rows(path, rows, options)
     lower_capitals(utterances)
-    speakers = [s.strip() for s in options.test_speakers.split(",") if s.strip()]
+    speakers = named_speakers(options.test_speakers, utterances)
     why = fill_in_split(utterances, speakers, options.test_only, joined=bool(lengths))
     if not lengths:
         utterances = leave_out_tested(utterances)
@@ -164,6 +164,14 @@ def prepare_recordings(options, lengths):
             return join_words(utterances, lengths, options, out)
 
     make_manifest(used, content, make, why)
+
+
+def named_speakers(text, utterances):
+    """The speakers that --test-speakers names; one whose own name has a comma comes alone."""
+    text = text.strip()
+    if text and text in {u.speaker for u in utterances}:
+        return [text]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def is_prepared(options, content):
@@ -229,6 +237,10 @@ def tell_unknown_lengths(rows, utterances):
 
 def report_skipped(out, skipped):
     """List the bad rows in OUT/skipped.jsonl, and count them by their reasons."""
+    for row in skipped:
+        for key, value in row.items():
+            if isinstance(value, str):  # a name on disk may be no UTF-8
+                row[key] = value.encode(errors="backslashreplace").decode()
     write_jsonl(out / "skipped.jsonl", skipped)
     # a reason up to where it becomes particular: a number in brackets, a name, a line
     reasons = Counter(re.split(r" \(|,| '| line ", row["reason"])[0] for row in skipped)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from corpora.recognizing import RecognizerOptions, train_recognizer
-from data import SAMPLE_RATE, load_audio, read_manifest
+from data import SAMPLE_RATE, is_mark, load_audio, read_manifest
 from model import load_encoder
 from support.console import one_thread, progress_bar, timed
 from support.files import UserError, fingerprint_of_file, first_line, read_json_if_whole
@@ -154,9 +154,10 @@ def align_all(encoder, utterances):
     """
     sure, failed = [], []
     for u in progress_bar(utterances, desc="word times", unit="utt"):
-        samples = load_audio(u.audio, u.duration)
-        u.duration = len(samples) / SAMPLE_RATE
+        u.words = None
         try:
+            samples = load_audio(u.audio, u.duration)
+            u.duration = len(samples) / SAMPLE_RATE
             frames = encoder(samples, u.audio)
             u.words, score = word_times(encoder, frames, u.text, u.duration, pauses_in(samples))
             sure.append(score)
@@ -228,7 +229,10 @@ def spell(tokenizer, word):
     Of punctuation alone: [].
     """
     ids = []
-    for piece in re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+", word):
+    # accents and vowel signs belong to the letters, which the pattern does not know
+    as_letters = "".join("a" if is_mark(letter) else letter for letter in word)
+    for found in re.finditer(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+", as_letters):
+        piece = word[found.start() : found.end()]
         ids += known_letters(tokenizer, piece) or [None]
     return ids
 

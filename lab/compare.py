@@ -12,7 +12,6 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import pandas
 
-from data import read_manifest
 from eval import DIALOGUES
 from lab.claims import BAR, CLAIMS, CURVE, RULE, STEPS, Results, all_differences, decide
 from lab.compare_report import COMPARISON, claims_table, write_comparison
@@ -21,9 +20,11 @@ from lab.mistakes import MISTAKES
 from lab.report import where_it_ran
 from lab.statistics import AT, LINES, MEASURES, NAMES, TASK, mean_or_none, read_answers, repeat_wer
 from lab.statistics import task_metrics
-from support.files import UserError, read_json, read_json_if_whole, write_json
+from support.files import UserError, fingerprint, read_json, read_json_if_whole, write_json
 from support.logs import read_log
 from support.options import Between, Count, FramesAToken, command_words
+from support.recordings import speakers_of
+from support.states import saved_states
 from support.runs import alone, begin, finish, is_done, read_spec
 
 
@@ -157,7 +158,7 @@ def compare_runs(options, run_command, names, runs):
     training = sum(row["train_seconds"] * row["runs"] for row in report["training"])
     report["meta"] = {
         **asdict(options),
-        "runs": [run.name for run in runs],
+        "runs": list(measured),
         "recipes": names,
         "failures": jobs.failures,
         "jobs_at_once": jobs.at_once,
@@ -199,15 +200,17 @@ def runs_of(options):
             f"--speech {options.speech}: --leave-one-speaker-out needs a JSONL manifest file "
             "that names speakers, and this is none"
         )
-    speakers = sorted({u.speaker for u in read_manifest(Path(options.speech))} - {""})
+    speakers = speakers_of(options.speech)
     if len(speakers) < 2:
         raise UserError(
             f"{options.speech}: names {len(speakers)} speakers; --leave-one-speaker-out needs two "
             "or more"
         )
+    names = [re.sub(r"[^A-Za-z0-9_-]", "-", speaker) for speaker in speakers]
     runs = []
-    for speaker in speakers:
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", speaker)
+    for speaker, name in zip(speakers, names):
+        if names.count(name) > 1:  # others are left with the same letters
+            name += f"-{fingerprint(speaker)}"
         runs.append(OneRun(f"without-{name}", (*source, "--test-speakers", speaker), 0))
     return runs
 
@@ -272,11 +275,21 @@ class RunAll:
 
     def bench_on_the_way(self, run, trained, words):
         """Measure the recipes that are followed as they were after each of STEPS."""
-        followed = [name for name in trained if self.is_followed(name)]
-        for step in STEPS:
-            if followed and step < self.options.steps:
-                at = ["--step", str(step), "--recipes", ",".join(followed)]
-                self.attempt(run, f"bench-{step}", *words, *at)
+        steps = [step for step in STEPS if step < self.options.steps]
+        followed = []
+        for name in filter(self.is_followed, trained):
+            folder = self.out / run.name / name
+            kept = {int(path.stem) for path in saved_states(folder)}
+            if kept.issuperset(steps):
+                followed.append(name)
+            else:
+                self.jobs.failures[f"{run.name}/{name} on the way"] = (
+                    "it was trained with --no-curve, and its states were not kept; move "
+                    f"{folder} away, and the same command trains it again"
+                )
+        for step in steps if followed else ():
+            at = ["--step", str(step), "--recipes", ",".join(followed)]
+            self.attempt(run, f"bench-{step}", *words, *at)
 
     def is_trained(self, pair):
         run, recipe = pair

@@ -150,7 +150,7 @@ def bar_table(report):
             continue
         row = [measure.removeprefix("gain, "), percent(ours["score"]), percent(bar, 0)]
         row.append("yes" if ours["score"] >= bar else "no")
-        if cascade["score"]:
+        if cascade["score"] and cascade["runs"] == ours["runs"]:
             share = ours["score"] / cascade["score"]
             row += [percent(share), "yes" if share >= 0.97 else "no"]
         else:

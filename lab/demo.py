@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data import read_manifest
 from lab.jobs import Failed, Jobs, lines_without_bars
 from lab.report import show
 from support.console import TIMES, timed
 from support.files import UserError, read_json
 from support.options import Positional, Seed
+from support.recordings import speakers_of
 
 
 @dataclass
@@ -158,11 +158,14 @@ def digits_of(options, download_digits):
             f"and {encoder} (MIT, 150 MB)"
         )
     manifest = options.speech or str(download_digits(options.download_to))
-    speakers = sorted({u.speaker for u in read_manifest(manifest)})
+    speakers = speakers_of(manifest)
+    if len(speakers) < 2:
+        raise UserError(f"{manifest}: names {len(speakers)} speakers; one is to be held out")
     held_out = options.test_speaker or speakers[-1]
     if held_out not in speakers:
         raise UserError(f"--test-speaker {held_out}: there are {', '.join(speakers)}")
-    print(f"held out from everything: {held_out}; the others are {', '.join(speakers)}")
+    others = [name for name in speakers if name != held_out]
+    print(f"held out from everything: {held_out}; the others are {', '.join(others)}")
     return [manifest, "--test-speakers", held_out], ["--encoder", encoder]
 
 

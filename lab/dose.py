@@ -16,7 +16,7 @@ from lab import plots
 from lab.compare_report import GAINS, Scores, wer_of
 from lab.programs import run_program
 from lab.report import markdown_table, percent
-from support.console import stop_signals
+from support.console import exit_codes
 from support.files import PROJECT, UserError, read_json, write_json, write_text
 from support.options import Between
 
@@ -85,7 +85,7 @@ def parse_doses(text):
         if not (0 <= dose.hesitant <= 1 and 0 <= dose.blended <= 1):
             raise UserError(f"--doses {text}: give numbers from 0 to 1, like 0,0.3,0.6:0,0.6")
         doses.append(dose)
-    return doses
+    return list(dict.fromkeys(doses))
 
 
 # ---- run ----
@@ -93,7 +93,7 @@ def parse_doses(text):
 
 def pretrain_missing(out, doses, pretrain):
     """An LLM for each dose, in its folder; as many at once as there are cores."""
-    todo = [dose for dose in doses if not (dose.folder(out) / "measured.json").exists()]
+    todo = [dose for dose in doses if not is_pretrained(dose.folder(out), pretrain)]
     for start in range(0, len(todo), CORES):
         running = []
         for dose in todo[start : start + CORES]:
@@ -102,6 +102,30 @@ def pretrain_missing(out, doses, pretrain):
             words += ["--out", str(dose.folder(out).absolute())]
             running.append(begin_python(words, threads=1))
         wait_for(running)
+
+
+def is_pretrained(folder, pretrain):
+    """Whether there is an LLM; UserError if it was pre-trained for another share of the steps."""
+    if not (folder / "measured.json").exists():
+        return False
+    share = in_measured(folder).get("llm_share", 1.0)
+    if share != pretrain:
+        raise UserError(
+            f"{folder}: its LLM was made with --pretrain {share:g}, and {pretrain:g} is asked for; "
+            "name another folder for --out"
+        )
+    return True
+
+
+def in_measured(folder):
+    """What stands in measured.json, as tiny.pretrain writes it."""
+    path = folder / "measured.json"
+    try:
+        found = json.loads(path.read_text())
+        found["llm_4_bits"].values()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is not what tiny.pretrain writes there") from None
+    return found
 
 
 def compare_on(folder, options):
@@ -125,13 +149,9 @@ def begin_python(words, threads=None):
 def wait_for(processes):
     """Until all have ended; UserError if one failed, which has said why.
 
-    Ctrl-C reaches them, too, and each saves where it is.
+    Stopped, each saves where it is.
     """
-    with stop_signals() as wants_to_stop:
-        codes = [process.wait() for process in processes]
-    if wants_to_stop:
-        raise KeyboardInterrupt
-    if any(codes):
+    if any(exit_codes(processes)):
         raise UserError("a command above failed; mend what it says, and the same command goes on")
 
 
@@ -143,7 +163,7 @@ def row_of_dose(out, dose):
     folder = dose.folder(out)
     report = read_json(folder / "compare" / "report.json", "scores", "meta")
     scores, wer = Scores(report), wer_of(report)
-    in_text = json.loads((folder / "measured.json").read_text())["llm_4_bits"]
+    in_text = in_measured(folder)["llm_4_bits"]
     exact = [value for cells in in_text.values() for value in cells.values()]
     systems = {}
     for name in scores.systems:

@@ -1,7 +1,7 @@
 """What `info` says of a run folder; it loads no model."""
 
 from data import Recipe, read_behaviors
-from lab.report import percent
+from lab.report import is_of, percent
 from support.files import UserError, read_json
 from support.logs import read_log
 from support.runs import read_config, read_spec, recipe_folders
@@ -9,9 +9,10 @@ from support.runs import read_config, read_spec, recipe_folders
 
 def describe_run(run, table):
     """Lines about a Run; table: the names of all recipes, in order."""
-    report, reported = run.folder / "report.json", {}
+    report, whole, reported = run.folder / "report.json", {}, {}
     if report.exists():
-        reported = read_json(report, "recipes", "meta")["recipes"]
+        whole = read_json(report, "recipes", "meta")
+        reported = whole["recipes"]
         if not isinstance(reported, dict):
             raise UserError(f"{report}: is not what `bench` writes; run `bench` again with --force")
     bits = {4: "4 bits (NF4)", 8: "8 bits", 16: "not quantized"}.get(run.options["bits"], "")
@@ -26,8 +27,11 @@ def describe_run(run, table):
     folders = recipe_folders(run.folder, table)
     for name, folder in folders.items():
         yield name
-        for line in describe_recipe(folder, reported.get(name)):
+        scored = reported.get(name)
+        for line in describe_recipe(folder, scored):
             yield f"  {line}"
+        if scored and not is_of(whole, folder):
+            yield "  measured before it was trained again: run `bench` again"
     for name, entry in reported.items():
         if name not in folders:
             yield f"{name}\n  {describe_scores(entry)}"

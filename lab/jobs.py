@@ -118,6 +118,7 @@ class Jobs:
                 self.run_command(words)
             if is_output(why):
                 why.unlink()
+            self.failures.pop(key, None)  # of an earlier try in this sitting
             return True
         except WriteError:  # a full disk stops the others, too
             raise

@@ -10,7 +10,7 @@ from typing import Annotated
 from data import Examples, Recipe, Response, Speech, open_run, positions_of, read_behaviors
 from lab.programs import run_program
 from model import SpeechLLM, encode_all
-from support.files import UserError, explained
+from support.files import UserError, explained, fingerprint_of_file
 from support.options import Between, Count, RunFolder
 from support.runs import read_config
 
@@ -57,12 +57,15 @@ def examples_of(run, folder):
     trained, content, _ = read_config(folder, "train", **kinds)
     with explained(f"{folder / 'config.json'}: its recipe is none", TypeError):
         recipe = Recipe(about="", **content["recipe"])
+    behaviors = run.folder / "behaviors.jsonl"
+    if content.get("behaviors") != fingerprint_of_file(behaviors):
+        raise UserError(f"{behaviors}: is not what {folder} was trained on; train it again")
     model = SpeechLLM.from_pretrained(folder)
     utterances = [u for u in run.utterances if u.split == "train"]
     examples = Examples(
         model.tokenizer,
         utterances,
-        read_behaviors(run.folder / "behaviors.jsonl"),
+        read_behaviors(behaviors),
         encode_all(model.encoder, utterances, run.data / "features"),
         recipe,
         k=model.connector.k,

@@ -118,6 +118,8 @@ def of_bench(folder, report, logs):
 def smooth(rows):
     """(steps, mean loss of the last 10 steps, None) of a training log."""
     rows = [row for row in rows if row["loss"] is not None]
+    if not rows:
+        return [], [], None
     losses = np.pad([row["loss"] for row in rows], (9, 0), mode="edge")
     means = np.convolve(losses, np.ones(10) / 10, mode="valid")
     return [row["step"] for row in rows], means, None

@@ -24,4 +24,6 @@ def run_program(name, kind, function, room="lab"):
     except torch.OutOfMemoryError as error:
         print(f"{name}: {want_of_memory(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0

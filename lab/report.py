@@ -1,5 +1,6 @@
 """What `bench` shows: answers.csv, report.json, report.md with its tables and plots."""
 
+import csv
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from support.files import fingerprint_of_file, read_json_if_whole, whole_file, w
 from support.files import write_text
 from support.logs import read_log
 from support.processes import DEVICE, MAIN, first_process
+from support.runs import fingerprint_of_training
 
 REPORT = ("recipes", "samples", "meta")  # what report.json holds
 
@@ -122,7 +124,8 @@ def without_nan(table):
 def write_table(path, table):
     """A table as CSV, which pandas and spreadsheets open."""
     with whole_file(path) as temporary:
-        table.to_csv(temporary, index=False)
+        # in quotes, or a lone carriage return in an answer would end its row
+        table.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def write_report(measured):
@@ -164,15 +167,15 @@ def write_report(measured):
 def describe_questions(answers, trained_on):
     """How much was asked, and of whom."""
     one = answers[answers["system"] == answers["system"].iloc[0]]
-    questions = one[one["set"] == "questions"]
+    questions, dialogues = (one[one["set"] == which] for which in ("questions", "dialogues"))
     known = {u.speaker for u in trained_on if u.split == "train"}
-    speakers = set(questions["speaker"])
+    speakers = set(questions["speaker"]) - {""}
     return {
         "n_utterances": questions["utterance"].nunique(),
         "n_speakers": len(speakers),
-        "n_unheard_speakers": len(speakers - known - {""}),
+        "n_unheard_speakers": len(speakers - known),
         "n_cases": len(questions),
-        "n_dialogues": int((one["set"] == "dialogues").sum()) // len(DIALOGUES),
+        "n_dialogues": {kind: int((dialogues["cell"] == kind).sum()) for kind in DIALOGUES},
         "n_probes": int(questions["behavior_gap"].notna().sum()),
     }
 
@@ -227,10 +230,18 @@ def earlier_report(bench):
     for name in report["recipes"]:
         if not read_json_if_whole(bench.folder / "bench" / f"{name}.json", "fingerprint", "rows"):
             return None
+    if not (bench.folder / "report.md").exists():
+        return None
     if not answers.exists() or fingerprint_of_file(answers) != report["meta"]["answers"]:
         print(f"{answers}: is not the table that was written there; it is written anew")
         return None
     return report
+
+
+def is_of(report, folder):
+    """Whether it measured what is trained in a recipe's folder now, and not what was before."""
+    settings = report["meta"].get("settings") or {}
+    return (settings.get("trained") or {}).get(folder.name) == fingerprint_of_training(folder)
 
 
 def can_be_shown(report):
@@ -414,10 +425,11 @@ def wrong_answers_part(report):
 def inside_part(report):
     """Conversations, what the LLM keeps of its text skills and looks at, and the loss."""
     meta = report["meta"]
+    dialogues = ", ".join(f"{n} {kind}" for kind, n in meta["n_dialogues"].items())
     return f"""## Conversations, text, and what happens inside
 
-Conversations of two turns: {meta["n_dialogues"]} of each kind. Behavior gap and attention on \
-{meta["n_probes"]} of the questions.
+Conversations of two turns: {dialogues}. Behavior gap and attention on {meta["n_probes"]} of the \
+questions.
 
 {inside_table(report)}
 

@@ -116,8 +116,10 @@ def with_word_accuracy(rows):
     """
     first = rows.groupby("task")["prompt"].transform("min")
     rows = rows[rows["prompt"] == first]
-    errors = rows.apply(lambda row: word_error_rate(row["transcript"], row["answer"]), axis=1)
-    return rows.assign(word_accuracy=1.0 - errors.astype(float).clip(upper=1.0))
+    accuracy = []
+    for said, answer in zip(rows["transcript"], rows["answer"]):
+        accuracy.append(1.0 - min(1.0, word_error_rate(said, answer)))
+    return rows.assign(word_accuracy=accuracy)
 
 
 def weighted_mean(rows):

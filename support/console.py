@@ -11,6 +11,7 @@ from tqdm import tqdm
 from support.files import first_line
 from support.processes import DEVICE, MAIN, WORLD
 
+GLANCE = 0.2  # seconds between two looks at other processes
 TIMES = {}  # what each step of this process took, in seconds: `demo --profile` prints it
 
 
@@ -79,3 +80,21 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def exit_codes(processes):
+    """Wait until all have ended. Ctrl-C reaches them by itself, SIGTERM is passed on.
+
+    KeyboardInterrupt if they were asked to stop.
+    """
+    with stop_signals() as asked:
+        told = False
+        while any(process.poll() is None for process in processes):
+            if signal.SIGTERM in asked and not told:
+                told = True
+                for process in processes:
+                    process.terminate()
+            time.sleep(GLANCE)
+    if asked:
+        raise KeyboardInterrupt
+    return [process.returncode for process in processes]

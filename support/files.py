@@ -75,9 +75,16 @@ def whole_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            put_on_disk(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def put_on_disk(path):
+    """Have the system write a file out: without power a name may last longer than its content."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def unused(name, option=""):
@@ -226,7 +233,13 @@ def nearest_existing(path):
 
 
 def relative(path, folder):
-    """`path` as seen from `folder`, so that both can be moved; on another drive the whole path."""
+    """`path` as seen from `folder`, so that both can be moved; on another drive the whole path.
+
+    Where a link leads to the folder, as seen from where it really is: `..` leads up from there.
+    """
+    real = os.path.realpath(folder)
+    if real != os.path.abspath(folder):
+        path, folder = os.path.realpath(path), real
     try:
         return os.path.relpath(path, folder).replace(os.sep, "/")
     except ValueError:

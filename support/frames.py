@@ -21,7 +21,7 @@ from support.ahead import READERS, ahead
 from support.console import one_thread, progress_bar, timed
 from support.files import HALF_WRITTEN, UserError, WriteError, fingerprint
 from support.files import nearest_existing, read_json_if_whole, whole_file, write_json
-from support.processes import DEVICE, WORLD, mine, wait
+from support.processes import DEVICE, WORLD, anyone, first_process, mine, wait
 from support.runs import alone
 
 SHARD = 256 * 2**20  # bytes of frames in one file, about
@@ -84,7 +84,7 @@ def keep_frames(encoder, load, utterances, folder, keep="disk"):
     folder = Path(folder) / encoder.fingerprint
     names = content_names(utterances, folder.parent)
     made, todo = kept_and_missing(utterances, names, folder)
-    if todo:
+    if anyone(todo):  # whoever looked last may find more than another process did
         tell_size(encoder, todo, folder, keep)
         encoder.to(DEVICE)
         lock = alone(folder.parent, "encodes speech") if keep == "disk" else nullcontext()
@@ -93,6 +93,7 @@ def keep_frames(encoder, load, utterances, folder, keep="disk"):
                 frames = {names[u.id]: row for u, row in hear_all(encoder, load, todo)}
                 made |= dict.fromkeys(frames, frames)
             else:
+                sweep(folder)
                 wait()
                 # another command may just have made them
                 made, todo = kept_and_missing(utterances, names, folder)
@@ -105,6 +106,13 @@ def keep_frames(encoder, load, utterances, folder, keep="disk"):
         made = read_all(made, set(names.values()))
     places = {u.id: (made[names[u.id]], names[u.id]) for u in utterances}
     return KeptFrames(utterances, places, encoder.width)
+
+
+@first_process
+def sweep(folder):
+    """Take away what a process left half-written that was killed; within the lock on `folder`."""
+    for path in folder.glob(f"{HALF_WRITTEN}*.safetensors"):
+        path.unlink()
 
 
 def kept_and_missing(utterances, names, folder):

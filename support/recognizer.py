@@ -149,6 +149,8 @@ def make_recognizer(folder, encoder, spec, frames, texts, steps, batch_size, see
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (SPEC, HEAD):  # or an earlier head would stand beside the new vocabulary
+        (folder / name).unlink(missing_ok=True)
     write_vocabulary(folder / SYMBOLS, texts.values())
     tokenizer = ctc_tokenizer(folder / SYMBOLS)
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 import soundfile
 
-from support.files import UserError, size_of_file
+from support.files import UserError, read_jsonl, size_of_file
 
 # ---- a manifest's rows ----
 
@@ -67,11 +67,22 @@ def checked_row(row):
         "id": get(row, "audio_filepath"),
         "text": text,
         "duration": duration,
-        "speaker": "" if speaker is None else str(speaker),
+        "speaker": "" if speaker is None else str(speaker).strip(),
         "split": split,
         "kind": kind,
         "words": None if words is None else check_words(words, text, duration or math.inf),
     }
+
+
+def speakers_of(manifest):
+    """The speakers that a JSONL manifest names, in order; its durations need not be known yet."""
+    speakers = set()
+    for number, row in read_jsonl(manifest):
+        try:
+            speakers.add(checked_row(row)["speaker"])
+        except UserError as error:
+            raise UserError(f"{manifest}:{number}: {error}") from None
+    return sorted(speakers - {""})
 
 
 def checked_duration(duration):

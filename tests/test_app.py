@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from programs import begun_anew, one_line, program
@@ -12,6 +14,7 @@ import app.microphone
 from app.drawing import DrawingOptions, draw_interleaved
 from app.generate import GenerateOptions, answer_questions
 from app.inside import attention_on_speech, hear, nearest_words
+from app.inspecting import InspectOptions, figure_of_example
 from data import load_audio, open_run
 from model import SpeechLLM
 from mtbi import RECIPES, main
@@ -214,6 +217,33 @@ def test_a_conversation_of_the_training_is_drawn(run, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_conversations_are_counted_over_all_micro_batches(run, tmp_path, monkeypatch, capsys):
+    asked, drawn = [], []
+
+    def batch(step, micro):
+        asked.append((step, micro))
+        return [SimpleNamespace(parts=[]) for _ in range(4)]
+
+    examples = SimpleNamespace(batch_size=4, accumulate=3, steps=2, batch=batch)
+    monkeypatch.setattr("app.inspecting.examples_of", lambda *_: (None, examples))
+    monkeypatch.setattr("app.inspecting.draw_example", lambda *words: drawn.append(words[-1]))
+    options = InspectOptions(str(run), example=23, recipe="mtbi")
+    figure_of_example(options, run / "mtbi")
+    assert asked == [(1, 2)] and drawn[0].endswith("conversation 11 of step 1")
+    with pytest.raises(UserError, match="counted from 0 to 23"):
+        figure_of_example(replace(options, example=24), run / "mtbi")
+
+
+def test_a_training_on_other_behaviors_is_not_shown_as_if_on_these(run, tmp_path, capsys):
+    mine = begun_anew(run, tmp_path / "trained")
+    shutil.copytree(run / "mtbi", mine / "mtbi")
+    lines = (mine / "behaviors.jsonl").read_text(encoding="utf-8").splitlines()
+    (mine / "behaviors.jsonl").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
+    words = ["inspect", str(mine), "--example", "0", "--out", str(tmp_path / "x.png")]
+    assert main(words) == 2
+    one_line(capsys, "is not what", "was trained on")
+
+
 def test_the_picture_of_the_readme_is_drawn_of_a_run(run, tmp_path):
     sentences = [u for u in open_run(run).utterances if (u.split, u.kind) == ("test", "sentence")]
     words = sentences[0].text.split()
@@ -302,6 +332,29 @@ def test_an_export_without_a_benchmark_says_so(run, tmp_path):
     assert main(["export", str(run), "--out", str(out)]) == 0
     assert "Not measured" in (out / "README.md").read_text()
     assert read_json(out / "model.json")["llm"] == "tiny"
+
+
+def test_scores_of_an_earlier_training_are_not_published_and_not_told_as_new(
+    benched_world, tmp_path, capsys
+):
+    world = shutil.copytree(benched_world, tmp_path / "world")
+    run, short = str(world / "run"), ["--steps", "1", "--batch-size", "8", "--hidden", "32"]
+    assert main(["train", run, "--recipe", "mtbi", *short, "--force"]) == 0
+    assert main(["export", run, "--recipe", "mtbi", "--out", str(tmp_path / "new")]) == 0
+    assert "no benchmark was run since it was trained" in (tmp_path / "new/README.md").read_text()
+    capsys.readouterr()
+    assert main(["info", run]) == 0
+    assert capsys.readouterr().out.count("measured before it was trained again") == 1
+
+
+def test_a_recipe_on_a_part_of_the_speech_is_asked_like_any_other(run, wav, tmp_path, capsys):
+    mine = begun_anew(run, tmp_path / "trained")
+    shutil.copytree(run / "mtbi", mine / "mtbi@10")
+    words = ["Who did it?", "--max-new-tokens", "2"]
+    assert main(["generate", str(mine), str(wav), *words]) == 0
+    assert main(["generate", str(mine), str(wav), *words, "--recipe", "mtbi@10"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_said_in_a_line(monkeypatch):

@@ -1,7 +1,12 @@
 """`prepare` reads the common corpora as they are on disk; `word-times` times their words."""
 
 import json
+import os
+import shutil
+import sys
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,6 +256,29 @@ def test_skip_bad_passes_over_what_a_reader_cannot_read(tmp_path):
     assert "has 1 columns, not 5" in skipped[0]["reason"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others allow no such names")
+def test_skip_bad_passes_over_a_file_whose_name_is_no_text(tmp_path):
+    root = text_beside(tmp_path)
+    write_sound(root / "ann0/plain.wav")
+    os.rename(root / "ann0/plain.wav", os.fsencode(root / "ann0") + b"/caf\xe9.wav")
+    (root / os.fsdecode(b"ann0/caf\xe9.txt")).write_text("a text")
+    assert len(prepared(tmp_path / "a", root, "--skip-bad")) == len(SAID)
+    [skipped] = [row for _, row in read_jsonl(tmp_path / "a" / "data" / "skipped.jsonl")]
+    assert skipped["audio_filepath"].endswith("caf\\udce9.wav")
+
+
+def test_a_speaker_whose_name_has_a_comma_can_be_held_out(tmp_path):
+    rows = []
+    for n, name in enumerate(["Smith, John", " bob ", "ann"]):
+        write_sound(tmp_path / f"{n}.wav")
+        rows.append({"audio_filepath": f"{n}.wav", "text": SAID[n], "speaker": name})
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    made = prepared(tmp_path / "a", tmp_path / "m.jsonl", "--test-speakers", "Smith, John")
+    assert [u.split for u in made] == ["test", "train", "train"]
+    made = prepared(tmp_path / "b", tmp_path / "m.jsonl", "--test-speakers", "bob, ann")
+    assert [u.split for u in made] == ["train", "test", "test"]
+
+
 def test_one_recording_under_two_names_is_one_recording(tmp_path, capsys):
     path = self_powered(tmp_path)
     with open(path, "a") as file:
@@ -491,6 +519,18 @@ def test_a_transcript_that_does_not_fit_leaves_its_row_without_times_and_is_name
     said = capsys.readouterr().out
     assert "1 could not be aligned and are never interleaved, the first: " in said
     assert f"{utterances[1].audio.name}: the transcript does not fit the audio: " in said
+
+
+def test_a_recording_that_cannot_be_read_leaves_the_others_their_word_times(utterances, tmp_path):
+    paths = [shutil.copy(u.audio, tmp_path) for u in utterances[:2]]
+    bare = write_bare(tmp_path / "mine.jsonl", [replace(utterances[0], audio=Path(paths[0]))])
+    (tmp_path / "bad.wav").write_bytes(Path(paths[1]).read_bytes()[:300])
+    row = {"audio_filepath": "bad.wav", "text": "two five", "duration": 2.0}
+    with open(bare, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert find_word_times(bare) == 0
+    found = read_manifest(tmp_path / "mine-aligned.jsonl")
+    assert [bool(u.words) for u in found] == [True, False]
 
 
 def test_word_times_say_so_when_the_ctc_model_does_not_understand(utterances, tmp_path, capsys):

@@ -34,7 +34,7 @@ from data import (
     random_spans,
     read_behaviors,
 )
-from data import read_manifest, response_tokens, transcript_tokens
+from data import normalize, read_manifest, response_tokens, transcript_tokens
 from model import SpeechLLM
 from support.files import UserError, read_jsonl
 from support.recordings import RATES, check_text_fits, check_transcript, ends_as_ogg, mp3_frame
@@ -447,6 +447,33 @@ def test_what_people_say_is_a_transcript(said, form):
     text = unicodedata.normalize(form, " ".join(said))
     check_transcript(text)
     check_text_fits(text, len(text) / 25)
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_normalized_words_keep_their_accents_and_vowel_signs(text):
+    """In whichever of the two ways they are written."""
+    found = normalize(unicodedata.normalize("NFD", text))
+    assert found == normalize(unicodedata.normalize("NFC", text)) == normalize(found)
+    marks = [c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c)[0] == "M"]
+    kept = [c for c in unicodedata.normalize("NFD", found) if unicodedata.category(c)[0] == "M"]
+    assert kept == marks
+
+
+def test_of_normalized_words_marks_and_signs_that_belong_to_no_letter_are_gone():
+    assert normalize("The  Farmer's—42!") == "the farmer s 42"
+    assert normalize("\u2b50\ufe0f yes \u0301") == "yes"
+
+
+def test_a_data_folder_behind_a_link_finds_its_recordings(tmp_path, clip):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "far" / "away")
+    soundfile.write(tmp_path / "second.wav", tone(), 16000)
+    second = {**clip, "audio_filepath": "second.wav", "split": "test", "text": "four"}
+    path = write_manifest(tmp_path, {**clip, "split": "train"}, second)
+    assert prepare(path, tmp_path / "runs" / "data") == 0
+    for where in (tmp_path / "runs", tmp_path / "far" / "away"):
+        made = read_manifest(where / "data" / "manifest.jsonl", check_audio=True)
+        assert {u.audio.name for u in made} == {clip["audio_filepath"], "second.wav"}
 
 
 def test_a_minute_of_a_language_without_spaces_is_a_transcript():

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from programs import one_line
 
 from data import Response, Speech, Task, Text, Utterance, ask, chat_parts, load_tasks
-from data import read_manifest, response_tokens
+from data import read_manifest, response_tokens, transcript_tokens
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
-from eval import repeats_instead, row_of, score, shares_of_parts
+from eval import hypothesis, repeats_instead, row_of, score, shares_of_parts
 from lab.mistakes import MISTAKES, kind_of_mistake
 from lab.statistics import read_answers
+from model import SpeechLLM
 from mtbi import main
 from support.files import read_json, write_json
 
@@ -41,6 +42,14 @@ def test_word_accuracy_by_hand():
     assert score("wer", "three red apples", "three blue apples") == pytest.approx(2 / 3)
     assert score("wer", "a", "b c d e") == 0
     assert score("wer", "", "") == 1
+
+
+def test_the_cascade_reads_small_letters_where_a_recognizer_writes_capitals_alone(llm):
+    reader = SpeechLLM(*llm)
+    for heard, read in (("RED Apples", "RED Apples"), ("RED APPLES", "red apples")):
+        transcriber = SimpleNamespace(transcribe=lambda frames, heard=heard: heard)
+        expected = transcript_tokens(reader.tokenizer, read)
+        assert hypothesis(transcriber, None, reader).ids == expected.ids
 
 
 def test_chrf_by_hand():
@@ -315,6 +324,12 @@ def test_everything_is_written(benched_world, report):
     assert set(report) == {"recipes", "samples", "meta"}
     assert list(report["recipes"]) == SYSTEMS
     assert report["meta"]["llm_is_4_bit"]
+
+
+def test_a_report_that_is_gone_is_written_again(own):
+    (own / "run" / "report.md").unlink()
+    assert main(["bench", str(own / "run"), *A_SMALL_BENCH]) == 0
+    assert (own / "run" / "report.md").exists()
 
 
 def test_answers_csv_is_a_row_for_every_answer_of_every_system(answers, report):

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -46,11 +49,13 @@ from lab.look import LookOptions, look
 from lab.memory import estimate, weight_bytes
 from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
 from lab.programs import run_program
-from lab.report import draw_samples, percent
+from lab.plots import smooth
+from lab.report import draw_samples, percent, write_table
 from lab.statistics import AT, MEASURES, TASK, over_runs, over_utterances, rows_of, task_metrics
-from lab.statistics import weighted_mean
+from lab.statistics import read_answers, weighted_mean
 from model import PRECISIONS, Connector, SpeechLLM, load_llm
 from mtbi import COMMANDS, RECIPES, main, run_command
+from support.console import exit_codes
 from support.files import UserError, read_json, write_json
 from support.hub import TINY
 from support.options import parse_options
@@ -630,6 +635,8 @@ def test_records_of_other_settings_are_never_put_beside_each_other(compared, cap
 
 def test_a_recipe_that_spoils_the_benchmark_is_left_out_of_it():
     class Spoiled:
+        failures = {}
+
         def attempt(self, words, folder, name):
             return "blsp" not in words[words.index("--recipes") + 1].split(",")
 
@@ -646,7 +653,7 @@ class Told:
     """Stands in for Jobs: (run, command, whether in a process of its own) of all it was told."""
 
     def __init__(self):
-        self.said, self.apart = [], False
+        self.said, self.apart, self.failures = [], False, {}
 
     def each(self, what, function, items):
         self.apart = True
@@ -674,6 +681,20 @@ def test_what_is_there_is_looked_at_without_a_process(tmp_path):
         ("seed-1", "train", True),
         ("seed-0", "train", False),
     ]
+
+
+def test_a_recipe_whose_states_were_not_kept_is_named_and_does_not_spoil_the_others(tmp_path):
+    jobs, run = Told(), OneRun("seed-0", (), 0)
+    for step in STEPS:
+        state = tmp_path / "seed-0" / "asr" / "state" / f"{step:08d}.safetensors"
+        state.parent.mkdir(parents=True, exist_ok=True)
+        state.touch()
+    asked = []
+    jobs.attempt = lambda words, folder, name: asked.append(words[words.index("--step") + 1 :])
+    RunAll(CompareOptions(out=str(tmp_path)), jobs).bench_on_the_way(run, ["mtbi", "asr"], [])
+    assert [words[:3] for words in asked] == [[str(step), "--recipes", "asr"] for step in STEPS]
+    [(what, why)] = jobs.failures.items()
+    assert what == "seed-0/mtbi on the way" and "states were not kept" in why
 
 
 def test_a_comparison_of_nothing_is_refused(tmp_path, capsys):
@@ -710,6 +731,38 @@ def test_leaving_each_speaker_out_is_a_run_for_each(data, tmp_path):
         ("without-joe", ("--test-speakers", "joe"), 0),
     ]
     assert [run.seed for run in runs_of(CompareOptions(out="out"))] == [0, 1, 2]
+
+
+def test_speakers_whose_names_leave_the_same_letters_have_runs_of_their_own(data, tmp_path):
+    manifest = speakers_manifest(data, tmp_path / "all.jsonl", ["李", "王", "a.b", "a-b", "joe"])
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        del row["duration"]  # which `prepare` measures
+    manifest.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    options = CompareOptions(out="out", speech=str(manifest), leave_one_speaker_out=True)
+    names = [run.name for run in runs_of(options)]
+    assert len(set(names)) == 5 and "without-joe" in names
+
+
+# ---- tables that were written ----
+
+
+def test_a_table_of_answers_is_read_as_it_was_written(tmp_path, benched_world):
+    answers = read_answers(benched_world / "run" / "answers.csv")
+    said = ["one\rtwo", "a\nb", '"quoted", so', "None", "007", "", " x "]
+    answers.loc[: len(said) - 1, "answer"] = said
+    write_table(tmp_path / "answers.csv", answers)
+    pandas.testing.assert_frame_equal(read_answers(tmp_path / "answers.csv"), answers)
+
+
+def test_where_nobody_was_asked_to_repeat_there_is_no_word_accuracy_and_no_error(benched_world):
+    answers = read_answers(benched_world / "run" / "answers.csv")
+    nothing = answers[answers["task"] == "no such task"]
+    assert over_utterances(rows_of(nothing, "word accuracy on one wording", ()))["n"] == 0
+
+
+def test_a_training_of_which_every_step_was_skipped_has_no_curve():
+    assert smooth([{"step": 0, "loss": None}]) == ([], [], None)
 
 
 # ---- plan ----
@@ -1049,11 +1102,33 @@ def test_a_drop_is_not_blurred_by_how_high_the_scores_are():
         assert found["ci95"] == pytest.approx([0.0, 0.0])
 
 
+# ---- programs beside the commands ----
+
+
+def test_a_program_that_is_stopped_says_nothing_more(monkeypatch):
+    def stopped(_):
+        """Nothing."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["look", "run"])
+    assert run_program("look", LookOptions, stopped) == 130
+
+
+def test_who_is_asked_to_end_asks_the_processes_it_waits_for():
+    child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", child])
+    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(KeyboardInterrupt):
+        exit_codes([process])
+    assert process.returncode in (7, -15)
+
+
 # ---- the dose-response of the tiny world ----
 
 
 @pytest.mark.parametrize("text", ["", "0.3,much", "1.5", "nan", "0.6:2", "0.6:x"])
 def test_doses_that_are_none_are_named(text):
+    assert len(parse_doses("0.3,0.3:0.5,0")) == 2, "named twice"
     with pytest.raises(UserError, match=f"--doses {text}"):
         parse_doses(text)
 
@@ -1071,6 +1146,8 @@ def test_a_dose_is_read_off_its_comparison_and_drawn(tmp_path, capsys):
         shutil.copy(ROOT / "tiny/measured.json", folder)
     pretrain_missing(tmp_path, doses, pretrain=1.0)
     assert "tiny.pretrain" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="made with --pretrain 1, and 0.5 is asked for; name"):
+        pretrain_missing(tmp_path, doses, pretrain=0.5)
 
     rows = [row_of_dose(tmp_path, dose) for dose in doses]
     assert set(rows[0]["systems"]) == {"cascade", "mtbi", "asr"}

@@ -11,12 +11,12 @@ from programs import one_line
 
 import corpora.word_times
 from corpora.recognizing import RecognizerOptions
-from corpora.word_times import meet_midway, pauses_in
+from corpora.word_times import meet_midway, pauses_in, spell
 from data import SAMPLE_RATE, normalize, read_manifest
 from model import encode_all, fingerprint_of_encoder, load_encoder
 from mtbi import main
 from support.files import UserError, read_json, write_json
-from support.recognizer import is_recognizer, make_recognizer
+from support.recognizer import ctc_tokenizer, is_recognizer, make_recognizer, write_vocabulary
 
 SHORT = ["--steps", "60", "--batch-size", "8"]
 
@@ -70,6 +70,24 @@ def test_a_damaged_one_is_refused(own, capsys):
     (folder / "head.safetensors").write_bytes(b"junk")
     assert main(["word-times", str(own / "data"), "--asr", str(folder), "--force"]) == 2
     one_line(capsys, "head.safetensors", "recognizer")
+
+
+def test_one_that_was_interrupted_leaves_nothing_of_an_earlier_one(own, monkeypatch):
+    """Or its head would stand beside another vocabulary."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("support.recognizer.train_head", stop)
+    assert main(["recognizer", str(own / "data"), *SHORT, "--force"]) == 130
+    folder = own / "data" / "recognizer"
+    assert not is_recognizer(folder) and not (folder / "head.safetensors").exists()
+
+
+def test_vowel_signs_are_letters_that_can_be_spelled(tmp_path):
+    write_vocabulary(tmp_path / "vocab.json", [normalize("हिन्दी में")])
+    ids = spell(ctc_tokenizer(tmp_path / "vocab.json"), "हिन्दी,")
+    assert len(set(ids)) == len(set("हिन्दी")) and None not in ids
 
 
 def test_one_made_for_another_encoder_is_refused(own):

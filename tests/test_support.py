@@ -34,7 +34,7 @@ from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_llm
 from support.answers import answer_all, answer_in_memory
 from support.console import TIMES, timed
 from support.files import UserError, WriteError, explained, fingerprint, fingerprint_of_file
-from support.files import mend_jsonl, nearest_existing
+from support.files import HALF_WRITTEN, mend_jsonl, nearest_existing
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
 from support.frames import fingerprint_of_audio
 from support.hub import fingerprint_of_weights
@@ -650,6 +650,15 @@ def test_a_recording_is_encoded_once_whatever_its_name_and_again_when_it_changes
     write_audio(copies[2].audio, load_audio(copies[2].audio) / 2)
     encode_all(encoder, copies, tmp_path / "features")
     assert heard.files[3:] == [str(copies[2].audio)]
+
+
+def test_what_a_killed_process_left_half_written_is_taken_away(encoder, copies, tmp_path):
+    folder = tmp_path / "features" / encoder.fingerprint
+    folder.mkdir(parents=True)
+    left = folder / f"{HALF_WRITTEN}1-abc.safetensors"
+    left.write_bytes(b"half")
+    encode_all(encoder, copies, tmp_path / "features")
+    assert not left.exists() and list(folder.glob("*.safetensors"))
 
 
 def test_another_encoder_has_another_fingerprint(encoder):

@@ -2,6 +2,8 @@
 
 from safetensors import safe_open
 
+from support.files import write_text
+
 from . import speech
 
 CARD = """# The tiny world's two checkpoints
@@ -71,7 +73,7 @@ def write_card(folder, figures):
         ctc_delay=figures["ctc_delay"],
         rows="\n".join(rows),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
 
 
 def millions_of_parameters(path):

@@ -9,6 +9,8 @@ import random
 import torch
 from tqdm import tqdm
 
+from support.files import write_text
+
 from . import speech, world
 from .pretrain_data import applies, conversation, extract, pad_speech, render_utterances
 from .pretrain_models import DEVICE
@@ -197,7 +199,7 @@ def measure_delay(folder, utterances=150, seed=2):
 
     config = json.loads((folder / "config.json").read_text())
     config["ctc_delay"] = round(sorted(late)[len(late) // 2], 3)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return config["ctc_delay"]
 
 

@@ -27,8 +27,8 @@ import torch
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from support.console import stop_signals
-from support.files import UserError, fingerprint
+from support.console import exit_codes, stop_signals
+from support.files import UserError, WriteError, fingerprint, write_text
 from support.runs import delete_made
 from support.states import load_state, save_state
 
@@ -123,6 +123,9 @@ def run_phase(model, phase, out, draw_batches, loss_of):
     progress = load_state(phase.folder(out), parameters, optimizer, PhaseProgress())
     if progress.step == phase.steps:
         return
+    for p, state in optimizer.state.items():  # a state is read to the CPU
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = state[moment].to(p.device)
     optimizer.param_groups[0]["initial_lr"] = phase.lr
     scheduler = get_cosine_schedule_with_warmup(
         optimizer, phase.warmup, phase.steps, last_epoch=progress.step - 1
@@ -325,7 +328,7 @@ def main():
     measured = args.out / "measured.json"
     if measured.exists():
         figures = json.loads(measured.read_text()) | figures
-    measured.write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(measured, json.dumps(figures, indent=1) + "\n")
     if {"llm_steps", "llm_4_bits", "encoder_steps", "encoder_wer"} <= set(figures):
         write_card(args.out, figures)
 
@@ -381,8 +384,7 @@ def build_side_by_side():
     for only in ("llm", "encoder"):
         command = [sys.executable, "-m", "tiny.pretrain", *sys.argv[1:], "--only", only]
         builds.append(subprocess.Popen(command, env=environment))
-    with stop_signals():  # Ctrl-C reaches both, and each saves a state
-        return max(build.wait() for build in builds)
+    return max(exit_codes(builds))  # stopped, each saves a state
 
 
 def llm_figures(args):
@@ -393,6 +395,7 @@ def llm_figures(args):
         pretrain_llm(args.out, args.seed, args.share, args.hesitant, args.blended)
         figures["llm_hesitant"] = args.hesitant
         figures["llm_blended"] = args.blended
+        figures["llm_share"] = args.share
         figures["llm_steps"] = [round(args.share * steps) for steps, *_ in LLM_PHASES]
         figures["llm_time"] = elapsed(since)
 
@@ -440,7 +443,7 @@ def elapsed(since):
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, WriteError, OSError) as error:
         sys.exit(f"pretrain: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

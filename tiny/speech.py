@@ -4,6 +4,7 @@ espeak-ng reports each word as an event with its position in the audio, so word 
 estimated.
 """
 
+import atexit
 import ctypes
 import shutil
 import tempfile
@@ -79,8 +80,10 @@ def _library():
     espeak = ctypes.CDLL(espeakng_loader.get_library_path())
     data = espeakng_loader.get_data_path()
     if len(data) > 120:  # espeak-ng has room for a path of 160 characters, file names included
-        folder = Path(tempfile.gettempdir()) / "espeak-ng-data"
-        data = str(shutil.copytree(data, folder, dirs_exist_ok=True))
+        # a copy for each process: of one for all, one would read what another is writing
+        folder = tempfile.mkdtemp(prefix="espeak-ng-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        data = str(shutil.copytree(data, Path(folder) / "espeak-ng-data"))
     rate = espeak.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data.encode(), _DO_NOT_EXIT)
     if rate <= 0:
         raise RuntimeError("espeak-ng could not be started; is the package espeakng-loader whole?")
