@@ -82,7 +82,7 @@ def at_sample_rate(samples, rate):
 
 
 def write_audio(path, samples):
-    with whole_file(path) as temporary:
+    with whole_file(path, lasting=False) as temporary:  # there are thousands
         soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE)
 
 

@@ -63,9 +63,10 @@ def writing(path):
 
 
 @contextmanager
-def whole_file(path):
+def whole_file(path, lasting=True):
     """Yields a temporary path beside `path`; renames it on success, removes it on failure.
 
+    lasting: also if the power fails at that moment; it takes some milliseconds.
     WriteError, and what was there before stays, if the disk is full or the folder read-only.
     """
     path = Path(path)
@@ -75,7 +76,8 @@ def whole_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            put_on_disk(temporary)
+            if lasting:
+                put_on_disk(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
