@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data import SAMPLE_RATE, load_audio
 from support.console import progress_bar
-from support.files import HALF_WRITTEN, UserError, first_line, write_jsonl, writing
+from support.files import HALF_WRITTEN, UserError, first_line, whole_file, write_jsonl
 from support.runs import alone
 
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
@@ -88,8 +88,11 @@ def unpack(archive, folder):
                 continue
             digit, speaker, number = found.groups()
             name = f"{digit}_{speaker}_{number}.wav"
-            with writing(folder / name), open(folder / name, "wb") as file:
-                file.write(tar.extractfile(member).read())
+            recording = tar.extractfile(member).read()
+            if (folder / name).exists() and (folder / name).read_bytes() != recording:
+                raise UserError(f"{folder / name}: is there already, and is another recording")
+            with whole_file(folder / name, lasting=False) as temporary:
+                temporary.write_bytes(recording)
             seconds = len(load_audio(folder / name)) / SAMPLE_RATE
             rows.append(
                 {
