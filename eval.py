@@ -30,7 +30,7 @@ from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json_if_whole, write_json
 from support.frames import fingerprint_of_audio
-from support.hub import named
+from support.hub import free_memory, named
 from support.options import Count, RunFolder, Seed
 from support.processes import first_process
 from support.runs import alone, begin, finish, fingerprint_of_training, recipes_to_bench
@@ -350,6 +350,7 @@ class Trained(System):
 
     def unload(self):
         self.model = self.frames = None
+        free_memory()  # or an LLM with an adapter would be there beside the next one
 
     def parts(self, utterance):
         return [Speech(self.frames[utterance.id])]

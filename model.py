@@ -35,7 +35,7 @@ from support.files import whole_file, write_json
 from support.frames import keep_frames
 from support.hub import PackedHead, check_frames, check_row_widths, check_tokenizer
 from support.hub import check_vocabulary, keep_embeddings_on_host
-from support.hub import fingerprint_of_tensors, fingerprint_of_weights
+from support.hub import fingerprint_of_tensors, fingerprint_of_weights, free_memory
 from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
 from support.hub import load_in_places, local_or_fetched, located, pack_head, save_adapter
 from support.processes import DEVICE, first_process
@@ -289,7 +289,7 @@ class HuggingFaceEncoder(nn.Module):
             inputs[key] = torch.cat([p.inputs[key] for p in pieces]).to(self.device)  # (B, ...)
         try:
             out = self.model(**inputs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # which say nothing of the clip
             raise
         except (RuntimeError, ValueError) as error:
             # how convolutions say that the input is shorter than they are
@@ -356,9 +356,10 @@ class HuggingFaceEncoder(nn.Module):
     @cached_property
     def fingerprint(self):
         """Of the weights, the feature extractor, and the padding option."""
-        return fingerprint_of_tensors(
-            self.model.state_dict().values(), (self.extractor.to_dict(), self.pad_whisper)
-        )
+        weights = self.model.state_dict().values()
+        if self.is_whisper:  # whose weights are fp16 on a GPU and fp32 on a CPU
+            weights = (w.half() for w in weights)
+        return fingerprint_of_tensors(weights, (self.extractor.to_dict(), self.pad_whisper))
 
 
 # ---- connectors: encoder frames in, speech tokens out; what stage 2 trains ----
@@ -602,6 +603,7 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
     8 = LLM.int8, 16 = not quantized. head_bits: of that projection, 4 or 16. embeddings: where
     their table is, "gpu" or "host", which changes no result.
     """
+    free_memory()  # of an LLM that was there before
     where = located(name, "llm")
     compute = PRECISIONS[compute_precision(precision, name)]
     tokenizer = load_or_explain(AutoTokenizer, where, "LLM")
@@ -651,7 +653,8 @@ def fingerprint_of_llm(llm, tokenizer):
     text = llm.config.get_text_config()  # of a model that also sees, the part that reads
     weights = [llm.get_input_embeddings().weight[:64]]
     weights += [p for name, p in llm.named_parameters() if "norm" in name]
-    weights = [w.to(torch.bfloat16) for w in weights]  # whatever precision it was loaded in
+    # by what bf16 and fp16 both can hold, whatever precision it was loaded in
+    weights = [w.to(torch.float16).to(torch.bfloat16) for w in weights]
     shape = (text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)
     if has_packed_head(llm):
         shape += ("projection in NF4",)

@@ -35,7 +35,6 @@ from typing import Annotated, ClassVar, Literal
 gc.disable()  # a second less: a million objects of libraries are made, and none is garbage
 
 import support  # noqa: F401  first: torch reads what it sets
-import torch
 import transformers
 
 import app.chat
@@ -60,7 +59,7 @@ from eval import BenchOptions, measure_all, plan_bench
 from lab.mistakes import Mistakes
 from model import SpeechLLM, compute_precision, llm_of, shared_llm
 from support.answers import answer_all, forget_parts
-from support.console import say_device, timed, want_of_memory
+from support.console import is_out_of_memory, say_device, timed, want_of_memory
 from support.files import PROJECT, UserError, WriteError, fingerprint, fingerprint_of_file
 from support.files import relative, write_jsonl
 from support.hub import fingerprint_of_weights, named
@@ -603,7 +602,9 @@ def main(words=None):
     except (UserError, WriteError, OSError) as error:
         print(f"mtbi: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, WriteError) else 2
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"mtbi: {want_of_memory(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

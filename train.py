@@ -22,7 +22,7 @@ from model import LOSSES, SpeechLLM, check_size, compute_precision, connector_cl
 from model import fingerprint_of_encoder, llm_of, load_encoder, load_llm, shared_llm
 from support.adam import RoomyAdamW
 from support.ahead import ahead
-from support.console import progress_bar, say_device, stop_signals, timed
+from support.console import is_out_of_memory, progress_bar, say_device, stop_signals, timed
 from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
 from support.frames import FramesAtEveryUse, fingerprint_of_audio
 from support.hub import fingerprint_of_weights, named, parameters_of
@@ -221,7 +221,10 @@ def build(run, utterances, recipe, options):
     encoder = load_encoder(options.encoder, options.pad_whisper)
     # the frames come before the LLM, which needs the memory
     frames = encode_all(encoder, utterances, run.data / "features", options.cache_features)
-    load = load_llm if recipe.lora else shared_llm  # an LLM with an adapter is nobody else's
+    load = shared_llm
+    if recipe.lora:
+        shared_llm.cache_clear()  # with an adapter it is nobody else's, and two may be too many
+        load = load_llm
     llm = load(*llm_of(run.options, options.precision))
     spec = {
         "llm": run.options["llm"],
@@ -454,7 +457,10 @@ def steps_ahead(examples, first):
 
     def make(step):
         pieces = pieces_of_step(examples, step)
-        return [piece.pinned() for piece in pieces] if on_gpu else pieces
+        try:
+            return [piece.pinned() for piece in pieces] if on_gpu else pieces
+        except RuntimeError:  # no more memory may be pinned; it only saves time
+            return pieces
 
     return ahead(make, range(first, examples.steps), threads=int(on_gpu and kept))
 
@@ -488,7 +494,9 @@ def step_gradients(model, pieces, progress, loss="ce"):
         try:
             mean = accumulate_gradients(model, fitting, tokens, loss, progress.loss_scale)
             break
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             why = first_line(error)
         halve_pieces(model, fitting, progress, why)
     add_up_gradients(model.trainable().values())

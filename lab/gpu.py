@@ -8,7 +8,6 @@ them together gpu.json and gpu.md, the tables of docs/gpu.md. Without a GPU the 
 measured with the smallest shapes, so that the program itself can be tried.
 """
 
-import gc
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from lab.step import random_llm, random_whisper, seconds_of, wait_for_device
 from model import PRECISIONS, HuggingFaceEncoder, compute_precision
 from support.ahead import READERS, ahead
 from support.files import PROJECT, UserError, first_line, read_json, whole_file, write_json
+from support.hub import free_memory
 from support.options import Count
 from support.processes import DEVICE
 
@@ -181,7 +182,7 @@ def measure_rows(options):
             if made[1] is None:
                 made = make_llm(row.llm, row.frugal), (row.llm, row.frugal)
             found = measure(row, made[0], folder)
-        except (RuntimeError, ValueError) as error:  # torch's, too little memory among them
+        except (RuntimeError, ValueError, UserError) as error:  # too little memory among them
             found = {"failed": first_line(error)}
         write_json(path, {**describe_device(), **found, "row": row.name})
         said = found.get("failed", "measured")
@@ -211,12 +212,6 @@ def rows_in(folder):
         if path.exists():
             found[row.name] = read_json(path, "device")
     return found
-
-
-def free_memory():
-    gc.collect()
-    if ON_GPU:
-        torch.cuda.empty_cache()
 
 
 def make_llm(name, frugal):
@@ -300,6 +295,8 @@ def speed_of_encoder(name):
     one_by_one, together = seconds_of(hear_all), seconds_of(hear_groups_of_them)
     if encoder.left_gpu:
         raise ValueError("out of memory: it heard on the CPU")
+    if ON_GPU and encoder.seconds_at_once < at_once * seconds:
+        raise ValueError(f"out of memory with {at_once} clips at once")
     return {
         "encoder": name,
         "audio_hours_an_hour": clips * seconds / one_by_one,
@@ -311,16 +308,18 @@ def speed_of_encoder(name):
 
 def time_demo(folder):
     """Wall time of the tiny world's demo; its short form where there is no GPU."""
-    words = ["demo", "--out", str((folder / "demo").resolve())]
-    if not ON_GPU:
-        words.append("--short")
-    start = time.perf_counter()
-    command = [sys.executable, str(PROJECT / "mtbi.py"), *words]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    with TemporaryDirectory(dir=folder) as anew:  # or it would go on where an earlier one stopped
+        words = ["demo", "--out", str(Path(anew).resolve() / "demo")]
+        if not ON_GPU:
+            words.append("--short")
+        start = time.perf_counter()
+        command = [sys.executable, str(PROJECT / "mtbi.py"), *words]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise ValueError(f"the demo ended with {done.returncode}: {' '.join(last)}")
-    return {"short": not ON_GPU, "seconds": time.perf_counter() - start}
+    return {"short": not ON_GPU, "seconds": seconds}
 
 
 # ---- the page ----

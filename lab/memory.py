@@ -254,6 +254,11 @@ def estimate(
         "activations": activation_bytes(llm, adapted, body, micro_batch, width),
         "unpacked": unpacked,
     }
+    if bits == 8:  # LLM.int8 keeps the inputs of its layers, with checkpointing, too
+        text = llm_config.get_text_config()
+        inputs = 3 * text.hidden_size + text.intermediate_size  # of queries, output, up, down
+        positions = batch * micro_batch.positions(k)
+        parts["activations"] += text.num_hidden_layers * inputs * positions * dtype.itemsize
     counts = {"trained_parameters": trained, "k": k, "positions": micro_batch.positions(k)}
     return {**parts, "peak": sum(parts.values()), **counts}
 

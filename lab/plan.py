@@ -63,7 +63,8 @@ def plan(options):
 
     best = best_fit(options, llm_config, encoder, room)
     print_table(options, llm_config, best, other_rows(options, encoder_config, encoder, best))
-    answered = answers_at_once(options, llm_config, best.parts["weights"], room)
+    weights = best.parts["weights"] + best.parts["unpacked"]
+    answered = answers_at_once(options, llm_config, weights, room)
     if best.fits and answered:
         print_commands(options, best, answered)
         return
@@ -141,7 +142,8 @@ def largest_fit(estimated, batch_size, checkpointing, room, frugal=False):
 def answers_at_once(options, llm_config, weights, room):
     """How many transcripts stage 1 can answer at once within `room` bytes; 0: not one."""
     transcript = round(options.seconds * TRANSCRIPT_RATE)  # tokens
-    tokens = options.prompt_tokens + transcript + options.answer_tokens
+    # a second turn is about another transcript, after the first one's answer
+    tokens = options.prompt_tokens + 2 * (transcript + options.answer_tokens)
     dtype = PRECISIONS[options.precision]
     for batch in (128, 64, 32, 16, 8, 4, 2, 1):
         if behaviors_bytes(llm_config, weights, dtype, batch, tokens) <= room:

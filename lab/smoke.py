@@ -28,7 +28,7 @@ from torch import nn
 
 from data import Example, Recipe, Response, Speech, Text, Utterance, load_audio, write_audio
 from lab.step import version_of
-from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_encoder, load_llm
+from model import PRECISIONS, HuggingFaceEncoder, SpeechLLM, encode_all, load_encoder, load_llm
 from support.answers import answer_in_memory
 from support.files import PROJECT, UserError, first_line, read_jsonl
 from support.processes import DEVICE
@@ -144,6 +144,30 @@ def peak_of(action):
 def nf4_is_right(_):
     """NF4 gives what its unpacked weights give, forward and backward."""
     return against_unpacked(tiny_model(4))
+
+
+@torch.no_grad()
+def nf4_products_are_right(_):
+    """Of one packed layer, in each precision, for few rows and for many: they have own kernels."""
+    from bitsandbytes.nn import Linear4bit
+
+    said = []
+    for name, tolerance in (("fp32", 1e-3), ("bf16", 0.02), ("fp16", 0.02)):
+        dtype = PRECISIONS[name]
+        if ON_GPU and name == "bf16" and not torch.cuda.is_bf16_supported(False):
+            continue
+        generator = torch.Generator().manual_seed(0)
+        layer = Linear4bit(2048, 2048, bias=False, compute_dtype=dtype, quant_type="nf4")
+        layer.weight.data.copy_(0.02 * torch.randn(2048, 2048, generator=generator))
+        layer = layer.to(dtype).to(DEVICE)
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # see model.load_llm
+            layer.support_avx512bf16_for_cpu = False
+        whole = unpacked(layer).weight
+        for rows in (1, 6, 64, 400):
+            x = torch.randn(rows, 2048, generator=generator).to(DEVICE, dtype)
+            within(layer(x), x.float() @ whole.T, tolerance, f"products of {rows} rows, {name}")
+        said.append(name)
+    return f"1 to 400 rows in {', '.join(said)}"
 
 
 def against_unpacked(model):
@@ -264,6 +288,7 @@ def fp16_with_embeddings_on_the_host_scales_its_loss(folder):
     train(model, OneStep(conversations(model)), folder, lr=1e-3)
     _, about = read_state(saved_states(folder)[0])
     progress = Progress(**json.loads(about["progress"]))
+    assert progress.skipped < progress.step, "no step was taken"
     scale = FIRST_SCALE / 2**progress.skipped  # a step that overflows is skipped and halves it
     assert progress.loss_scale == scale > 1, f"the scale is {progress.loss_scale:g}, not {scale:g}"
     return f"the scale is {progress.loss_scale:g} after {progress.step} steps"
@@ -351,7 +376,8 @@ def frames_are_the_same_from_disk(folder):
 
 def clips_heard_together(folder):
     """Clips of equal length go through the encoder together, with the frames of each alone."""
-    encoder = load_encoder("tiny")
+    encoder = load_encoder("tiny").to(DEVICE)  # where another check may have left it
+    assert encoder.device.type == torch.device(DEVICE).type, "the encoder is not on the card"
     samples = [load_audio(u.audio) for u in some_speech(folder, (4.0, 4.0, 4.0))]
     alone = [encoder(own) for own in samples]
     calls = []
@@ -600,6 +626,7 @@ UPDATE = "update the driver, torch and bitsandbytes (pip install -r requirements
 BATCH = "choose a --batch-size that `plan` says fits, and twice the --accumulate"
 CHECKS = [
     Check(nf4_is_right, f"{UPDATE}, or use --bits 16"),
+    Check(nf4_products_are_right, f"{UPDATE}, or use --bits 16"),
     Check(projection_in_nf4_is_right, "leave --head-bits at 16"),
     Check(adapter_leaves_the_projection_alone, "use --lora 0, or leave --head-bits at 16"),
     Check(int8_is_close, f"{UPDATE}, or use --bits 4"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.console import progress_bar
+from support.console import is_out_of_memory, progress_bar
 from support.files import UserError, checksum_of, first_line, mend_jsonl, read_jsonl
 from support.files import write_json, writing
 from support.processes import MAIN, RANK, mine, wait
@@ -61,7 +61,9 @@ def answer_in_memory(model, conversations, max_new_tokens):
     """generate_rows; where the GPU's memory does not suffice, in two halves."""
     try:
         return model.generate_rows(conversations, max_new_tokens)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         why = first_line(error)
     half = len(conversations) // 2
     if not half:

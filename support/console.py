@@ -50,6 +50,13 @@ def say_device():
     print(f"device: {DEVICE} ({torch.get_num_threads()} threads), because {why}{shared}")
 
 
+def is_out_of_memory(error):
+    """Whether a RuntimeError of torch says so: not all of them are OutOfMemoryErrors."""
+    said = str(error)
+    is_one = isinstance(error, torch.OutOfMemoryError)
+    return is_one or "out of memory" in said or "ALLOC_FAILED" in said
+
+
 def want_of_memory(error):
     """What is said of a torch.OutOfMemoryError that nothing could be done about."""
     return (

@@ -3,6 +3,7 @@
 Weights come from safetensors only, code comes from transformers only.
 """
 
+import gc
 import hashlib
 import logging
 import os
@@ -424,6 +425,17 @@ def check_row_widths(llm, name):
 
 
 # ---- names of weights ----
+
+
+def free_memory():
+    """Have what nobody uses any more leave the memory.
+
+    A packed layer and its weight know each other (bitsandbytes), so that Python finds them only
+    when it looks for circles, and it does not look because a GPU is full.
+    """
+    gc.collect()
+    if DEVICE != "cpu":
+        torch.cuda.empty_cache()
 
 
 def fingerprint_of_tensors(tensors, more, samples=1024):

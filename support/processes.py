@@ -6,6 +6,7 @@ alone writes files and talks. With one process, the usual case, every function h
 """
 
 import os
+from datetime import timedelta
 from functools import lru_cache, wraps
 
 import torch
@@ -22,8 +23,12 @@ if torch.cuda.is_available():
 
 @lru_cache(maxsize=1)
 def process_group():
-    """The process group: NCCL between GPUs, gloo between CPUs."""
-    return PartialState(cpu=DEVICE == "cpu")
+    """The process group: NCCL between GPUs, gloo between CPUs.
+
+    Its processes wait for each other as long as need be: for the one that encodes more speech, or
+    on a folder in which another command is at work.
+    """
+    return PartialState(cpu=DEVICE == "cpu", timeout=timedelta(days=7))
 
 
 def wait():
@@ -79,13 +84,9 @@ def anyone(flag):
 
 
 def add_up_gradients(parameters):
-    """Replace every gradient by its sum over all processes: one message for all of them."""
+    """Replace every gradient by its sum over all processes, one after the other."""
     if WORLD == 1:
         return
-    gradients = []
     for p in parameters:
         # a process may have had nothing to do
-        gradients.append(torch.zeros_like(p) if p.grad is None else p.grad)
-    total = add_up(torch.cat([g.flatten() for g in gradients]))
-    for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
-        p.grad = part.reshape(p.shape)
+        p.grad = add_up(torch.zeros_like(p) if p.grad is None else p.grad)

@@ -14,6 +14,7 @@ from checkpoints import too_little_memory_at_first
 from conftest import shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import model as models
 from data import Recipe, Response, Speech, Text, Utterance, ask, chat_parts, interleave
@@ -21,6 +22,7 @@ from data import load_audio, read_manifest, response_tokens, transcript_tokens
 from lab.model_shapes import find_config
 from model import CONNECTORS, ENCODERS, IGNORE, LOSSES, Connector, ConnectorBody, SpeechLLM
 from model import HuggingFaceEncoder, embedding_rms, encode_all, fingerprint_of_encoder
+from model import fingerprint_of_llm
 from model import load_encoder, load_llm, shared_encoder
 from support.chat_template import render_chat
 from support.files import UserError, read_json, write_json
@@ -477,6 +479,35 @@ def test_bitsandbytes_unpacks_rows_of_any_width_on_a_cpu():
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
     unpacked = bitsandbytes.functional.dequantize_4bit(packed, state)
     assert (unpacked - weight).norm() < 0.12 * weight.norm()
+
+
+def test_an_encoder_has_one_name_in_the_precisions_of_a_gpu_and_of_a_cpu(tmp_path):
+    """A Whisper encoder is fp16 on the one and fp32 on the other."""
+    ears = HuggingFaceEncoder(save_encoder(tmp_path, "whisper"))
+    name = ears.fingerprint
+    del ears.fingerprint  # a fingerprint is taken once
+    ears.model.half()
+    assert ears.fingerprint == name
+    del ears.fingerprint
+    with torch.no_grad():
+        ears.model.layers[0].fc1.weight += 1
+    assert ears.fingerprint != name
+
+
+def test_an_llm_has_one_name_in_bf16_fp16_and_fp32(tmp_path):
+    """Though a small number of a checkpoint in bf16 loses digits in fp16."""
+    folder = save_llm(tmp_path, "qwen2")
+    whole = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for key, w in whole.items():
+        noise = 0.02 * torch.randn(w.shape, generator=generator)
+        noise.view(-1)[0] = 1.2345e-6
+        whole[key] = noise.to(torch.bfloat16)
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    names = {}
+    for precision in ("bf16", "fp16", "fp32"):
+        names[precision] = fingerprint_of_llm(*load_llm(str(folder), 16, precision))
+    assert len(set(names.values())) == 1, names
 
 
 def test_where_bitsandbytes_does_not_work_the_llm_runs_unquantized_and_says_so(monkeypatch, capsys):
