@@ -444,30 +444,29 @@ def draw_dialogues(cases, answers, n, seed):
     its own, that and the task may, by chance, be those of the first.
     """
     rng = random.Random(f"dialogues-{seed}")
-    drawn = []
-    about = {}
+    about = {}  # utterance id -> which cases are about it
     for i, case in enumerate(cases):
         about.setdefault(case.utterance.id, []).append(i)
-    everything = range(len(cases))
+    drawn = []
     for kind in DIALOGUES:
-        again = kind == "speech_then_text_question"
-        firsts = []
-        for case in cases:
-            if again:
-                # of its speech, and of another task: or the answer would stand there already
-                about_it = about[case.utterance.id]
-                firsts.append([j for j in about_it if cases[j].task is not case.task])
-            else:
-                firsts.append(everything)  # in which it stands itself: it takes one more
-        fitting = [i for i in everything if len(firsts[i]) > (0 if again else 1)]
+        fitting = [i for i in range(len(cases)) if first_turns(cases, i, kind, about)]
         for i in rng.sample(fitting, min(n, len(fitting))):
-            first = rng.choice([j for j in firsts[i] if j != i])
-            before = cases[first]
-            case = cases[i]
+            first = rng.choice(first_turns(cases, i, kind, about))
+            before, case = cases[first], cases[i]
             spoken = kind != "text_then_speech"
+            again = kind == "speech_then_text_question"
             earlier = (before.prompt, before.utterance, spoken, answers[first])
             drawn.append(Case(case.utterance, case.task, case.prompt, kind, earlier, again))
     return drawn
+
+
+def first_turns(cases, i, kind, about):
+    """Which cases may come before case i in a conversation of this kind."""
+    if kind != "speech_then_text_question":
+        return [j for j in range(len(cases)) if j != i]
+    # about the same speech, and of another task: or the answer would stand there already
+    case = cases[i]
+    return [j for j in about[case.utterance.id] if cases[j].task is not case.task]
 
 
 class Questions:
