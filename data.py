@@ -641,7 +641,7 @@ class Examples:
     """
 
     tokenizer: object
-    utterances: list  # those of the training split; from __post_init__ on, those trained on
+    utterances: list  # those of the training split; trained on are those of `trained_on`
     behaviors: list
     frames: object  # {utterance id: frames (T, D_encoder)}
     recipe: Recipe
@@ -656,7 +656,7 @@ class Examples:
     def __post_init__(self):
         self.by_id = {u.id: u for u in fewer(self.of_its_kinds(), self.recipe.speech)}
         self.sort_behaviors()
-        self.utterances = [self.by_id[i] for i in self.about]
+        self.trained_on = [self.by_id[i] for i in self.about]
         self.check()
         # A step asks for a batch or more of a bucket, and the next step for their neighbours.
         self.bucket = lru_cache(maxsize=2)(self.draw_bucket)
@@ -708,13 +708,13 @@ class Examples:
                 "a recipe with text-only examples trains an adapter; with --lora 0 there is "
                 "nothing in them to train"
             )
-        if len(self.utterances) < self.batch_size:
+        if len(self.trained_on) < self.batch_size:
             raise UserError(
-                f"{len(self.utterances)} utterances have behaviors for this recipe, fewer than one "
+                f"{len(self.trained_on)} utterances have behaviors for this recipe, fewer than one "
                 f"batch of {self.batch_size}: prepare more speech, lower --batch-size, or see that "
                 "the task table has the recipe's tasks"
             )
-        if recipe.interleave and not any(u.words for u in self.utterances):
+        if recipe.interleave and not any(u.words for u in self.trained_on):
             print("interleaving is off: no utterance of this data has word times")
         if recipe.mixed and not self.dialogues:
             print("mixed-modal turns are off: `behaviors` asked no questions of two turns")
@@ -722,7 +722,7 @@ class Examples:
     @property
     def per_epoch(self):
         """Batches an epoch."""
-        return len(self.utterances) // self.batch_size
+        return len(self.trained_on) // self.batch_size
 
     def batch(self, step, micro=0):
         """The examples of micro-batch `micro` of step `step`."""
@@ -761,9 +761,9 @@ class Examples:
         What is left over when the batches are full differs from epoch to epoch.
         """
         rng = random.Random(f"epoch-{self.seed}-{epoch}")
-        order = rng.sample(self.utterances, self.per_epoch * self.batch_size)
+        order = rng.sample(self.trained_on, self.per_epoch * self.batch_size)
         if epoch == 0:
-            longest = max(self.utterances, key=lambda u: u.duration)
+            longest = max(self.trained_on, key=lambda u: u.duration)
             others = [u for u in order if u is not longest]
             order = [longest, *others][: len(order)]
         return order

@@ -323,8 +323,8 @@ def checkpoint_if_large(model, choice):
 
 def explain(model, examples):
     """Print how much speech there is, what a step is, and how much is trained."""
-    n = len(examples.utterances)
-    seconds = sum(u.duration for u in examples.utterances)
+    n = len(examples.trained_on)
+    seconds = sum(u.duration for u in examples.trained_on)
     rate, k = model.encoder.frame_rate, model.connector.k
     print(
         f"speech: {n} utterances, {seconds / 60:.1f} minutes; {rate:.1f} encoder frames/s / k = "

@@ -979,7 +979,7 @@ def test_examples_interleave_as_often_as_the_recipe_says_and_start_with_repeat(
     batch = examples.batch(0)
     assert len(batch) == 8
     assert all(example.teacher is None for example in batch), "no teacher, no transcripts"
-    about, tasks = examples.utterances[0], {}
+    about, tasks = examples.trained_on[0], {}
     for done in (0, 1):
         tasks[done] = [examples.draw_about(random.Random(i), about, done).task for i in range(50)]
     assert set(tasks[0]) == {"repeat"}

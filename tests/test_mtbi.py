@@ -77,10 +77,10 @@ def test_a_recipes_speech_is_asked_only_what_its_row_names(name, examples_of):
     recipe, rng = RECIPES[name], random.Random(0)
     examples = examples_of(recipe)
     # of a task that a recipe trains on alone there is no lack
-    assert len(examples.utterances) >= (20 if recipe.kinds or name.startswith("blsp") else 48)
+    assert len(examples.trained_on) >= (20 if recipe.kinds or name.startswith("blsp") else 48)
     tasks = {b.task for b in examples.dialogues}  # in conversations of two turns, too
     for step in range(6):
-        asked = {examples.draw_about(rng, u, step / 6).task for u in examples.utterances}
+        asked = {examples.draw_about(rng, u, step / 6).task for u in examples.trained_on}
         assert asked
         tasks |= asked
     for task in tasks:
@@ -120,10 +120,10 @@ def test_a_recipe_of_some_kinds_hears_no_other(examples_of):
     every = examples_of(RECIPES["asr"])
     kinds = {u.kind for u in every.utterances}
     assert kinds == {"sentence", "digits", "directive"}
-    assert {u.kind for u in examples_of(recipe).utterances} == {"sentence"}
+    assert {u.kind for u in examples_of(recipe).trained_on} == {"sentence"}
     nameless = [replace(u, kind="") for u in every.utterances]  # a corpus that names none
     given = (every.tokenizer, nameless, every.behaviors, every.frames, recipe)
-    assert len(Examples(*given, k=6, steps=6, batch_size=8).utterances) == len(nameless)
+    assert len(Examples(*given, k=6, steps=6, batch_size=8).trained_on) == len(nameless)
 
 
 def test_true_transcripts_take_the_place_of_what_the_llm_repeats(examples_of):
@@ -132,7 +132,7 @@ def test_true_transcripts_take_the_place_of_what_the_llm_repeats(examples_of):
     for behavior in examples.behaviors:
         behavior.response = "what the LLM says"
     examples.sort_behaviors()
-    for utterance in examples.utterances:
+    for utterance in examples.trained_on:
         [behavior] = examples.about[utterance.id]["repeat"]
         assert behavior.response == utterance.text
 
@@ -160,7 +160,7 @@ def test_all_examples_have_speech_unless_the_recipe_says_otherwise(examples_of):
 
 def test_a_mixed_modal_turn_speaks_one_span_or_all_of_an_utterance(examples_of, rng):
     examples = examples_of(RECIPES["vtb"])
-    for u in examples.utterances[:20]:
+    for u in examples.trained_on[:20]:
         for _ in range(5):
             parts = examples.listen_to_a_span(rng, u)
             assert sum(isinstance(p, Speech) for p in parts) == 1
