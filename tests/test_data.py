@@ -7,6 +7,7 @@ import random
 import tempfile
 import tracemalloc
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from data import (
     AUDIO_MARK,
     at_sample_rate,
     end_of_turn,
+    frame_cuts,
     held_out,
     interleave,
     load_audio,
@@ -524,11 +526,14 @@ def test_a_transcript_fits_its_audio(tmp_path, clip, capsys, duration):
 # ---- a connector that cannot fit ----
 
 
-def test_a_connector_that_cannot_fit_is_refused_before_it_is_built(llm, encoder):
+def test_a_connector_that_cannot_fit_is_refused_before_it_is_built(llm, encoder, monkeypatch):
+    free = SimpleNamespace(available=16e9)  # whatever this machine has
+    monkeypatch.setattr("model.psutil.virtual_memory", lambda: free)
     spec = {"connector": "stack-mlp", "k": 256, "hidden": 2**20, "lora": 0}
     for kind in ("stack-mlp", "qformer"):
         with pytest.raises(UserError, match=f"{kind} connector with --k 256 and --hidden 1048576"):
             SpeechLLM.build({**spec, "connector": kind}, llm, encoder)
+    monkeypatch.undo()
     SpeechLLM.build({**spec, "k": 9, "hidden": 64}, llm, encoder)
 
 
@@ -914,16 +919,21 @@ def examples_of(recipe, tokenizer, utterances, run, frames):
     )
 
 
-def numbered_examples(tokenizer, seed):
+NOTHING_SPECIAL = Recipe("")
+
+
+def numbered_examples(tokenizer, seed, recipe=NOTHING_SPECIAL, **sizes):
     """12 steps of 8 about a hundred utterances of 0.1 to 10 s, whose frames hold their number."""
     utterances, behaviors, frames = [], [], {}
     for i in range(100):
         n = 1 + (i * 37) % 100
         utterances.append(Utterance("x.wav", "red", n / 10, id=str(i)))
         behaviors.append(Behavior(str(i), "repeat", "Say it again.", "red"))
+        if recipe.repeat != (0.0, 0.0):
+            behaviors.append(Behavior(str(i), "who", "Who did it?", "blue"))
         frames[str(i)] = torch.full((n, 1), i)
-    sizes = {"k": 1, "steps": 240, "batch_size": 8, "seed": seed}
-    return Examples(tokenizer, utterances, behaviors, frames, Recipe(""), **sizes)
+    sizes = {"k": 1, "steps": 240, "batch_size": 8, "seed": seed, **sizes}
+    return Examples(tokenizer, utterances, behaviors, frames, recipe, **sizes)
 
 
 def heard_in(batch):
@@ -947,6 +957,19 @@ def test_an_epoch_visits_no_utterance_twice_in_batches_of_similar_length(tokeniz
     assert sum(spreads) / 12 < 15, "of 100 frames"
     lengths = [[n for _, n in batch] for batch in batches]
     assert lengths != sorted(lengths), "but not in the order of their lengths"
+
+
+def test_batches_go_from_repeating_to_other_tasks_until_half_way(tokenizer):
+    """With two micro-batches a step as with one: of all steps, and not of all micro-batches."""
+    recipe = Recipe("", repeat=(1.0, 0.0))
+    examples = numbered_examples(tokenizer, 1, recipe, steps=120, accumulate=2)
+    said = {}
+    for step in (0, 30, 60, 119):
+        answers = set()
+        for example in (*examples.batch(step, 0), *examples.batch(step, 1)):
+            answers.add(tokenizer.decode(example.parts[-1].ids, skip_special_tokens=True))
+        said[step] = answers
+    assert said == {0: {"red"}, 30: {"red", "blue"}, 60: {"blue"}, 119: {"blue"}}
 
 
 def test_epochs_and_seeds_differ_and_no_utterance_is_left_out_for_ever(tokenizer):
@@ -991,6 +1014,49 @@ def test_examples_interleave_as_often_as_the_recipe_says_and_start_with_repeat(
             mixed.append(len(asked_about) > 3)  # more than text, speech, text
     assert len(mixed) == 48
     assert 0.1 < sum(mixed) / 48 < 0.7
+
+
+def test_speech_is_interleaved_in_the_shares_that_the_recipe_names(
+    tokenizer, utterances, run, frames, rng
+):
+    recipe = Recipe("", interleave=0.4, text_words=0.2, span=1.0)
+    examples = examples_of(recipe, tokenizer, utterances, run, frames)
+    utterance = max(examples.trained_on, key=lambda u: len(u.words))
+    speech = len(frames[utterance.id])
+    heard = []  # the share of the frames, of each that has text in it
+    for _ in range(1000):
+        parts = examples.listen(rng, utterance)
+        if len(parts) > 1:
+            heard.append(sum(len(p.frames) for p in parts if isinstance(p, Speech)) / speech)
+    assert 0.3 < len(heard) / 1000 < 0.4, "in some no word happens to be text"
+    assert 0.65 < sum(heard) / len(heard) < 0.8
+
+
+def test_where_words_leave_a_gap_frames_are_cut_in_the_middle_of_it():
+    u = Utterance("x.wav", "a b", 1.0, words=[["a", 0.1, 0.3], ["b", 0.7, 0.9]])
+    assert frame_cuts(u, 10) == [0, 5, 10]
+
+
+def test_the_teacher_of_an_example_reads_what_the_pupil_hears(tokenizer, utterances, run, frames):
+    given = [u for u in utterances if u.split == "train"], read_behaviors(run / "behaviors.jsonl")
+    recipe = mtbi.RECIPES["mtbi-kl"]
+    sizes = {"k": 6, "steps": 6, "batch_size": 8, "with_teacher": True}
+    examples = Examples(tokenizer, *given, frames, recipe, **sizes)
+    said = {u.text for u in given[0]}
+    for example in (*examples.batch(0), *examples.batch(5)):
+        assert not any(isinstance(part, Speech) for part in example.teacher)
+        assert example.teacher[-1].ids == example.parts[-1].ids
+        ids = [i for part in example.teacher[:-1] for i in part.ids]
+        assert any(text in tokenizer.decode(ids) for text in said)
+
+
+def test_of_an_answer_that_was_cut_off_no_end_is_imitated(tokenizer):
+    whole, cut = (response_tokens(tokenizer, "red", ended) for ended in (True, False))
+    assert whole == [*cut, end_of_turn(tokenizer)]
+    examples = numbered_examples(tokenizer, 0)
+    behavior = replace(examples.behaviors[0], ended=False)
+    example = examples.conversation(behavior, [[Speech(torch.zeros(3, 1))]])
+    assert example.parts[-1].ids == cut
 
 
 def test_every_example_has_speech_to_learn_from(tokenizer, utterances, run, frames):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from programs import one_line
 
 from data import Response, Speech, Task, Text, Utterance, ask, chat_parts, load_tasks
-from data import read_manifest, response_tokens, transcript_tokens
+from data import normalize, read_manifest, response_tokens, transcript_tokens
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
 from eval import hypothesis, repeats_instead, row_of, score, shares_of_parts
@@ -24,7 +24,7 @@ from lab.mistakes import MISTAKES, kind_of_mistake
 from lab.statistics import read_answers
 from model import SpeechLLM
 from mtbi import main
-from support.files import read_json, write_json
+from support.files import read_json, read_jsonl, write_json, write_jsonl
 
 PLOTS = ("cells.png", "tasks.png", "attention.png", "loss.png")
 MADE = ("answers.csv", "report.json", "report.md", *PLOTS)
@@ -144,7 +144,7 @@ def test_wrong_answers_are_looked_into_and_right_ones_are_not(benched_world):
     assert (rows[rows["mistake"] != ""]["exact"] == 0).all()
     for system in ("mtbi", "asr"):  # trained for a moment, it is wrong about nearly all
         looked_into = rows[(rows["system"] == system) & (rows["mistake"] != "")]
-        assert 0 < len(looked_into) <= 40
+        assert len(looked_into) == 3, "as many as --mistakes says"
     assert not rows[rows["system"].isin(["text", "copy"])]["mistake"].any()
 
 
@@ -266,6 +266,11 @@ def test_attention_shares_are_shares_of_every_layer(cases, reads, hears):
             assert len(on_instruction) == len(on_utterance) == model.llm.config.num_hidden_layers
             for a, b in zip(on_instruction, on_utterance):
                 assert 0 < a < 1 and 0 < b < 1 and a + b < 1
+    # what follows the first token of the answer does not count
+    responses = own_answers(reads, few)
+    first = attention_shares(hears, few, [ids[:1] for ids in responses])
+    for one, other in zip(first, attention_shares(hears, few, responses)):
+        assert one["instruction"] == pytest.approx(other["instruction"], abs=1e-5)
     assert model.llm.config._attn_implementation == before, "the fast kernels are back"
 
 
@@ -638,6 +643,10 @@ def test_what_was_trained_on_is_never_asked_about(own):
     assert main(["prepare", str(manifest), "--test-only", "--out", str(again)]) == 0
     heard = [u.text for u in read_manifest(manifest) if u.split == "train"]
     assert all(u.split == "test" for u in read_manifest(again / "manifest.jsonl"))
+    rows = [row for _, row in read_jsonl(again / "manifest.jsonl")]
+    for row in rows:  # the same words
+        row["text"] = row["text"].capitalize() + "."
+    write_jsonl(again / "manifest.jsonl", rows)
     assert bench(own / "run", "--data", again, "--recipes", "mtbi") == 0
     table = read_answers(own / "run" / "on" / "again" / "answers.csv")
-    assert not set(table["transcript"]) & set(heard)
+    assert len(table) and not {normalize(text) for text in table["transcript"]} & set(heard)

@@ -148,6 +148,21 @@ def test_a_share_of_text_only_examples_is_as_the_recipe_says(examples_of):
     assert 0.25 < spoken / len(drawn) < 0.75
 
 
+def test_text_only_and_mixed_examples_share_what_is_left(examples_of, monkeypatch):
+    monkeypatch.setattr(Examples, "draw_about", lambda *_: pytest.fail("neither of the two"))
+    drawn = all_examples(examples_of(Recipe("", lora=2, text_only=0.5, mixed=0.5)))
+    spoken = sum(bool(spoken_in(example)) for example in drawn)
+    assert 0.25 < spoken / len(drawn) < 0.75
+
+
+def test_a_recipe_on_a_part_of_the_speech_trains_on_no_other(examples_of):
+    half = examples_of(replace(RECIPES["vtb"], speech=0.5))
+    assert len(half.by_id) == 24
+    assert {u.id for u in half.trained_on} <= set(half.by_id)
+    for b in (*half.in_text, *half.dialogues):
+        assert set(b.utterances()) <= set(half.by_id)
+
+
 def test_mixed_examples_have_some_speech_and_some_have_two(examples_of):
     drawn = all_examples(examples_of(Recipe("", lora=2, mixed=1.0)))
     assert all(spoken_in(example) for example in drawn)
@@ -159,13 +174,15 @@ def test_all_examples_have_speech_unless_the_recipe_says_otherwise(examples_of):
 
 
 def test_a_mixed_modal_turn_speaks_one_span_or_all_of_an_utterance(examples_of, rng):
-    examples = examples_of(RECIPES["vtb"])
+    examples, spans = examples_of(RECIPES["vtb"]), []
     for u in examples.trained_on[:20]:
         for _ in range(5):
             parts = examples.listen_to_a_span(rng, u)
             assert sum(isinstance(p, Speech) for p in parts) == 1
             assert len(parts) <= 3
             assert all(isinstance(p, (Text, Speech)) for p in parts)
+            spans.append(len(parts) > 1)
+    assert 0.2 < sum(spans) / len(spans) < 0.7
 
 
 def test_a_step_of_text_alone_trains_the_adapter_and_counts_no_audio(

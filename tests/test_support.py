@@ -149,10 +149,12 @@ def test_paths_are_kept_relative_so_that_folders_can_be_moved_together(tmp_path)
     assert relative(tmp_path / "data", tmp_path / "run") == "../data"
 
 
-def test_a_step_says_what_it_took_and_is_kept(capsys):
+def test_a_step_says_what_it_took_and_is_kept(capsys, monkeypatch):
+    clock = iter((1.0, 3.5))
+    monkeypatch.setattr("support.console.time.perf_counter", lambda: next(clock))
     with timed("a step"):
-        time.sleep(0.01)
-    assert TIMES.pop("a step") >= 0.01 and capsys.readouterr().out == "a step: 0.0 s\n"
+        pass
+    assert TIMES.pop("a step") == 2.5 and capsys.readouterr().out == "a step: 2.5 s\n"
 
 
 # ---- options ----
@@ -507,13 +509,22 @@ def test_what_cannot_be_written_is_one_line_that_names_the_file_and_the_old_one_
 
 @given(st.dictionaries(st.text(max_size=5), st.floats() | st.text() | st.lists(st.integers())))
 def test_json_of_ours_carries_a_checksum_of_itself(value):
-    path = Path(tempfile.mkdtemp()) / "a.json"
-    write_json(path, value)
-    assert repr(read_json(path)) == repr({**value})
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('"checksum": "', '"more": 1, "checksum": "'), encoding="utf-8")
-    with pytest.raises(UserError, match="was changed since it was written"):
-        read_json(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.json"
+        write_json(path, value)
+        assert repr(read_json(path)) == repr({**value})
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace('"checksum": "', '"more": 1, "checksum": "'), "utf-8")
+        with pytest.raises(UserError, match="was changed since it was written"):
+            read_json(path)
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace_file = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("on disk") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *to: done.append("named") or replace_file(*to))
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert done == ["on disk", "named"]
 
 
 def test_no_command_overwrites_the_folder_of_another_not_even_by_force(data, run, tmp_path, capsys):
@@ -796,6 +807,12 @@ def test_damaged_frames_are_named(encoder, copies, tmp_path):
     save_file({name: t[:, :5].clone() for name, t in load_file(path).items()}, path)
     with pytest.raises(UserError, match="0.wav: its kept frames are damaged .*DATA/features"):
         encode_all(encoder, copies, tmp_path / "features")["0"]
+    flipped = bytearray((tmp_path / "whole").read_bytes())
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    damaged = encode_all(encoder, copies, tmp_path / "features")
+    with pytest.raises(UserError, match="its kept frames are damaged"):
+        [damaged[u.id] for u in copies]
     path.write_bytes((tmp_path / "whole").read_bytes()[:1000])
     with pytest.raises(UserError, match="delete it and run again"):
         encode_all(encoder, copies, tmp_path / "features")
@@ -908,6 +925,10 @@ def test_answers_come_in_the_order_of_their_questions_and_only_what_lacks_is_ask
     part.write_text("".join(line for line in lines if '"question": 1,' not in line))
     assert parrot_answers(parrot, kept) == expected
     assert parrot.sizes[6:] == [2], "whole batches, whose rounding is that of a run never cut off"
+    text = part.read_text()
+    assert "bb!" in text
+    part.write_text(text.replace("bb!", "xx!"))  # and its checksum fits no more
+    assert parrot_answers(parrot, kept) == expected and len(parrot.sizes) == 8
 
 
 def test_where_the_memory_does_not_suffice_half_as_many_are_asked_at_once(capsys):

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ from support.files import UserError, read_json, write_json
 from support.hub import fingerprint_of_weights
 from support.logs import read_log
 from support.states import ON_THE_WAY, saved_states
-from train import Piece, Progress, accumulate_gradients, halve_pieces, learning_rate
-from train import pieces_of_step, that_fit, train
+from train import Piece, Progress, accumulate_gradients, halve_pieces, learning_rate, peak_rate
+from train import pieces_of_step, step_gradients, that_fit, train, update
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--hidden", "16"]
 
@@ -296,17 +297,24 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_resumes(
     assert are_equal(go(fresh(), steps_of_two, tmp_path), never_stopped[0])
 
 
+@pytest.mark.parametrize("how", ["cut off", "a flipped bit"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(
-    fresh, steps_of_two, never_stopped, tmp_path, capsys
+    fresh, steps_of_two, never_stopped, tmp_path, capsys, how
 ):
     whole, folder = never_stopped
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     states = saved_states(tmp_path)
     assert [path.stem for path in states] == ["00000006", "00000004"], "the last two are kept"
-    states[0].write_bytes(states[0].read_bytes()[:2000])
+    content = bytearray(states[0].read_bytes())
+    if how == "cut off":
+        del content[2000:]
+    else:
+        content[-1] ^= 1
+    states[0].write_bytes(content)
     assert are_equal(go(fresh(), steps_of_two, tmp_path), whole)
     said = capsys.readouterr().out
     assert "is no state of this training" in said
+    assert how == "cut off" or "its checksum does not fit" in said
     assert "resuming at step 4" in said
 
 
@@ -613,6 +621,31 @@ def test_a_number_that_is_none_in_features_or_gradients_costs_its_step_alone(
     assert ["skipped" in row for row in log] == [False, False, True, False, False]
 
 
+@pytest.mark.parametrize(
+    "scale, gradient, norm, moved",
+    [(1.0, 1e6, 1e6, 1.0), (2.0**14, 2.0**14 * 1e-3, 1e-3, 1e-3)],
+    ids=["clipped", "fp16"],
+)
+def test_a_step_undoes_the_scale_of_the_loss_and_clips(scale, gradient, norm, moved):
+    """By SGD, which goes as far as the gradient says."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    p.grad = torch.full((1,), gradient)
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    found, finite = update(optimizer, [p], 0.0, Progress(loss_scale=scale), clip=1.0)
+    assert finite and found == pytest.approx(norm)
+    assert -p.item() == pytest.approx(moved, rel=1e-3)
+
+
+@pytest.mark.parametrize("width, share", [(3584, 0.25), (64, 1.0)])
+def test_the_peak_rate_follows_from_the_llms_width_and_the_recipes_share(width, share, capsys):
+    table = SimpleNamespace(weight=torch.empty(9, width))
+    model = SimpleNamespace(llm=SimpleNamespace(get_input_embeddings=lambda: table))
+    expected = share * 4e-3 * 192 / max(192, width)
+    assert peak_rate(None, model, share) == pytest.approx(expected)
+    assert peak_rate(1e-5, model, share) == 1e-5
+    assert "as asked by --lr" in capsys.readouterr().out
+
+
 def test_after_a_spike_of_the_loss_the_weights_move_no_further_than_otherwise(
     model, examples, tmp_path, monkeypatch
 ):
@@ -726,6 +759,29 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_stays_the_same(
     train(fresh(), examples, folder, lr=1e-3)
     assert sizes == [2] * 2 * 4
     assert "out of memory" not in "".join(capsys.readouterr())
+
+
+def test_of_a_step_that_runs_out_of_memory_half_way_no_gradient_counts_twice(
+    fresh, examples_of, monkeypatch
+):
+    monkeypatch.setattr(model_module, "DROPOUT", 0.0)  # which is drawn for each micro-batch
+    pieces = pieces_of_step(examples_of(RECIPES["asr"], batch_size=4, accumulate=2), 0)
+    model, real, calls, found = fresh(), SpeechLLM.forward, [], []
+
+    def second_fails(self, *more):
+        calls.append(1)
+        if len(calls) == 2:
+            out_of_memory()
+        return real(self, *more)
+
+    for forward in (real, second_fails):
+        monkeypatch.setattr(SpeechLLM, "forward", forward)
+        model.zero_grad(set_to_none=True)
+        step_gradients(model, pieces, Progress())
+        found.append({name: p.grad.clone() for name, p in model.trainable().items()})
+    assert len(calls) > 4, "in pieces of half the size"
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("when", [1, 2, 4])
@@ -920,6 +976,11 @@ def test_two_processes_get_the_loss_and_the_weights_of_one(
     losses = losses_in(one / "mtbi")
     assert losses == pytest.approx(losses_in(two / "mtbi"), abs=1e-5)
     assert len(losses) == 3
+    # clipping and Adam would hide a mean where a sum should be
+    norms = []
+    for folder in (one, two):
+        norms.append([row["grad_norm"] for row in read_log(folder / "mtbi" / "log.jsonl")])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_a_training_on_an_llm_of_other_bits_is_another_training(run, tmp_path, capsys):
