@@ -25,6 +25,7 @@ from lab.statistics import read_answers
 from model import SpeechLLM
 from mtbi import main
 from support.files import read_json, read_jsonl, write_json, write_jsonl
+from support.runs import alone
 
 PLOTS = ("cells.png", "tasks.png", "attention.png", "loss.png")
 MADE = ("answers.csv", "report.json", "report.md", *PLOTS)
@@ -483,6 +484,44 @@ def stamps(folder):
 
 def bench(folder, *words):
     return main(["bench", str(folder), *A_SMALL_BENCH, *map(str, words)])
+
+
+def test_an_interrupted_benchmark_goes_on_with_what_was_answered(own, monkeypatch, capsys):
+    assert bench(own / "run", "--force", "--batch-size", 8) == 0
+    before = (own / "run" / "answers.csv").read_bytes()
+    real, calls = SpeechLLM.generate_rows, []
+
+    def third_is_stopped(self, *more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *more)
+
+    monkeypatch.setattr(SpeechLLM, "generate_rows", third_is_stopped)
+    assert bench(own / "run", "--force", "--batch-size", 8) == 130
+    capsys.readouterr()
+    assert bench(own / "run", "--batch-size", 8) == 0
+    assert "16 of 24 answers are there already" in capsys.readouterr().out
+    assert (own / "run" / "answers.csv").read_bytes() == before
+
+
+def test_of_two_benchmarks_at_once_the_second_is_refused(own, capsys):
+    with alone(own / "run" / "bench"):
+        assert bench(own / "run", "--force") == 2
+    one_line(capsys, "another process is at work in this folder")
+
+
+def test_a_table_of_tasks_or_of_answers_that_changed_is_noticed(own, tmp_path, monkeypatch, capsys):
+    with open(own / "run" / "answers.csv", "a") as file:
+        file.write("\n")
+    assert bench(own / "run") == 0
+    assert "is not the table that was written there" in capsys.readouterr().out
+    (tmp_path / "tests").mkdir()
+    changed = FEW_TASKS.read_text(encoding="utf-8") + "\n# one line more\n"
+    (tmp_path / "tests" / "few_tasks.toml").write_text(changed, encoding="utf-8")
+    monkeypatch.setattr("eval.PROJECT", tmp_path)
+    assert bench(own / "run") == 2
+    one_line(capsys, "few_tasks.toml: has changed since `behaviors`")
 
 
 def test_what_is_measured_is_not_measured_again(own, capsys):
