@@ -8,14 +8,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 
 from app.generate import answer_streaming, chosen_recipe
 from app.microphone import recorded
 from app.voice import VOICES, spoken
 from data import load_audio, write_audio
 from model import SpeechLLM
-from support.console import want_of_memory
+from support.console import is_out_of_memory, want_of_memory
 from support.files import UserError, WriteError, unused, write_text
 from support.options import Count, RunFolder, Seed
 
@@ -157,5 +156,7 @@ def talk(options, recipes):
             print(f"chat: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # of a recording, say
             print("\nstopped")
-        except torch.OutOfMemoryError as error:  # /reset makes it shorter
+        except RuntimeError as error:  # of memory there may be too little; /reset makes it shorter
+            if not is_out_of_memory(error):
+                raise
             print(f"chat: {want_of_memory(error)}", file=sys.stderr)

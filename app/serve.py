@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 
 from app.inside import draw_heard, hear
 from app.microphone import LONGEST_RECORDING as MOST_SECONDS
@@ -17,7 +16,7 @@ from app.systems import Systems, Turn
 from app.voice import LONGEST, VOICES, spoken
 from data import SAMPLE_RATE, load_audio, load_tasks
 from lab.plots import pyplot
-from support.console import want_of_memory
+from support.console import is_out_of_memory, want_of_memory
 from support.files import PROJECT, UserError
 from support.options import Between, Count, RunFolder
 
@@ -122,7 +121,9 @@ class Page:
             return function(*args)
         except UserError as error:
             why = str(error)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             why = want_of_memory(error)
         import gradio
 

@@ -6,13 +6,12 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from app.generate import Stream
 from data import Speech, chat_parts, open_run, transcript_tokens
 from eval import hypothesis, transcriber_of
 from model import SpeechLLM, llm_of, load_encoder, shared_llm
-from support.console import want_of_memory
+from support.console import is_out_of_memory, want_of_memory
 from support.files import UserError
 from support.runs import read_spec, trained_recipes
 
@@ -126,10 +125,10 @@ class Systems:
             said.put(("", f"stopped after {SECONDS} s"))
         except UserError as error:
             said.put(("", str(error)))
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                said.put(("", "something went wrong, and where the page was started it says what"))
+                raise
             said.put(("", want_of_memory(error)))
-        except Exception:
-            said.put(("", "something went wrong, and where the page was started it says what"))
-            raise
         finally:
             said.put(None)

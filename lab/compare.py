@@ -24,8 +24,8 @@ from support.files import UserError, fingerprint, read_json, read_json_if_whole,
 from support.logs import read_log
 from support.options import Between, Count, FramesAToken, command_words
 from support.recordings import speakers_of
-from support.states import saved_states
 from support.runs import alone, begin, finish, is_done, read_spec
+from support.states import saved_states
 
 
 @dataclass

@@ -3,9 +3,7 @@
 import inspect
 import sys
 
-import torch
-
-from support.console import want_of_memory
+from support.console import is_out_of_memory, want_of_memory
 from support.files import UserError, WriteError
 from support.options import parse_options
 
@@ -21,7 +19,9 @@ def run_program(name, kind, function, room="lab"):
     except (UserError, WriteError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, WriteError) else 2
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"{name}: {want_of_memory(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

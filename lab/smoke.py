@@ -31,6 +31,7 @@ from lab.step import version_of
 from model import PRECISIONS, HuggingFaceEncoder, SpeechLLM, encode_all, load_encoder, load_llm
 from support.answers import answer_in_memory
 from support.files import PROJECT, UserError, first_line, read_jsonl
+from support.hub import free_memory
 from support.processes import DEVICE
 from support.states import read_state, saved_states
 from train import FIRST_SCALE, Piece, Progress, accumulate_gradients, adam_w, pieces_of_step
@@ -129,8 +130,7 @@ def allowed(n_bytes):
 
 def peak_of(action):
     """(what an action returns, bytes that are there before it, its peak)."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     result = action()

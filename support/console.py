@@ -11,7 +11,6 @@ from tqdm import tqdm
 from support.files import first_line
 from support.processes import DEVICE, MAIN, WORLD
 
-GLANCE = 0.2  # seconds between two looks at other processes
 TIMES = {}  # what each step of this process took, in seconds: `demo --profile` prints it
 
 
@@ -51,7 +50,7 @@ def say_device():
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError of torch says so: not all of them are OutOfMemoryErrors."""
+    """Whether an error of torch says so: not all that do are OutOfMemoryErrors."""
     said = str(error)
     is_one = isinstance(error, torch.OutOfMemoryError)
     return is_one or "out of memory" in said or "ALLOC_FAILED" in said
@@ -101,7 +100,7 @@ def exit_codes(processes):
                 told = True
                 for process in processes:
                     process.terminate()
-            time.sleep(GLANCE)
+            time.sleep(0.2)
     if asked:
         raise KeyboardInterrupt
     return [process.returncode for process in processes]

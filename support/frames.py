@@ -93,8 +93,7 @@ def keep_frames(encoder, load, utterances, folder, keep="disk"):
                 frames = {names[u.id]: row for u, row in hear_all(encoder, load, todo)}
                 made |= dict.fromkeys(frames, frames)
             else:
-                sweep(folder)
-                wait()
+                sweep(folder)  # and wait for it
                 # another command may just have made them
                 made, todo = kept_and_missing(utterances, names, folder)
                 write_shards(encoder, load, mine(todo), names, folder)

@@ -131,6 +131,17 @@ def check_frames(name, frames, ctc_tokenizer, symbols):
 # ---- LLMs ----
 
 
+def free_memory():
+    """Have what nobody uses any more leave the memory.
+
+    A packed layer and its weight know each other (bitsandbytes), so that Python finds them only
+    when it looks for circles, and it does not look because a GPU is full.
+    """
+    gc.collect()
+    if DEVICE != "cpu":
+        torch.cuda.empty_cache()
+
+
 def load_in_places(where, bits, compute, device, head_bits=16, embeddings="gpu"):
     """An LLM on the device, its linear layers packed.
 
@@ -425,17 +436,6 @@ def check_row_widths(llm, name):
 
 
 # ---- names of weights ----
-
-
-def free_memory():
-    """Have what nobody uses any more leave the memory.
-
-    A packed layer and its weight know each other (bitsandbytes), so that Python finds them only
-    when it looks for circles, and it does not look because a GPU is full.
-    """
-    gc.collect()
-    if DEVICE != "cpu":
-        torch.cuda.empty_cache()
 
 
 def fingerprint_of_tensors(tensors, more, samples=1024):
