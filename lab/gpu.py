@@ -410,6 +410,8 @@ def step_cells(row):
     ours, plain = row["ours"], row.get("plain", {"out_of_memory": True})
     if "out_of_memory" in ours:
         return [*first, "out of memory", *[""] * (len(STEP_COLUMNS) - 6)]
+    if ours.get("moments_on_host"):
+        first[-1] += ", moments on the host"
     limit = row["matrix_product_tflops"]
     cells = [
         f"{ours['samples_s']:.2f}",

@@ -486,6 +486,7 @@ def measure_step(options, model, examples, length, best_seconds, step, encoder):
         "audio_s_s": options.batch_size * options.seconds / seconds,
         "tokens_s": options.batch_size * length / seconds,
         "share_of_flop_limit": best_seconds / seconds,
+        "moments_on_host": optimizer.on_host,
         **peak,
     }
 
@@ -529,6 +530,9 @@ def show_steps(result):
         "projection at response tokens only."
     )
     ours, plain = r["ours"], r.get("plain", {})
+    for name in systems:
+        if r[name].get("moments_on_host"):
+            print(f"{name}: the optimizer's moments found no room and are in host memory")
     if "samples_s" in ours and "samples_s" in plain:
         print(f"ours / plain: {ours['samples_s'] / plain['samples_s']:.2f} x the samples/s")
     if "peak_gb" in ours:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -55,6 +56,7 @@ from lab.statistics import AT, MEASURES, TASK, over_runs, over_utterances, rows_
 from lab.statistics import read_answers, weighted_mean
 from model import PRECISIONS, Connector, SpeechLLM, load_llm
 from mtbi import COMMANDS, RECIPES, main, run_command
+from support.adam import RoomyAdamW
 from support.console import exit_codes
 from support.files import UserError, read_json, write_json
 from support.hub import TINY, load_in_places
@@ -989,6 +991,15 @@ def test_the_benchmark_of_a_step_runs_beside_the_baseline(tmp_path, capsys, monk
     assert result["ours"]["samples_s"] > result["plain"]["samples_s"] > 0
     assert result["plain"]["peak_gb"] > result["ours"]["peak_gb"]
     assert 0 < result["ours"]["share_of_flop_limit"] < 1
+
+
+def test_a_step_whose_moments_found_no_room_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(RoomyAdamW, "on_host", True)
+    options = lab.step.StepOptions("tiny", "openai/whisper-tiny", seconds=1, batch_size=1)
+    result = lab.step.compare_steps(replace(options, steps=1, ours_only=True))
+    lab.step.show_steps(result)
+    assert "ours: the optimizer's moments found no room" in capsys.readouterr().out
+    assert any("moments on the host" in cell for cell in lab.gpu.step_cells(result))
 
 
 def test_the_baseline_of_a_step_is_of_whisper_alone(capsys, monkeypatch):
