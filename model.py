@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import SAMPLE_RATE, Response, Speech, ask, chat_parts, end_of_turn, load_audio
 from support.checks import check_messages
-from support.console import timed
+from support.console import is_out_of_memory, timed
 from support.files import UserError, ceil_div, explained, first_line
 from support.files import whole_file, write_json
 from support.frames import keep_frames
@@ -188,7 +188,9 @@ class HuggingFaceEncoder(nn.Module):
             return self
         try:
             return super().to(device)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             why = first_line(error)
         return self.leave_gpu(self.name, why)
 
@@ -258,7 +260,9 @@ class HuggingFaceEncoder(nn.Module):
         """
         try:
             return self.hear(clips)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             why = first_line(error)
         if len(clips) == 1:
             return self.leave_gpu(clips[0].name, why).hear(clips)
@@ -289,9 +293,9 @@ class HuggingFaceEncoder(nn.Module):
             inputs[key] = torch.cat([p.inputs[key] for p in pieces]).to(self.device)  # (B, ...)
         try:
             out = self.model(**inputs)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # which say nothing of the clip
-            raise
         except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise  # which says nothing of the clip
             # how convolutions say that the input is shorter than they are
             raise UserError(
                 f"{name}: {pieces[0].samples / SAMPLE_RATE:.2f} s of audio, which {self.name} "
@@ -1000,9 +1004,9 @@ class SpeechLLM(nn.Module):
             )
         try:
             model = cls.build(spec, llm, encoder, precision=precision)
-        except torch.OutOfMemoryError:  # which says nothing of the file
-            raise
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            if is_out_of_memory(error):
+                raise  # which says nothing of the file
             raise UserError(
                 f"{folder / 'model.json'}: is not what training writes there "
                 f"({first_line(error)}); {again}"
@@ -1016,9 +1020,9 @@ class SpeechLLM(nn.Module):
                 )
         try:
             model.load_trained(folder)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"{folder}: the connector cannot be loaded ({first_line(error)}); {again}"
             ) from None

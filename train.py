@@ -534,7 +534,9 @@ def update(optimizer, parameters, loss, progress, clip):
     if finite:
         try:
             optimizer.step()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             # not even for a piece of them; some weights are changed, so there is no way back
             raise UserError(
                 f"no memory for the optimizer's moments ({first_line(error)}); train again with "

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Annotated
 
 from lab import plots
-from lab.compare_report import GAINS, Scores, wer_of
+from lab.compare_report import GAINS, Scores, interval, wer_of
 from lab.programs import run_program
 from lab.report import markdown_table, percent
 from support.console import exit_codes
 from support.files import PROJECT, UserError, read_json, write_json, write_text
 from support.options import Between
 
-BLENDED = 0.5  # as tiny.pretrain has it
+HESITANT, BLENDED = 0.3, 0.5  # as tiny.pretrain has them
 CORES = os.cpu_count() or 1
 
 
@@ -93,7 +93,7 @@ def parse_doses(text):
 
 def pretrain_missing(out, doses, pretrain):
     """An LLM for each dose, in its folder; as many at once as there are cores."""
-    todo = [dose for dose in doses if not is_pretrained(dose.folder(out), pretrain)]
+    todo = [dose for dose in doses if not is_pretrained(dose, out, pretrain)]
     for start in range(0, len(todo), CORES):
         running = []
         for dose in todo[start : start + CORES]:
@@ -104,16 +104,26 @@ def pretrain_missing(out, doses, pretrain):
         wait_for(running)
 
 
-def is_pretrained(folder, pretrain):
-    """Whether there is an LLM; UserError if it was pre-trained for another share of the steps."""
+def is_pretrained(dose, out, pretrain):
+    """Whether there is an LLM; UserError if it read otherwise, or for another share of the steps.
+
+    What measured.json does not say is as tiny.pretrain has it.
+    """
+    folder = dose.folder(out)
     if not (folder / "measured.json").exists():
         return False
-    share = in_measured(folder).get("llm_share", 1.0)
-    if share != pretrain:
-        raise UserError(
-            f"{folder}: its LLM was made with --pretrain {share:g}, and {pretrain:g} is asked for; "
-            "name another folder for --out"
-        )
+    found = in_measured(folder)
+    for what, usual, wanted in (
+        ("share", 1.0, pretrain),
+        ("hesitant", HESITANT, dose.hesitant),
+        ("blended", BLENDED, dose.blended),
+    ):
+        there = found.get(f"llm_{what}", usual)
+        if there != wanted:
+            raise UserError(
+                f"{folder}: its LLM was pre-trained with {what} {there:g}, and {wanted:g} is asked "
+                "for; name another folder for --out"
+            )
     return True
 
 
@@ -159,7 +169,7 @@ def wait_for(processes):
 
 
 def row_of_dose(out, dose):
-    """What became of a dose: what the LLM knows in text (NF4), and the scores of each system."""
+    """What became of a dose: what the LLM knows in text (NF4), scores, claims and mistakes."""
     folder = dose.folder(out)
     report = read_json(folder / "compare" / "report.json", "scores", "meta")
     scores, wer = Scores(report), wer_of(report)
@@ -177,6 +187,8 @@ def row_of_dose(out, dose):
         "text": sum(exact) / len(exact),
         "runs": report["meta"]["runs"],
         "systems": systems,
+        "claims": [claim for claim in report["claims"] if claim["n"]],
+        "mistakes": report["mistakes"],
     }
 
 
@@ -191,13 +203,25 @@ def write_doses(out, rows):
             cells += [percent(system[measure]["score"]) for measure in GAINS]
             cells += [percent(system["repeat WER"]), percent(system["ignored instruction"])]
             table.append(cells)
-    page = markdown_table(head, table)
+    page = f"{markdown_table(head, table)}\n\n{claims_of_doses(rows)}"
     write_text(out / "dose.md", page + "\n")
     print(f"\n{page}\n")
     title = "What the LLM read before it heard"
     groups = [row["dose"].replace(", ", ",\n") for row in rows]
     plots.bars(out / "dose.png", groups, cells_of_doses(rows), title, "gain, %")
     print(f"drawn: {out / 'dose.png'}")
+
+
+def claims_of_doses(rows):
+    """The table of what was claimed and could be decided on each dose."""
+    head = ["the LLM read", "difference", "in points of", "measured [95%]", "verdict"]
+    table = []
+    for row in rows:
+        for claim in row["claims"]:
+            measured = interval(claim["score"], *claim["ci95"])
+            cells = [row["dose"], claim["difference"], claim["measure"]]
+            table.append([*cells, measured, f"**{claim['verdict']}**"])
+    return markdown_table(head, table)
 
 
 def cells_of_doses(rows):

@@ -164,26 +164,24 @@ def measure_rows(options):
         raise UserError(f"{folder}: is there already, and not made by this; name another --out")
     refuse_other_card(folder)
     until = time.monotonic() + 60 * options.minutes
-    made = None, None  # the LLM that was made last, and its name
+    which, llm = None, None  # the LLM that was made last, or what was wrong with it
     left = 0
     for row in all_rows():
         path = folder / "rows" / f"{row.name}.json"
         is_wanted = any(part in row.name for part in options.only.split(","))
-        if not is_wanted or (path.exists() and "failed" not in read_json(path)):
+        if not is_wanted or (path.exists() and not is_failed(read_json(path))):
             continue
         if time.monotonic() > until:
             left += 1
             continue
-        if (row.llm, row.frugal) != made[1]:
-            made = None, None
-            free_memory()
         start = time.monotonic()
-        try:
-            if made[1] is None:
-                made = make_llm(row.llm, row.frugal), (row.llm, row.frugal)
-            found = measure(row, made[0], folder)
-        except (RuntimeError, ValueError, UserError) as error:  # too little memory among them
-            found = {"failed": first_line(error)}
+        if (row.llm, row.frugal) != which:
+            llm = None
+            free_memory()
+            which, llm = (row.llm, row.frugal), or_failed(make_llm, row.llm, row.frugal)
+        found = llm
+        if not is_failed(llm):
+            found = or_failed(measure, row, llm, folder)
         write_json(path, {**describe_device(), **found, "row": row.name})
         said = found.get("failed", "measured")
         print(f"{row.name}: {said}, {time.monotonic() - start:.0f} s", flush=True)
@@ -191,6 +189,18 @@ def measure_rows(options):
     write_page(folder)
     if left:
         print(f"{left} rows are left: run the same command again")
+
+
+def or_failed(function, *arguments):
+    """What a function returns; {"failed": why} if it cannot, too little memory being one reason."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # whatever it is, the next row is tried, too
+        return {"failed": first_line(error)}
+
+
+def is_failed(found):
+    return isinstance(found, dict) and "failed" in found
 
 
 def refuse_other_card(folder):

@@ -74,7 +74,8 @@ class Mistakes:
         task = self.questions.tasks.get("repeat")
         if not task:
             return set()
-        repeats = [Case(u, task, task.prompts[0], "seen") for u in utterances]
+        wording = min(task.prompts)  # the one that a recipe of one prompt is trained on (data.py)
+        repeats = [Case(u, task, wording, "seen") for u in utterances]
         wrong = set()
         for case, answer in zip(repeats, self.questions.ask_some(system, repeats)):
             if not exact_match(case.utterance.text, answer):

@@ -319,7 +319,8 @@ def explain_mistakes(most):
     kinds = [f"*{kind}*, {about}" for kind, about in MISTAKES.items()]
     return (
         f"Up to {most} wrong answers of each system, looked into: {'; '.join(kinds)}. The shares "
-        "are of those not misheard. The last column is of all questions about directives."
+        "are of those not misheard; a recipe that does not learn to repeat misheard everything, by "
+        "this measure. The last column is of all questions about directives."
     )
 
 

@@ -34,6 +34,7 @@ from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
 from model import IGNORE, PRECISIONS, Connector, SpeechLLM, compute_precision, connector_class
 from model import embedding_rms
+from support.console import is_out_of_memory
 from support.files import UserError, write_json
 from support.hub import TINY, keep_embeddings_on_host, pack_head, pack_linear, parameters_of
 from support.options import Count, Rank, Size
@@ -387,7 +388,10 @@ def compare_steps(options, llm=None):
         step = partial(plain_step, loss=options.loss)
         try:
             encoder = random_whisper(encoder_config)
-        except torch.OutOfMemoryError:  # what ours measured stays
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # what ours measured stays
             result["plain"] = {"out_of_memory": True}
             return result
         result["plain"] = measured(step, encoder)
@@ -478,7 +482,9 @@ def measure_step(options, model, examples, length, best_seconds, step, encoder):
     try:
         seconds = seconds_a_step(step, model, optimizer, examples, encoder, options.steps)
         peak = peak_bytes(step, model, optimizer, examples, encoder)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return {"out_of_memory": True}
     return {
         "seconds_a_step": seconds,

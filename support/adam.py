@@ -12,6 +12,7 @@ import torch
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
+from support.console import is_out_of_memory
 from support.files import first_line
 
 PIECE = 2**22  # numbers that travel at once
@@ -32,7 +33,7 @@ class RoomyAdamW(torch.optim.AdamW):
                     self.change(p, group)
 
     def change(self, p, group):
-        """Change one parameter; torch.OutOfMemoryError if not even a piece of it finds room."""
+        """Change one parameter; an error of torch if not even a piece of it finds room."""
         state = self.state[p]
         state.setdefault("step", torch.tensor(0.0))
         why = None
@@ -40,7 +41,9 @@ class RoomyAdamW(torch.optim.AdamW):
             try:
                 moments = [moment_on_device(state, name, p) for name in MOMENTS]
                 make_room(p)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 why = first_line(error)
         if why:
             moments = None  # of which one may be on the GPU

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from support.console import is_out_of_memory
 from support.files import HALF_WRITTEN, PROJECT, UserError, ceil_div, first_line, writing
 from support.processes import DEVICE
 
@@ -66,9 +67,9 @@ def load_or_explain(auto_class, name, what, **options):
                 f"like {lost[0]}"
             )
         return model
-    except torch.OutOfMemoryError:  # which says nothing of the files
-        raise
     except Exception as error:  # damaged files raise anything
+        if is_out_of_memory(error):
+            raise  # which says nothing of the files
         raise UserError(
             f"{what} {name}: cannot be loaded as a Hugging Face checkpoint, local folder or hub "
             f"name ({first_line(error)})"

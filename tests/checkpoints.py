@@ -343,7 +343,7 @@ def too_little_memory_at_first(function):
     def called(*args):
         calls.append(args)
         if len(calls) == 1:
-            raise torch.OutOfMemoryError("2 GB are missing")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
         return function(*args)
 
     called.calls = calls

@@ -249,7 +249,7 @@ def no_room_elsewhere(monkeypatch):
 
     def to(self, device):
         if device == "elsewhere":
-            raise torch.OutOfMemoryError("2 GB are missing")
+            raise RuntimeError("CUDA error: CUDNN_STATUS_ALLOC_FAILED")
         return move(self, device)
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
@@ -566,10 +566,24 @@ def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_out_of_memory_while_an_llm_is_loaded_is_not_laid_to_its_files(monkeypatch):
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+def no_room_for_cublas(*_, **__):
+    """The same, said by a library that torch calls."""
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+
+@pytest.mark.parametrize("say", [out_of_memory, no_room_for_cublas])
+def test_out_of_memory_while_an_llm_is_loaded_is_not_laid_to_its_files(say, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", say)
+    with pytest.raises(RuntimeError, match="out of memory|ALLOC_FAILED"):
         model.load_llm("tiny")
+
+
+def test_out_of_memory_while_a_recipe_is_loaded_is_not_laid_to_its_files(
+    trained_world, monkeypatch
+):
+    monkeypatch.setattr(SpeechLLM, "load_trained", no_room_for_cublas)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        SpeechLLM.from_pretrained(trained_world / "run" / "mtbi")
 
 
 # ---- out of memory with nothing to be done: a line for people ----
@@ -721,7 +735,7 @@ def test_an_optimizer_that_finds_no_room_at_any_parameter_goes_on_to_the_same_we
     def make_room(p):
         calls.append(p)
         if len(calls) > when:
-            out_of_memory()
+            no_room_for_cublas()
 
     monkeypatch.setattr(support.adam, "make_room", make_room)
     monkeypatch.setattr(support.adam, "PIECE", 64)

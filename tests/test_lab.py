@@ -1120,6 +1120,24 @@ def test_what_a_gpu_is_measured_by_is_written_row_by_row(tmp_path, monkeypatch, 
         lab.gpu.meet_gpu(lab.gpu.GpuOptions(out=str(tmp_path / "mine")))
 
 
+def test_an_llm_that_cannot_be_made_is_tried_once_and_the_other_rows_are_measured(
+    tmp_path, monkeypatch, capsys
+):
+    tried = []
+
+    def make_llm(name, frugal):
+        tried.append(name)
+        if name:
+            raise KeyError("a layer of another kind")
+
+    monkeypatch.setattr(lab.gpu, "make_llm", make_llm)
+    lab.gpu.meet_gpu(lab.gpu.GpuOptions(out=str(tmp_path / "gpu"), only="answers,kl,encoder"))
+    assert tried == ["tiny", ""], "once for both rows of the tiny LLM"
+    said = capsys.readouterr().out
+    for row in ("answers-tiny: 'a layer of", "-kl: 'a layer of", "encoder-whisper-tiny: measured"):
+        assert row in said
+
+
 def test_where_nothing_else_fits_the_embeddings_go_to_the_host(capsys):
     words = ["--llm", "Qwen2.5-7B", "--encoder", "whisper-large-v3", "--vram"]
     said, table = planned(capsys, *words, "6")
@@ -1180,16 +1198,21 @@ def test_a_dose_is_read_off_its_comparison_and_drawn(tmp_path, capsys):
     report = json.loads((ROOT / "docs/results/bar/report.json").read_text())
     del report["checksum"]  # of what stood in it before the paths were made public
     gains = {(row["system"], row["measure"]): row["score"] for row in report["scores"]}
+    measured = json.loads((ROOT / "tiny/measured.json").read_text())
     doses = parse_doses("0,0.6:0,0.6")
     for dose in doses:
         folder = dose.folder(tmp_path)
         (folder / "compare").mkdir(parents=True)
         write_json(folder / "compare" / "report.json", report)
-        shutil.copy(ROOT / "tiny/measured.json", folder)
+        read = {"llm_hesitant": dose.hesitant, "llm_blended": dose.blended}
+        write_json(folder / "measured.json", {**measured, **read})
     pretrain_missing(tmp_path, doses, pretrain=1.0)
     assert "tiny.pretrain" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="made with --pretrain 1, and 0.5 is asked for; name"):
+    with pytest.raises(UserError, match="with share 1, and 0.5 is asked for; name another"):
         pretrain_missing(tmp_path, doses, pretrain=0.5)
+    shutil.copy(ROOT / "tiny/measured.json", doses[0].folder(tmp_path))
+    with pytest.raises(UserError, match="with hesitant 0.3, and 0 is asked for; name another"):
+        pretrain_missing(tmp_path, doses, pretrain=1.0)
 
     rows = [row_of_dose(tmp_path, dose) for dose in doses]
     assert set(rows[0]["systems"]) == {"cascade", "mtbi", "asr"}
@@ -1199,5 +1222,6 @@ def test_a_dose_is_read_off_its_comparison_and_drawn(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"| `mtbi` | {percent(gains['mtbi', 'gain, seen'])} |" in said
     assert "| clean text |" in said and "| 60% hesitant, 0% of these blended |" in said
+    assert said.count("| mtbi − asr | gain, unseen tasks | 10.0 [2.2, 17.7] | **holds** |") == 3
     assert read_json(tmp_path / "dose.json", "doses")["doses"] == rows
     assert (tmp_path / "dose.png").stat().st_size > 10_000
