@@ -429,15 +429,18 @@ def score_rows(results, systems, measures):
 
 
 def kind_rows(answers, systems):
-    """A row for every kind of utterance and system: its gain in each cell, over the runs."""
+    """A row for every kind of utterance and system: its scores, as means over the runs."""
     rows = []
     for kind in answers["kind"].unique():
         if not kind:
             continue
-        results = Results(answers[answers["kind"] == kind])
+        about = answers[answers["kind"] == kind]
+        results = Results(about)
+        wer = {row["system"]: row["wer"] for row in wer_rows(about, systems)}
         for system in systems:
-            gains = {c: results.over(system, f"gain, {n}")["score"] for c, n in NAMES.items()}
-            rows.append({"kind": kind, "system": system, **gains})
+            row = {c: results.over(system, f"gain, {n}")["score"] for c, n in NAMES.items()}
+            row["ignored"] = results.over(system, "ignored instruction")["score"]
+            rows.append({"kind": kind, "system": system, **row, "wer": wer[system]})
     return rows
 
 

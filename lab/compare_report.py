@@ -118,14 +118,14 @@ def spread_table(report):
 
 
 def kinds_table(report):
-    """The gains by the kind of utterance, as means over the runs."""
+    """The scores by the kind of utterance, as means over the runs."""
     if not report["kinds"]:
         return "The corpus names no kinds of utterances."
     rows = []
     for row in report["kinds"]:
-        gains = [percent(row[cell]) for cell in NAMES]
-        rows.append([row["kind"], f"`{row['system']}`", *gains])
-    return markdown_table(["kind", "system", *GAINS], rows)
+        scores = [percent(row[column]) for column in (*NAMES, "wer", "ignored")]
+        rows.append([row["kind"], f"`{row['system']}`", *scores])
+    return markdown_table(["kind", "system", *GAINS, "repeat WER", "ignored instruction"], rows)
 
 
 def mistakes_table(report):

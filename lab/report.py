@@ -63,8 +63,8 @@ def bullet_list(values):
 def summarize(answers):
     """A system's entry of report.json, from its rows of the table of answers."""
 
-    def over(measure):
-        return over_utterances(rows_of(answers, measure))
+    def over(measure, among=answers):
+        return over_utterances(rows_of(among, measure))
 
     questions = answers[answers["set"] == "questions"]
     tasks = questions["task"].unique()
@@ -72,7 +72,11 @@ def summarize(answers):
     kinds = {}
     for kind, rows in questions.groupby("kind", sort=False):
         if kind:
-            kinds[kind] = cells_of(rows)
+            kinds[kind] = {
+                "cells": cells_of(rows),
+                "repeat_wer": repeat_wer(rows),
+                "ignored_instruction_rate": over("ignored instruction", rows)["score"],
+            }
     return {
         "cells": cells_of(answers),
         "kinds": kinds,
@@ -286,16 +290,19 @@ def score_table(report):
 
 
 def kind_table(report):
-    """The gains by the kind of utterance."""
+    """The scores by the kind of utterance."""
     kinds = next(iter(report["recipes"].values()))["kinds"]
     if not kinds:
         return "The corpus names no kinds of utterances."
     rows = []
     for kind in kinds:
         for name, entry in report["recipes"].items():
-            gains = [percent(cell["gain"]) for cell in entry["kinds"][kind].values()]
-            rows.append([kind, f"`{name}`", *gains])
-    return markdown_table(["kind", "system", *(f"gain, {n}" for n in NAMES.values())], rows)
+            found = entry["kinds"][kind]
+            scores = [cell["gain"] for cell in found["cells"].values()]
+            scores += [found["repeat_wer"], found["ignored_instruction_rate"]]
+            rows.append([kind, f"`{name}`", *map(percent, scores)])
+    gains = [f"gain, {name}" for name in NAMES.values()]
+    return markdown_table(["kind", "system", *gains, "repeat WER", "ignored instruction"], rows)
 
 
 def mistake_table(counts, anchor_rates):
