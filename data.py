@@ -15,12 +15,13 @@ import random
 import re
 import tomllib
 import unicodedata
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
+import support  # noqa: F401  first: torch reads what it sets
 import numpy as np
 import soundfile
 import torch
@@ -197,11 +198,13 @@ def is_mark(letter):
 
 
 def normalize(text):
-    """The words alone: small letters, with their accents and vowel signs, and no punctuation."""
+    """The words in small letters: accents and vowel signs stay, punctuation goes (but for "_")."""
     kept = ""
     for letter in unicodedata.normalize("NFC", text.lower()):
-        belongs = is_mark(letter) and kept[-1:].strip()  # to the letter before it
-        kept += letter if letter.isalnum() or letter == "_" or belongs else " "
+        is_of_a_word = letter.isalnum() or letter == "_"
+        if is_mark(letter) and kept and kept[-1] != " ":
+            is_of_a_word = True  # it belongs to the letter before it
+        kept += letter if is_of_a_word else " "
     return " ".join(kept.split())
 
 
@@ -266,7 +269,7 @@ class Recipe:
     tasks: tuple = ("*",)
     # a key of model.CONNECTORS; "": nothing is trained
     connector: str = "stack-mlp"
-    # speech tokens a second of speech; the encoder's frame rate tells how many frames that makes
+    # speech tokens per second; with the encoder's frame rate it says how many frames make one
     tokens_per_second: float = 6.6
     # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
     lora: int = 0
@@ -278,7 +281,7 @@ class Recipe:
     span: float = 2.0
     # share of the task "repeat": at the start, and from half-way on
     repeat: tuple = (0.0, 0.0)
-    # peak learning rate, as a share of the usual one: a Q-Former wants a smaller one
+    # times the usual peak learning rate, which train.py works out: a Q-Former wants a smaller one
     lr: float = 1.0
     # a key of model.LOSSES
     loss: str = "ce"
@@ -286,14 +289,23 @@ class Recipe:
     text_only: float = 0.0
     # share of mixed-modal turns: of a conversation in text some utterances, or spans, are spoken
     mixed: float = 0.0
-    # share of the training utterances that is used
+    # which share of the training utterances is used
     speech: float = 1.0
     # the kinds of utterances that are used, where the corpus names kinds; none: all
     kinds: tuple = ()
-    # how many wordings of a task are used; the other ones give way to these; 0: all
+    # how many prompts of a task are used, the first in alphabetical order; 0: all
     prompts: int = 0
     # are the answers of "repeat" the true transcripts, and not what the LLM says?
     true_transcripts: bool = False
+
+    def changed(self):
+        """{field: value} of all that differs from the defaults, but for `about`."""
+        changed = {}
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            if knob.name != "about" and value != knob.default:
+                changed[knob.name] = value
+        return changed
 
     def trains_on(self, task):
         return any(fnmatch(task, pattern) for pattern in self.tasks)
@@ -389,7 +401,7 @@ def control_tokens(tokenizer):
 
 
 def as_plain_text(tokenizer, text):
-    """The text with a BREAK in everything that would become a control token, and no mark else."""
+    """The text without marks of ours, and with a BREAK in all that would be a control token."""
     text = text.encode(errors="replace").decode()  # a lone surrogate is no text
     text = text.replace(AUDIO_MARK, " ").replace(BREAK, " ")
     control = control_tokens(tokenizer)
@@ -452,7 +464,7 @@ class Response:
 
 
 def positions_of(part, k):
-    """How many positions a part takes in the LLM, with k frames a speech token."""
+    """How many positions a part takes in the LLM, with k frames per speech token."""
     return ceil_div(len(part.frames), k) if isinstance(part, Speech) else len(part.ids)
 
 
@@ -511,7 +523,7 @@ def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
 
 
 def place_of(instruction, rendered):
-    """(begin, end) of an instruction before the speech, which a system turn may say, too."""
+    """(begin, end) of an instruction: the last place before the speech that has its words."""
     begin = rendered.rfind(instruction, 0, rendered.rfind(AUDIO_MARK))
     return (begin, begin + len(instruction)) if begin >= 0 else (0, 0)
 
@@ -527,7 +539,7 @@ def flatten(tokenizer, content):
     return "\n".join(pieces)
 
 
-def ask(prompt, audio=None):
+def user_turn(prompt, audio=None):
     """The one-turn conversation of the benchmark and of both stages: a prompt, then speech."""
     content = [{"type": "text", "text": prompt}, {"type": "audio", "audio": audio}]
     return [{"role": "user", "content": content}]
@@ -540,8 +552,10 @@ def dialogue(earlier, prompt, again=False):
     """
     turns = []
     for said, answer in earlier:
-        turns += [*ask(said), {"role": "assistant", "content": answer}]
-    return turns + ([{"role": "user", "content": prompt}] if again else ask(prompt))
+        turns += [*user_turn(said), {"role": "assistant", "content": answer}]
+    if again:
+        return [*turns, {"role": "user", "content": prompt}]
+    return [*turns, *user_turn(prompt)]
 
 
 # ---- interleaving ----
@@ -591,10 +605,11 @@ def interleave(tokenizer, utterance, frames, as_text):
 def tokens_and_words(tokenizer, text):
     """(token ids of the whole text, for each the number of the word it belongs to)."""
     ids, starts = tokenize_in_context(tokenizer, text)
-    ends = [match.end() for match in re.finditer(r"\S+", text)][:-1]
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
     words = []
     for start in starts:
-        words.append(sum(end <= start for end in ends))  # a space belongs to the word it precedes
+        # how many words (but the last) have ended: a space belongs to the word that it precedes
+        words.append(sum(end <= start for end in ends[:-1]))
     return ids, words
 
 
@@ -620,18 +635,18 @@ class Example:
     teacher: list | None  # the same with every transcript as text, for a loss that has a teacher
 
     def positions(self, k):
-        """How many positions it takes in the LLM, with k frames a speech token."""
+        """How many positions it takes in the LLM, with k frames per speech token."""
         return sum(positions_of(part, k) for part in self.parts)
 
 
-def fewer(utterances, share):
+def subset_of(utterances, share):
     """A share of the utterances, whatever the seed; a smaller one is a part of a larger."""
     by_hash = sorted(utterances, key=lambda u: hashlib.sha256(u.id.encode()).digest())
     kept = {u.id for u in by_hash[: max(1, round(share * len(utterances)))]}
     return [u for u in utterances if u.id in kept]
 
 
-@dataclass(eq=False)
+@dataclass
 class Examples:
     """The training set of a run.
 
@@ -641,12 +656,12 @@ class Examples:
     """
 
     tokenizer: object
-    utterances: list  # those of the training split; trained on are those of `trained_on`
+    utterances: list  # those of the training split
     behaviors: list
     frames: object  # {utterance id: frames (T, D_encoder)}
     recipe: Recipe
     _: KW_ONLY
-    k: int  # frames a speech token: what is of similar length shares a batch
+    k: int  # frames per speech token: what is of similar length shares a batch
     steps: int
     batch_size: int
     accumulate: int = 1
@@ -654,11 +669,15 @@ class Examples:
     with_teacher: bool = False  # does the loss have a teacher, which reads the transcripts?
 
     def __post_init__(self):
-        self.by_id = {u.id: u for u in fewer(self.of_its_kinds(), self.recipe.speech)}
+        # of the utterances those that the recipe may use
+        self.by_id = {u.id: u for u in subset_of(self.of_its_kinds(), self.recipe.speech)}
+        self.about = {}  # {utterance id: {"repeat": [Behavior], "other": [Behavior]}}
+        self.in_text = []  # behaviors of one turn, for examples without speech
+        self.dialogues = []  # behaviors of two turns, for mixed-modal ones
         self.sort_behaviors()
         self.trained_on = [self.by_id[i] for i in self.about]
         self.check()
-        # A step asks for a batch or more of a bucket, and the next step for their neighbours.
+        # steps in a row ask for batches of one bucket, or of two neighbours
         self.bucket = lru_cache(maxsize=2)(self.draw_bucket)
 
     def of_its_kinds(self):
@@ -668,9 +687,7 @@ class Examples:
         return [u for u in self.utterances if u.kind in self.recipe.kinds]
 
     def sort_behaviors(self):
-        """Which behaviors an example may imitate: about speech, in text alone, in two turns."""
-        self.about = {}  # utterance id -> {"repeat": [..], "other": [..]}
-        self.in_text, self.dialogues = [], []
+        """Put each behavior where examples are drawn from: about, in_text, dialogues."""
         for b in self.as_the_recipe_has_them():
             if any(i not in self.by_id for i in b.utterances()):
                 continue
@@ -680,21 +697,21 @@ class Examples:
                 continue
             self.in_text.append(b)
             if self.recipe.trains_on(b.task):
-                kinds = self.about.setdefault(b.utterance, {"repeat": [], "other": []})
-                kinds["repeat" if b.task == "repeat" else "other"].append(b)
+                sorts = self.about.setdefault(b.utterance, {"repeat": [], "other": []})
+                sorts["repeat" if b.task == "repeat" else "other"].append(b)
 
     def as_the_recipe_has_them(self):
-        """The behaviors, with fewer wordings and true transcripts where the recipe wants that.
+        """The behaviors, with fewer prompts and true transcripts where the recipe wants that.
 
-        An answer given to a wording that is not used stands for the answer to one that is.
+        A behavior whose prompt is not used keeps its answer, and gets one of those that are.
         """
-        wordings = {}
+        asked = {}  # {task: its prompts}
         for b in self.behaviors:
-            wordings.setdefault(b.task, set()).add(b.prompt)
-        used = {task: sorted(prompts)[: self.recipe.prompts] for task, prompts in wordings.items()}
+            asked.setdefault(b.task, set()).add(b.prompt)
+        used = {task: sorted(prompts)[: self.recipe.prompts] for task, prompts in asked.items()}
         for b in self.behaviors:
             if self.recipe.prompts and b.prompt not in used[b.task]:
-                at = sorted(wordings[b.task]).index(b.prompt)
+                at = sorted(asked[b.task]).index(b.prompt)
                 b = replace(b, prompt=used[b.task][at % len(used[b.task])])
             if self.recipe.true_transcripts and b.task == "repeat" and b.utterance in self.by_id:
                 b = replace(b, response=self.by_id[b.utterance].text, ended=True)
@@ -721,14 +738,15 @@ class Examples:
 
     @property
     def per_epoch(self):
-        """Batches an epoch."""
+        """Batches per epoch."""
         return len(self.trained_on) // self.batch_size
 
     def batch(self, step, micro=0):
         """The examples of micro-batch `micro` of step `step`."""
-        epoch, at = divmod(step * self.accumulate + micro, self.per_epoch)
-        number, at = divmod(at, BUCKET)
-        return self.bucket(epoch, number)[at]
+        number = step * self.accumulate + micro  # counted from the start of the training
+        epoch, of_epoch = divmod(number, self.per_epoch)
+        bucket, of_bucket = divmod(of_epoch, BUCKET)
+        return self.bucket(epoch, bucket)[of_bucket]
 
     def draw_bucket(self, epoch, number):
         """BUCKET batches of an epoch: examples of similar length share one, in random order.
@@ -739,8 +757,8 @@ class Examples:
         """
         first = number * BUCKET * self.batch_size
         chosen = self.epoch_order(epoch)[first : first + BUCKET * self.batch_size]
-        before = epoch * self.per_epoch + number * BUCKET  # batches
-        done = before / (self.steps * self.accumulate)
+        batches_before = epoch * self.per_epoch + number * BUCKET
+        done = batches_before / (self.steps * self.accumulate)
         rng = random.Random(f"bucket-{self.seed}-{epoch}-{number}")
         examples = []
         for utterance in chosen:
@@ -786,20 +804,21 @@ class Examples:
         done: how much of the training is done, from 0 to 1.
         """
         recipe = self.recipe
-        kind = rng.random() if recipe.text_only or recipe.mixed else 1.0
-        if kind < recipe.text_only:
-            return self.draw_text_only(rng)
-        if self.dialogues and kind < recipe.text_only + recipe.mixed:
-            return self.draw_mixed_turns(rng)
+        if recipe.text_only or recipe.mixed:  # other recipes draw no such number
+            chance = rng.random()
+            if chance < recipe.text_only:
+                return self.draw_text_only(rng)
+            if self.dialogues and chance < recipe.text_only + recipe.mixed:
+                return self.draw_mixed_turns(rng)
         return self.draw_about(rng, utterance, done), [self.listen(rng, utterance)]
 
     def draw_about(self, rng, utterance, done):
         """A behavior about the utterance; how often it is "repeat", the recipe says."""
-        kinds = self.about[utterance.id]
+        behaviors = self.about[utterance.id]
         want = "repeat" if rng.random() < self.recipe.repeat_share(done) else "other"
-        if not kinds[want]:
+        if not behaviors[want]:
             want = "other" if want == "repeat" else "repeat"
-        return rng.choice(kinds[want])
+        return rng.choice(behaviors[want])
 
     def draw_text_only(self, rng):
         """Any training task about a transcript that is read."""
@@ -875,8 +894,8 @@ LLM_OPTIONS = {"bits": (4, 8, 16), "head_bits": (4, 16), "embeddings": ("gpu", "
 def open_run(folder):
     """The Run in a folder; UserError if its behaviors are not complete or its data has changed."""
     folder = Path(folder)
-    kinds = {"data": str, "llm": str, "bits": int, "tasks": str, "seed": int}
-    options, content, done = read_config(folder, "behaviors", **kinds)
+    types = {"data": str, "llm": str, "bits": int, "tasks": str, "seed": int}
+    options, content, done = read_config(folder, "behaviors", **types)
     if not done:
         raise UserError(
             f"{folder}: its behaviors are not complete; run `behaviors … --out {folder}` first"

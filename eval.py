@@ -20,9 +20,9 @@ import support  # noqa: F401  first: torch reads what it sets
 import numpy as np
 import torch
 
-from data import Run, Speech, Task, Text, Utterance, ask, chat_parts, dialogue, load_tasks
-from data import normalize, open_run, positions_of, read_manifest, response_tokens
-from data import transcript_tokens
+from data import Run, Speech, Task, Text, Utterance, chat_parts, dialogue, load_tasks, normalize
+from data import open_run, positions_of, read_manifest, response_tokens, transcript_tokens
+from data import user_turn
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import llm_of, load_encoder, shared_llm
 from support.answers import answer_all, answer_in_memory, keep_record
@@ -30,11 +30,11 @@ from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json_if_whole, write_json
 from support.frames import fingerprint_of_audio
-from support.hub import free_memory, named
+from support.hub import absolute_if_local, free_memory
 from support.options import Count, RunFolder, Seed
 from support.processes import first_process
-from support.runs import alone, begin, finish, fingerprint_of_training, recipes_to_bench
-from support.runs import read_spec, refuse_foreign
+from support.runs import begin, fingerprint_of_training, finish, lock_folder, read_spec
+from support.runs import recipes_to_bench, refuse_foreign
 from support.states import load_weights, state_at
 
 # what is new about a question: nothing, its prompt, or its task (of which no prompt was seen)
@@ -134,7 +134,7 @@ class Bench:
         UserError otherwise.
         """
         config = "bench/config.json"
-        with alone(self.folder / "bench"):
+        with lock_folder(self.folder / "bench"):
             refuse_foreign(self.folder, "bench", self.options.MAKES, config)
             begin(self.folder, "bench", self.options, self.settings, config)
             yield
@@ -210,7 +210,7 @@ def plan_bench(options, table):
         "trained": weights,
     }
     if options.asr:
-        settings["asr"] = [options.asr, fingerprint_of_encoder(named(options.asr))]
+        settings["asr"] = [options.asr, fingerprint_of_encoder(absolute_if_local(options.asr))]
     folder = report_folder(run, data)
     if options.step:
         folder = folder / "steps" / str(options.step)
@@ -377,7 +377,7 @@ def transcriber_of(asr, encoder):
 
     None, and a line that says so, if it has no CTC head.
     """
-    transcriber = load_encoder(named(asr)) if asr else encoder
+    transcriber = load_encoder(absolute_if_local(asr)) if asr else encoder
     if transcriber.can_transcribe:
         return transcriber
     print(
@@ -525,8 +525,8 @@ class Questions:
         return answer_all(
             system.model,
             [case.parts(hearing or system) for case in cases],
-            [(case.task.name, case.utterance.duration) for case in cases],
-            f"bench {system.name}" + ("" if which == "questions" else f", {which}"),
+            sort_keys=[(case.task.name, case.utterance.duration) for case in cases],
+            desc=f"bench {system.name}" + ("" if which == "questions" else f", {which}"),
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
             kept=self.kept / f"{system.name}-{which}",
@@ -637,7 +637,7 @@ def row_of(name, which, case, reference, answer):
     """A row of the table of answers: who was asked what, and how the answer scores."""
     metrics = all_metrics(reference, answer)
     ignored = None
-    if which == "questions" and can_be_told(case, reference):
+    if which == "questions" and differs_from_transcript(case, reference):
         ignored = float(repeats_instead(case, reference, answer))
     return {
         "system": name,
@@ -708,12 +708,12 @@ def all_metrics(reference, answer):
     }
 
 
-NEARLY = 0.25  # of the words are other ones, at most
+NEARLY_SAME = 0.25  # the word error rate up to which two texts count as the same
 
 
-def can_be_told(case, reference):
-    """Would an answer that repeats the transcript be another one than the right one?"""
-    return word_error_rate(case.utterance.text, reference) > NEARLY
+def differs_from_transcript(case, reference):
+    """Is the right answer another text than the transcript? If not, repeating it is no mistake."""
+    return word_error_rate(case.utterance.text, reference) > NEARLY_SAME
 
 
 def repeats_instead(case, reference, answer):
@@ -721,8 +721,8 @@ def repeats_instead(case, reference, answer):
 
     Asked for another task, it answered with the transcript, give or take a quarter of its words.
     """
-    repeated = word_error_rate(case.utterance.text, answer) <= NEARLY
-    return repeated and can_be_told(case, reference)
+    repeated = word_error_rate(case.utterance.text, answer) <= NEARLY_SAME
+    return repeated and differs_from_transcript(case, reference)
 
 
 # ---- directives: what the speech says to do ----
@@ -794,7 +794,7 @@ def attention_shares(system, cases, responses):
         for case, response in zip(cases, responses):
             spoken = system.parts(case.utterance)
             parts = chat_parts(
-                model.tokenizer, ask(case.prompt), [spoken], response, instruction=case.prompt
+                model.tokenizer, user_turn(case.prompt), [spoken], response, instruction=case.prompt
             )
             # the position that predicts the first token
             attention = attention_from(model, parts, -len(response) - 1)  # (layers, L)
@@ -814,7 +814,7 @@ def attention_from(model, parts, position):
     layers = []
     for attention in out.attentions:
         if attention is not None:  # (1, heads, L, L)
-            layers.append(attention[0, :, position].float().mean(0))  # (L,)
+            layers.append(attention[0, :, position].float().mean(0))  # (heads, L) -> (L,)
     return torch.stack(layers)
 
 

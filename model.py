@@ -7,7 +7,7 @@ Shapes, in the whole file:
     D_encoder and D, the widths of the encoder and of the LLM
 
 In encoders and connectors B counts recordings and spans of speech, of which a conversation may have
-several; where a speech token is made of its own k frames alone, it counts these, and N is 1.
+several, and W the windows of k frames that speech tokens are made of.
 """
 
 import math
@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import support  # noqa: F401  first: torch reads what it sets
 import numpy as np
 import psutil
 import torch
@@ -27,17 +28,17 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import SAMPLE_RATE, Response, Speech, ask, chat_parts, end_of_turn, load_audio
+from data import SAMPLE_RATE, Response, Speech, chat_parts, end_of_turn, load_audio, user_turn
 from support.checks import check_messages
 from support.console import is_out_of_memory, timed
 from support.files import UserError, ceil_div, explained, first_line
 from support.files import whole_file, write_json
 from support.frames import keep_frames
 from support.hub import PackedHead, check_frames, check_row_widths, check_tokenizer
-from support.hub import check_vocabulary, keep_embeddings_on_host
-from support.hub import fingerprint_of_tensors, fingerprint_of_weights, free_memory
-from support.hub import load_adapter, load_or_explain, load_speech_model, load_tensors
-from support.hub import load_in_places, local_or_fetched, located, pack_head, save_adapter
+from support.hub import check_vocabulary, checkpoint_path, fingerprint_of_tensors
+from support.hub import fingerprint_of_weights, free_memory, keep_embeddings_on_host, load_adapter
+from support.hub import load_in_places, load_or_explain, load_speech_model, load_tensors
+from support.hub import local_or_fetched, pack_head, save_adapter
 from support.processes import DEVICE, first_process
 from support.recognizer import Recognizer, encoder_behind, fingerprint_of_recognizer
 from support.recognizer import is_recognizer, open_recognizer
@@ -169,7 +170,7 @@ class HuggingFaceEncoder(nn.Module):
         super().__init__()
         self.name = str(name)
         self.pad_whisper = pad_whisper
-        where = located(name, "encoder")
+        where = checkpoint_path(name, "encoder")
         self.config = load_or_explain(AutoConfig, where, "speech encoder")
         self.extractor = load_or_explain(AutoFeatureExtractor, where, "speech encoder")
         if self.extractor.sampling_rate != SAMPLE_RATE:
@@ -375,15 +376,16 @@ class ConnectorBody(nn.Module):
     """What connectors have in common: their defaults for k and for the hidden width."""
 
     k_is_a_power_of_two = False
-    # Is a token made of its own k frames, and of no others? Then B is all windows of a batch and N
-    # is 1, else B is spans of N tokens each.
+    # Is a token made of its own k frames, and of no others? Then forward() gets windows
+    # (W, k, D_encoder), those of all spans of a batch, and gives (W, D); else it gets spans of as
+    # many tokens, (B, N * k, D_encoder), and gives (B, N, D).
     windows_apart = False
     widening = 4  # the hidden width: so many times the LLM's width,
     multiple_of = 1  # rounded up to a multiple of this,
     widest = 2048  # and at most this
 
     @classmethod
-    def frames_a_token(cls, frame_rate, tokens_per_second):
+    def frames_per_token(cls, frame_rate, tokens_per_second):
         """k, for about so many speech tokens a second of speech."""
         k = max(1.0, frame_rate / tokens_per_second)
         return 2 ** round(math.log2(k)) if cls.k_is_a_power_of_two else round(k)
@@ -399,16 +401,15 @@ class ConnectorBody(nn.Module):
 
 
 class StackMLP(ConnectorBody):
-    """Stack k neighbouring frames, then a two-layer MLP (as in SLAM-ASR, arXiv 2402.08846).
+    """The k frames of a window side by side, then a two-layer MLP (as in SLAM-ASR, 2402.08846).
 
-    frames (B, N * k, D_encoder) -> (B, N, k * D_encoder) -> LayerNorm, MLP -> (B, N, D)
+    windows (W, k, D_encoder) -> (W, k * D_encoder) -> LayerNorm, MLP -> (W, D)
     """
 
     windows_apart = True
 
     def __init__(self, width_in, width_out, k, hidden):
         super().__init__()
-        self.k = k
         self.norm = nn.LayerNorm(k * width_in)
         self.mlp = nn.Sequential(
             nn.Dropout(DROPOUT),
@@ -418,9 +419,9 @@ class StackMLP(ConnectorBody):
             nn.Linear(hidden, width_out),
         )
 
-    def forward(self, x):
-        stacked = x.reshape(len(x), -1, self.k * x.shape[-1])  # (B, N, k * D_encoder)
-        return self.mlp(self.norm(stacked))  # (B, N, D)
+    def forward(self, windows):
+        stacked = windows.flatten(1)  # (W, k * D_encoder)
+        return self.mlp(self.norm(stacked))  # (W, D)
 
 
 class Conv(ConnectorBody):
@@ -455,9 +456,9 @@ class Conv(ConnectorBody):
 
     def forward(self, x):
         for conv in self.convs:
-            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)  # half as many of (B, n, D_encoder)
+            x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)  # (B, half as many, D_encoder)
         x = self.norm(self.project(x))  # (B, N, D)
-        return x + self.adapter(x)
+        return x + self.adapter(x)  # (B, N, D)
 
 
 class QFormer(ConnectorBody):
@@ -466,8 +467,8 @@ class QFormer(ConnectorBody):
     After the window-level Q-Former of SALMONN (arXiv 2310.13289), as Self-Powered LSM has one
     (arXiv 2410.03798); docs/papers.md says what we know of it.
 
-    frames (B, N * k, D_encoder) -> windows (B * N, k, hidden)
-    -> one query each, cross-attention -> (B * N, 1, hidden) -> (B, N, D)
+    windows (W, k, D_encoder) -> (W, k, hidden)
+    -> one query each, cross-attention -> (W, 1, hidden) -> (W, D)
     """
 
     HEADS, LAYERS = 8, 2
@@ -481,7 +482,6 @@ class QFormer(ConnectorBody):
                 f"the qformer connector has {self.HEADS} attention heads, so --hidden must be a "
                 f"multiple of {self.HEADS}, not {hidden}"
             )
-        self.k = k
         self.norm = nn.LayerNorm(width_in)
         self.enter = nn.Linear(width_in, hidden)
         # of a frame in its window: attention alone knows no order
@@ -495,13 +495,12 @@ class QFormer(ConnectorBody):
         )
         self.leave = nn.Linear(hidden, width_out)
 
-    def forward(self, x):
-        frames = self.enter(self.norm(x))  # (B, N * k, hidden)
-        windows = frames.reshape(-1, self.k, frames.shape[-1]) + self.position  # (B*N, k, hidden)
-        queries = self.query.expand(len(windows), -1, -1)  # (B * N, 1, hidden)
+    def forward(self, windows):
+        frames = self.enter(self.norm(windows)) + self.position  # (W, k, hidden)
+        queries = self.query.expand(len(windows), -1, -1)  # (W, 1, hidden)
         for layer in self.layers:
-            queries = layer(queries, windows)
-        return self.leave(queries).reshape(len(x), -1, self.leave.out_features)  # (B, N, D)
+            queries = layer(queries, frames)  # (W, 1, hidden)
+        return self.leave(queries).squeeze(1)  # (W, D)
 
 
 CONNECTORS = {"stack-mlp": StackMLP, "conv": Conv, "qformer": QFormer}
@@ -551,14 +550,14 @@ class Connector(nn.Module):
         counts = [ceil_div(len(frames), self.k) for frames in spans]  # N_i
         if self.body.windows_apart:
             filled = [self.filled(frames, n) for frames, n in zip(spans, counts)]
-            x = torch.cat(filled).unflatten(0, (-1, self.k))  # (sum of N_i, k, D_encoder)
-            tokens = self.speech_tokens(x).flatten(0, 1)  # (sum of N_i, D)
-            return tokens.split(counts)
+            windows = torch.cat(filled).unflatten(0, (-1, self.k))  # (W = sum of N_i, k, D_encoder)
+            return self.speech_tokens(windows).split(counts)  # (W, D) -> [(N_i, D)]
 
         by_length = {}  # N -> which spans have so many tokens
         for i, n in enumerate(counts):
             by_length.setdefault(n, []).append(i)
-        tokens = [None for _ in spans]
+        by_length.pop(0, None)
+        tokens = [self.scale.new_zeros(0, len(self.scale)) for _ in spans]  # of one without frames
         for n, rows in by_length.items():
             x = torch.stack([self.filled(spans[i], n) for i in rows])  # (B, N * k, D_encoder)
             for i, row in zip(rows, self.speech_tokens(x)):  # (B, N, D)
@@ -570,11 +569,8 @@ class Connector(nn.Module):
         return F.pad(frames, (0, 0, 0, n * self.k - len(frames)))
 
     def speech_tokens(self, x):
-        """Frames (B, N * k, D_encoder) -> speech tokens (B, N, D) as large as embeddings."""
-        x = x.to(self.scale)
-        if not x.numel():
-            return x.new_zeros(len(x), 0, len(self.scale))
-        y = self.body(x)  # (B, N, D)
+        """What the body takes -> its speech tokens (..., D), as large as embeddings."""
+        y = self.body(x.to(self.scale))  # (W, D) or (B, N, D)
         return F.rms_norm(y, y.shape[-1:]) * self.scale
 
 
@@ -596,7 +592,7 @@ def compute_precision(precision="auto", llm="tiny"):
         return "fp32"
     config = llm
     if isinstance(llm, (str, Path)):
-        config = load_or_explain(AutoConfig, located(llm, "llm"), "LLM")
+        config = load_or_explain(AutoConfig, checkpoint_path(llm, "llm"), "LLM")
     return "bf16" if config.get_text_config().hidden_size >= WIDE else "fp32"
 
 
@@ -608,14 +604,14 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
     their table is, "gpu" or "host", which changes no result.
     """
     free_memory()  # of an LLM that was there before
-    where = located(name, "llm")
+    where = checkpoint_path(name, "llm")
     compute = PRECISIONS[compute_precision(precision, name)]
     tokenizer = load_or_explain(AutoTokenizer, where, "LLM")
     vocabulary = len(tokenizer)  # before marks_of adds its two
     check_tokenizer(tokenizer, where)
     with explained(f"LLM {where}: its chat template cannot be used", IndexError):
         end_of_turn(tokenizer)
-        chat_parts(tokenizer, ask("Who did it, and when?"), [[]])
+        chat_parts(tokenizer, user_turn("Who did it, and when?"), [[]])
     llm = load_in_places(where, bits, compute, DEVICE, head_bits, embeddings)
     check_vocabulary(llm, vocabulary, where)
     check_row_widths(llm, where)
@@ -665,6 +661,11 @@ def fingerprint_of_llm(llm, tokenizer):
     return fingerprint_of_tensors(weights, shape, samples=None)
 
 
+def embedding_width(llm):
+    """D, the width of its embeddings."""
+    return llm.get_input_embeddings().weight.shape[1]
+
+
 @torch.no_grad()
 def embedding_rms(llm):
     """Root mean square of the LLM's input embeddings as its layers see them.
@@ -701,7 +702,7 @@ def with_lora(llm, rank):
     return get_peft_model(llm, config)
 
 
-def checkpoint_gradients(llm):
+def checkpointed_layers(llm):
     """Let each layer keep only its input, and compute the rest again in the backward pass.
 
     Returns the layers that do so while their own flag `training` is set; what is inside them stays
@@ -724,7 +725,7 @@ def checkpoint_gradients(llm):
 
 
 class CrossEntropy:
-    """-log p of the LLM's own answer, token by token (MTBI, arXiv 2505.18644)."""
+    """-log p of the LLM's own answer, token by token (MTBI, arXiv 2505.18644, by its abstract)."""
 
     has_teacher = False  # does it need the same conversations with the transcripts as text?
 
@@ -734,7 +735,10 @@ class CrossEntropy:
 
 
 class DistributionKL:
-    """KL(frozen LLM reading text || LLM hearing speech): the whole next-token distribution."""
+    """KL(frozen LLM reading text || LLM hearing speech): the whole next-token distribution.
+
+    Ours; the nearest that we know is BLSP-KD (arXiv 2405.19041).
+    """
 
     has_teacher = True
 
@@ -780,12 +784,12 @@ class SpeechLLM(nn.Module):
         if self.connector is not None:
             self.connector.train(mode)
         for layer in self.checkpointed:
-            layer.training = mode
+            layer.training = mode  # by which such a layer knows whether to compute again
         return self
 
     def checkpoint_gradients(self):
         """Less memory and a third more time for training."""
-        self.checkpointed = checkpoint_gradients(self.llm)
+        self.checkpointed = checkpointed_layers(self.llm)
         return self
 
     def trainable(self):
@@ -799,9 +803,9 @@ class SpeechLLM(nn.Module):
     def embed(self, batch):
         """Parts -> (embeddings (B, L, D), attention mask (B, L), labels (B, L)).
 
-        The one place where text and speech are spliced. With k = 6
+        The one place where text and speech are spliced. With k = 5
 
-            [Text of 9 ids, Speech of 60 frames, Text of 4 ids, Response of 3 ids]
+            [Text of 9 ids, Speech of 50 frames, Text of 4 ids, Response of 3 ids]
 
         becomes 9 + 10 + 4 + 3 = 26 rows of D, and the last 3 are labelled.
 
@@ -870,23 +874,17 @@ class SpeechLLM(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
 
         # The projection to the vocabulary makes 150,000 numbers of a position. They are needed only
-        # where an answer is predicted, so all other hidden states are dropped before it.
-        answered = labels[:, 1:] != IGNORE  # (B, L - 1): one position predicts the next
-
-        def answers_alone(head, args):
-            return (args[0][:, :-1][answered],)  # (B, L, D) -> (R, D)
-
-        hook = self.llm.get_output_embeddings().register_forward_pre_hook(answers_alone)
-        try:
-            out = self.llm(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=False,
-            )
-        finally:
-            hook.remove()
-        return out.logits.float(), labels[:, 1:][answered]  # (R, V), (R)
+        # where an answer is predicted, so all other hidden states are dropped before it. One
+        # position predicts the next.
+        predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L), the last position never
+        out = self.llm(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            logits_to_keep=predicts,
+            use_cache=False,
+        )
+        return out.logits.float(), labels[labels != IGNORE]  # (R, V), (R)
 
     def forward(self, batch, teacher=None, loss="ce"):
         """The loss of conversations that end in a Response, summed over response tokens.
@@ -938,7 +936,7 @@ class SpeechLLM(nn.Module):
         Or to a whole conversation in the Hugging Face message format, whose audio entries hold a
         path.
         """
-        messages = ask(question, audio) if isinstance(question, str) else question
+        messages = user_turn(question, audio) if isinstance(question, str) else question
         return self.generate([self.listen(messages)], max_new_tokens)[0]
 
     def listen(self, messages):
@@ -975,15 +973,15 @@ class SpeechLLM(nn.Module):
 
     @classmethod
     def build(cls, spec, llm=None, encoder=None, seed=0, precision="auto"):
-        """A SpeechLLM from its spec; pass loaded models to share them.
+        """A SpeechLLM from its spec.
 
         spec: {"llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora"}, and,
-        if they are not the usual ones, "head_bits" and "embeddings".
+        if they are not the usual ones, "head_bits" and "embeddings". llm, encoder: loaded ones, to
+        share them: (LLM, tokenizer) as load_llm returns them, and as load_encoder does.
         """
         llm, tokenizer = llm or load_llm(*llm_of(spec, precision))
         encoder = encoder or load_encoder(spec["encoder"], spec["pad_whisper"])
-        width = llm.get_input_embeddings().weight.shape[1]
-        size = (spec["connector"], encoder.width, width, spec["k"], spec["hidden"])
+        size = (spec["connector"], encoder.width, embedding_width(llm), spec["k"], spec["hidden"])
         check_size(*size)
         torch.manual_seed(seed)  # after loading, which may draw random numbers itself
         connector = Connector(*size, embedding_rms(llm))
@@ -993,6 +991,7 @@ class SpeechLLM(nn.Module):
     def from_pretrained(cls, folder, llm=None, encoder=None, precision="auto"):
         """Load what save() wrote (RUN/RECIPE, or a hub name of such a folder).
 
+        llm, encoder: loaded ones, to share them, as build() takes them.
         UserError if it was trained for another LLM or another encoder.
         """
         folder = local_or_fetched(folder, TRAINED)

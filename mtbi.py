@@ -62,10 +62,10 @@ from support.answers import answer_all, forget_parts
 from support.console import is_out_of_memory, say_device, timed, want_of_memory
 from support.files import PROJECT, UserError, WriteError, fingerprint, fingerprint_of_file
 from support.files import relative, write_jsonl
-from support.hub import fingerprint_of_weights, named
+from support.hub import absolute_if_local, fingerprint_of_weights
 from support.options import Between, Count, DataFolder, RunFolder, Seed, parse_options
 from support.processes import MAIN, WORLD
-from support.runs import alone, begin, finish, is_done, read_config, settings_of
+from support.runs import begin, finish, is_done, lock_folder, read_config, settings_of
 from train import TrainOptions, train_recipe
 
 gc.freeze()
@@ -75,9 +75,10 @@ gc.enable()
 
 MTBI = "multi-task behavior imitation with speech-text interleaving (arXiv 2505.18644)"
 # VoiceTextBlender's speech tasks: recognition, translation, and questions about what was said; the
-# names are those of both task tables
+# names are of either task table, and those that a table lacks do not count
 SPOKEN_TASKS = ("repeat", "translate*", "who", "where", "what", "how_many", "category", "topic")
 SPOKEN_TASKS += ("question_about", "smallest")
+# Self-Powered LSM's six kinds of tasks; "category" stands for "intent", which the tiny world lacks
 SELF_MADE_TASKS = (
     "repeat",
     "continue",
@@ -215,8 +216,8 @@ def find_recipe(name):
     return replace(RECIPES[row], speech=int(percent) / 100) if at else RECIPES[row]
 
 
-def named_recipes(text):
-    """Those that are trained among the recipes of a list separated by commas."""
+def parse_recipes(text):
+    """The names in a list separated by commas whose recipes are trained."""
     names = [name for name in text.split(",") if name and find_recipe(name).connector]
     if not names:
         raise UserError(
@@ -287,7 +288,7 @@ def ask_behaviors(options):
         options,
         data=relative(data, out),  # so that both can be moved together
         tasks=relative(table, PROJECT),
-        llm=named(options.llm),
+        llm=absolute_if_local(options.llm),
         precision=compute_precision(options.precision, options.llm),
     )
     content = {
@@ -307,7 +308,7 @@ def ask_behaviors(options):
         return
     say_device()
     model = SpeechLLM(*shared_llm(*llm_of(asdict(options), options.precision)))
-    with alone(out), timed("behaviors"):
+    with lock_folder(out), timed("behaviors"):
         if options.force:
             forget_parts(out / "behaviors*")
         begin(out, "behaviors", options, content)
@@ -323,14 +324,17 @@ def move_embeddings(out, options, content):
     """Let train and bench have the table of embeddings of a run that is done in another place."""
     before, _, _ = read_config(out, "behaviors")
     if before.get("embeddings", "gpu") != options.embeddings:
-        with alone(out):
+        with lock_folder(out):
             finish(out, "behaviors", options, content)
         place = options.embeddings
         print(f"train and bench have its table of embeddings on the {place} from now on")
 
 
 def ask_llm(model, tasks, utterances, options, asked):
-    """The behaviors: first of one turn, then, with these as first turns, of two."""
+    """The behaviors: first of one turn, then, with these as first turns, of two.
+
+    asked: a fingerprint of the LLM and of the settings, as answer_all has it.
+    """
     texts = {u.id: u.text for u in utterances}
     kept = Path(options.out) / "behaviors"
     questions = draw_questions(tasks, utterances, options.per_utterance, options.seed)
@@ -355,8 +359,8 @@ def answer_in_text(model, questions, texts, options, kept, asked):
     answers = answer_all(
         model,
         conversations,
-        [(q.task, len(texts[q.utterance])) for q in questions],
-        kept.name,
+        sort_keys=[(q.task, len(texts[q.utterance])) for q in questions],  # alike share a batch
+        desc=kept.name,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         kept=kept,
@@ -391,7 +395,7 @@ def training_tasks(tasks, utterance):
 
 def draw_questions(tasks, utterances, per_utterance, seed):
     """Behaviors that lack their response: training tasks and training prompts only."""
-    # "imitate" was once this stage's name; another one would change every draw
+    # a part of the seed: another word would draw other questions
     rng = random.Random(f"imitate-{seed}")
     questions = []
     for u in utterances:
@@ -456,7 +460,7 @@ def bench_run(options):
     speech that RUN was made from, into RUN/on/NAME for another data folder.
     """
     if options.recipes:
-        options = replace(options, recipes=",".join(named_recipes(options.recipes)))
+        options = replace(options, recipes=",".join(parse_recipes(options.recipes)))
     planned = plan_bench(options, list(RECIPES))
     report = None if options.force else lab.report.earlier_report(planned)
     if report:
@@ -516,12 +520,8 @@ class RecipesOptions:
 
 def recipes(options):
     """Print the table of recipes; each is a row of RECIPES, and a row more is a recipe more."""
-    default = asdict(Recipe(""))
     for name, recipe in RECIPES.items():
-        changed = []
-        for column, value in asdict(recipe).items():
-            if column != "about" and value != default[column]:
-                changed.append(f"{column} {value}")
+        changed = [f"{column} {value}" for column, value in recipe.changed().items()]
         print(f"{name:<20} {recipe.about}")
         print(f"{'':<20} {', '.join(changed) if recipe.connector else 'no training'}")
     print("\nThe class Recipe in data.py says what each value means; the others are as they stand")
@@ -534,7 +534,7 @@ def compare_recipes(options):
     Writes OUT/report.md.
     """
     names = ",".join(RECIPES) if options.recipes == "all" else options.recipes
-    lab.compare.compare(options, run_command, named_recipes(names))
+    lab.compare.compare(options, run_command, parse_recipes(names))
 
 
 def demo(options):
@@ -580,9 +580,9 @@ def run_command(words):
             f"{name} runs in one process; {', '.join(TOGETHER)} are what torchrun and accelerate "
             "can start several times"
         )
-    kind, function = COMMANDS[name]
+    options_class, function = COMMANDS[name]
     about = inspect.getdoc(function)
-    options = parse_options(kind, list(words[1:]), f"mtbi.py {name}", about)
+    options = parse_options(options_class, list(words[1:]), f"mtbi.py {name}", about)
     function(options)
 
 

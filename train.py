@@ -9,7 +9,7 @@ goes on and ends with the very same weights.
 import math
 import random
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -18,18 +18,19 @@ import torch
 from tqdm import tqdm
 
 from data import Examples, Speech, open_run, read_behaviors
-from model import LOSSES, SpeechLLM, check_size, compute_precision, connector_class, encode_all
-from model import fingerprint_of_encoder, llm_of, load_encoder, load_llm, shared_llm
+from model import LOSSES, SpeechLLM, check_size, compute_precision, connector_class
+from model import embedding_width, encode_all, fingerprint_of_encoder, llm_of, load_encoder
+from model import load_llm, shared_llm
 from support.adam import RoomyAdamW
 from support.ahead import ahead
 from support.console import is_out_of_memory, progress_bar, say_device, stop_signals, timed
 from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
 from support.frames import FramesAtEveryUse, fingerprint_of_audio
-from support.hub import fingerprint_of_weights, named, parameters_of
+from support.hub import absolute_if_local, fingerprint_of_weights, parameters_of
 from support.logs import Log
-from support.options import Count, FramesAToken, Rank, Rate, RunFolder, Seed, check
-from support.processes import DEVICE, add_up, add_up_gradients, anyone, my_micro_batches
-from support.runs import alone, begin, finish, is_done, read_config, settings_of
+from support.options import Count, FramesPerToken, Rank, Rate, RunFolder, Seed, check
+from support.processes import DEVICE, RANK, WORLD, add_up, add_up_gradients, anyone, my_share
+from support.runs import begin, finish, is_done, lock_folder, read_config, settings_of
 from support.states import ON_THE_WAY, TRAINED, clear, load_state, save_state, saved_states
 from support.tracking import TRACKERS, Tracker
 
@@ -74,8 +75,8 @@ class TrainOptions:
     default: the recipe's"""
     lora: Rank | None = None
     """rank of a LoRA adapter on the LLM, 0 for none; default: the recipe's"""
-    k: FramesAToken | None = None
-    """encoder frames a speech token; default: by the encoder's frame rate and the recipe's speech
+    k: FramesPerToken | None = None
+    """encoder frames per speech token; default: by the encoder's frame rate and the recipe's speech
     tokens a second"""
     hidden: Count | None = None
     """width of the connector's hidden layer; default: by the connector and the LLM's width"""
@@ -130,7 +131,7 @@ def train_recipe(options, row):
     run = open_run(options.run)
     options = replace(
         options,
-        encoder=named(options.encoder),
+        encoder=absolute_if_local(options.encoder),
         precision=compute_precision(options.precision, run.options["llm"]),
     )
     recipe = with_options(row, options)
@@ -147,7 +148,7 @@ def train_recipe(options, row):
     model, spec, examples = build(run, utterances, recipe, options)
     checkpoint_if_large(model, options.gradient_checkpointing)
     lr = peak_rate(options.lr, model, recipe.lr)
-    with alone(folder):
+    with lock_folder(folder):
         clear(folder, options.force)
         begin(folder, "train", options, content)
         with timed(f"train {options.recipe}"), tracker:
@@ -198,14 +199,8 @@ def made_from(run, utterances, recipe, options):
             f"{run.options['llm']}: is not the LLM any more that gave the behaviors of "
             f"{run.folder}; run `behaviors` again with --force"
         )
-    # only what the row says: a knob that is new in the table changes no training of before
-    row = {}
-    for knob in fields(recipe):
-        value = getattr(recipe, knob.name)
-        if knob.name != "about" and value != knob.default:
-            row[knob.name] = value
     return {
-        "recipe": row,
+        "recipe": recipe.changed(),  # so that a field added to Recipe changes no earlier training
         "llm": llm,
         **run.packing(),
         "encoder": fingerprint_of_encoder(options.encoder),
@@ -234,7 +229,7 @@ def build(run, utterances, recipe, options):
         "pad_whisper": options.pad_whisper,
         "connector": recipe.connector,
         "lora": recipe.lora,
-        **connector_size(options, recipe, llm[0].get_input_embeddings().weight.shape[1], encoder),
+        **connector_size(options, recipe, embedding_width(llm[0]), encoder),
     }
     model = SpeechLLM.build(spec, llm, encoder, options.seed)
     for b in behaviors:
@@ -269,20 +264,20 @@ def connector_size(options, recipe, llm_width, encoder):
 
     UserError if there is no memory to train a connector of that size.
     """
-    kind = connector_class(recipe.connector)
+    body = connector_class(recipe.connector)
     if options.k:
         k, why = options.k, "as asked by --k"
     else:
-        k = kind.frames_a_token(encoder.frame_rate, recipe.tokens_per_second)
+        k = body.frames_per_token(encoder.frame_rate, recipe.tokens_per_second)
         why = (
             f"because the encoder gives {encoder.frame_rate:.1f} frames/s and the recipe wants "
             f"about {recipe.tokens_per_second} speech tokens/s"
         )
-    print(f"k: {k} encoder frames a speech token, {why}")
+    print(f"k: {k} encoder frames per speech token, {why}")
     if options.hidden:
         hidden, why = options.hidden, "as asked by --hidden"
     else:
-        hidden, why = kind.hidden_width(llm_width)
+        hidden, why = body.hidden_width(llm_width)
     print(f"hidden: {hidden}, {why}")
     # its gradients, too, and AdamW's two moments, which leave a GPU that is full
     copies = 4 if DEVICE == "cpu" else 2
@@ -292,7 +287,7 @@ def connector_size(options, recipe, llm_width, encoder):
 
 def peak_rate(asked, model, share):
     """The peak learning rate: as asked for, or derived."""
-    width = model.llm.get_input_embeddings().weight.shape[1]
+    width = embedding_width(model.llm)
     if asked:
         lr, why = asked, "as asked by --lr"
     else:
@@ -426,22 +421,31 @@ class Piece:
 
 
 def pieces_of_step(examples, step):
-    """This process's share of a step: a Piece for each micro-batch."""
+    """This process's share of a step: a Piece for each of its micro-batches.
+
+    It has whole ones, if every process can have as many; else a part of each.
+    """
+    in_parts = examples.accumulate % WORLD > 0
     pieces = []
-    for name, micro_batch in my_micro_batches(examples, step):
+    for micro in range(examples.accumulate):
+        if not in_parts and micro % WORLD != RANK:
+            continue
+        micro_batch, name = examples.batch(step, micro), str(micro)
+        if in_parts:
+            micro_batch, name = my_share(micro_batch), f"{micro}-{RANK}"
         if micro_batch:  # of a small one a process may have no row
             pieces.append(Piece(micro_batch, f"dropout-{examples.seed}-{step}-{name}"))
     return pieces
 
 
-def that_fit(pieces, progress):
-    """The pieces, each in as many as the memory asks for.
+def split_to_fit(pieces, progress):
+    """The pieces, each halved as often as memory was wanting so far.
 
     The loss stays a mean over the step, however it is divided; only its dropout is drawn anew.
     """
     smaller = []
     for piece in pieces:
-        smaller += piece.split(max(1, len(piece.examples) >> progress.halvings))
+        smaller += piece.split(max(1, len(piece.examples) // 2**progress.halvings))
     return smaller
 
 
@@ -490,7 +494,7 @@ def step_gradients(model, pieces, progress, loss="ce"):
     counts = [sum(p.tokens() for p in pieces), sum(p.frames() for p in pieces)]
     tokens, frames = (int(count) for count in add_up(counts))
     while True:
-        fitting = that_fit(pieces, progress)
+        fitting = split_to_fit(pieces, progress)
         try:
             mean = accumulate_gradients(model, fitting, tokens, loss, progress.loss_scale)
             break
@@ -586,10 +590,10 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            # Hear, and say how likely each token of the behaviors is: the gradients of the step.
+            # Forward and backward over all pieces: the gradients of the token-weighted mean loss.
             loss, tokens, frames = step_gradients(model, pieces, progress, examples.recipe.loss)
 
-            # Change the connector, unless something is not finite; then the step is left out.
+            # AdamW changes the connector (and an adapter), unless something is not finite.
             norm, finite = update(optimizer, list(parameters.values()), loss, progress, clip)
             seconds = frames / model.encoder.frame_rate
             log.add(progress.step, finite, loss, rate, norm, tokens, seconds)
@@ -631,6 +635,7 @@ def leave_if_it_stops(folder, progress, steps, stop):
 
 
 def adam_w(parameters, lr):
+    """AdamW with the momenta that Transformers are usually trained with, and little decay."""
     return RoomyAdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.generate import chosen_recipe
-from data import SAMPLE_RATE, Speech, ask, chat_parts, frame_cuts, interleave, load_audio
-from data import open_run, positions_of, tokenize_in_context, transcript_tokens
+from data import SAMPLE_RATE, Speech, chat_parts, frame_cuts, interleave, load_audio, open_run
+from data import positions_of, tokenize_in_context, transcript_tokens, user_turn
 from lab.plots import finish_figure, picture_to_draw, pyplot
 from lab.programs import run_program
 from model import SpeechLLM
@@ -71,7 +71,7 @@ def draw_interleaved(options):
     prompt = Box(options.prompt, len(tokenize_in_context(model.tokenizer, options.prompt)[0]))
     boxes = [prompt, *boxes_of(model, utterance, options)]
     written = [[transcript_tokens(model.tokenizer, utterance.text)]]
-    reads = chat_parts(model.tokenizer, ask(options.prompt), written)
+    reads = chat_parts(model.tokenizer, user_turn(options.prompt), written)
     answer = model.generate_rows([reads])[0][0]
     finish_figure(figure_of(boxes, answer, model.connector.k, run.options["bits"]), out)
     print(f"{out}: {utterance.id}, {utterance.text!r}")

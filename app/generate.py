@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from app.microphone import recorded
-from data import Speech, ask
+from data import Speech, user_turn
 from model import SpeechLLM
 from support.checks import check_messages
 from support.files import MOST_BYTES, UserError, ceil_div, explained, read_text
@@ -93,7 +93,7 @@ def conversations_of(options):
     if options.record:
         if clips:
             raise UserError("--record takes the place of the sound files: name the PROMPT alone")
-        yield "the microphone", ask(prompt, recorded(options.record))
+        yield "the microphone", user_turn(prompt, recorded(options.record))
         return
     if not clips:
         raise UserError(
@@ -101,7 +101,7 @@ def conversations_of(options):
             'AUDIO... "PROMPT"'
         )
     for clip in clips:
-        yield clip, ask(prompt, clip)
+        yield clip, user_turn(prompt, clip)
 
 
 def read_messages(path):

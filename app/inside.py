@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 
-from data import SAMPLE_RATE, Response, Speech, ask, chat_parts, positions_of
+from data import SAMPLE_RATE, Response, Speech, chat_parts, positions_of, user_turn
 from eval import attention_from, attention_weights
 from support.processes import DEVICE
 
@@ -60,7 +60,9 @@ def attention_on_speech(model, heard, prompt):
 
     Averaged over heads. Beside them the shares (layers,) on the instruction.
     """
-    parts = chat_parts(model.tokenizer, ask(prompt), [[Speech(heard.frames)]], instruction=prompt)
+    parts = chat_parts(
+        model.tokenizer, user_turn(prompt), [[Speech(heard.frames)]], instruction=prompt
+    )
     with attention_weights(model.llm.get_base_model() if model.lora else model.llm):
         shares = attention_from(model, parts, -1).cpu()  # (layers, L)
     on_speech, on_prompt = None, torch.zeros(len(shares))

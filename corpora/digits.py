@@ -14,7 +14,7 @@ from pathlib import Path
 from data import SAMPLE_RATE, load_audio
 from support.console import progress_bar
 from support.files import HALF_WRITTEN, UserError, first_line, whole_file, write_jsonl
-from support.runs import alone
+from support.runs import lock_folder
 
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
 NAMES = "zero one two three four five six seven eight nine".split()
@@ -33,7 +33,7 @@ def download_digits(root, url=URL):
     if manifest.exists():
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with lock_folder(folder):
         archive = folder / f"{HALF_WRITTEN}archive.tar.gz"
         fetch(url, archive)
         try:

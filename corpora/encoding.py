@@ -6,7 +6,7 @@ from pathlib import Path
 from data import read_manifest
 from model import encode_all, load_encoder
 from support.console import say_device
-from support.hub import named
+from support.hub import absolute_if_local
 from support.options import DataFolder
 
 
@@ -28,6 +28,6 @@ def encode_data(options):
     data = Path(options.data)
     utterances = read_manifest(data / "manifest.jsonl")
     say_device()
-    encoder = load_encoder(named(options.encoder), options.pad_whisper)
+    encoder = load_encoder(absolute_if_local(options.encoder), options.pad_whisper)
     encode_all(encoder, utterances, data / "features")
     print(f"{data / 'features'}: holds the frames of {len(utterances)} utterances")

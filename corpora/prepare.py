@@ -17,7 +17,7 @@ from support.console import timed
 from support.files import UserError, fingerprint, relative, write_jsonl
 from support.options import Between, Count, Positional, Seed, called
 from support.recordings import LONGEST, MAX_SECONDS, audio_name, get, says_its_length
-from support.runs import alone, begin, finish, is_done
+from support.runs import begin, finish, is_done, lock_folder
 
 MANIFEST = "manifest.jsonl"
 TEST_ONLY = "--test-only: every row is held out"
@@ -189,7 +189,7 @@ def make_manifest(options, content, make, why):
     why: what decided the split.
     """
     out = Path(options.out)
-    with alone(out):
+    with lock_folder(out):
         if is_prepared(options, content):  # by another process, while this one checked the audio
             return
         (out / MANIFEST).unlink(missing_ok=True)

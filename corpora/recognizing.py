@@ -11,10 +11,10 @@ from model import encode_all, fingerprint_of_encoder, load_encoder
 from support.console import say_device, timed
 from support.files import UserError
 from support.frames import fingerprint_of_audio
-from support.hub import named
+from support.hub import absolute_if_local
 from support.options import Count, DataFolder, Seed
 from support.recognizer import HEAD, SPEC, SYMBOLS, is_recognizer, make_recognizer
-from support.runs import alone, begin, finish, is_done
+from support.runs import begin, finish, is_done, lock_folder
 
 
 @dataclass
@@ -53,7 +53,7 @@ def train_recognizer(options):
     heard = [u for u in utterances if u.split == "train"]
     if not heard:
         raise UserError(f"{data / 'manifest.jsonl'}: has no row with split train to learn from")
-    name = named(options.encoder)
+    name = absolute_if_local(options.encoder)
     content = {
         "utterances": fingerprint_of_utterances(heard),
         "audio": fingerprint_of_audio(heard, data / "features"),
@@ -65,7 +65,7 @@ def train_recognizer(options):
     say_device()
     encoder = load_encoder(name, options.pad_whisper)
     frames = encode_all(encoder, utterances, data / "features")
-    with alone(out), timed("train recognizer"):
+    with lock_folder(out), timed("train recognizer"):
         begin(out, "recognizer", options, content)
         texts = {u.id: normalize(u.text) for u in heard}
         spec = {"encoder": name, "pad_whisper": options.pad_whisper}

@@ -18,9 +18,9 @@ from model import load_encoder
 from support.console import one_thread, progress_bar, timed
 from support.files import UserError, fingerprint_of_file, first_line, read_json_if_whole
 from support.files import write_json, write_jsonl
-from support.hub import named
+from support.hub import absolute_if_local
 from support.options import called
-from support.runs import alone
+from support.runs import lock_folder
 
 # Mean probability of the letters aligned; the tiny encoder gives unheard espeak-ng voices 0.9 and
 # more, human ones 0.5 and less.
@@ -62,7 +62,7 @@ def add_word_times(options):
             )
         own = RecognizerOptions(str(manifest.parent), options.encoder)
         asr = str(train_recognizer(own))
-    with alone(manifest.parent) if in_place else nullcontext():
+    with lock_folder(manifest.parent) if in_place else nullcontext():
         utterances = read_manifest(manifest)
         todo = [u for u in utterances if options.force or not u.words]
         if not todo:
@@ -137,7 +137,7 @@ def is_made_by_prepare(manifest):
 
 def load_ctc_model(name):
     """An encoder with a CTC head and that head's tokenizer; UserError if it has none."""
-    encoder = load_encoder(named(name))
+    encoder = load_encoder(absolute_if_local(name))
     if not encoder.can_transcribe:
         raise UserError(
             f"--asr {name}: has no CTC head to align with; name a CTC model, like "

@@ -22,9 +22,9 @@ from lab.statistics import AT, LINES, MEASURES, NAMES, TASK, mean_or_none, read_
 from lab.statistics import task_metrics
 from support.files import UserError, fingerprint, read_json, read_json_if_whole, write_json
 from support.logs import read_log
-from support.options import Between, Count, FramesAToken, command_words
+from support.options import Between, Count, FramesPerToken, command_words
 from support.recordings import speakers_of
-from support.runs import alone, begin, finish, is_done, read_spec
+from support.runs import begin, finish, is_done, lock_folder, read_spec
 from support.states import saved_states
 
 
@@ -49,8 +49,8 @@ class CompareOptions:
     """utterances in a micro-batch"""
     accumulate: Count = 1
     """micro-batches in a step"""
-    k: FramesAToken | None = None
-    """encoder frames a speech token, of every recipe (blsp needs a power of two); default: by the
+    k: FramesPerToken | None = None
+    """encoder frames per speech token, of every recipe (blsp needs a power of two); default: by the
     encoder's frame rate and the recipe's speech tokens a second"""
 
     # benchmark
@@ -129,7 +129,7 @@ def compare(options, run_command, chosen):
         half_way="*/config.json",
         advice="name another --out",
     )
-    with alone(out):
+    with lock_folder(out):
         begin(out, "compare", options, {})
         compare_runs(options, run_command, names, runs)
         finish(out, "compare", options, {})

@@ -49,8 +49,8 @@ SHORT = {
 }
 
 
-# human voices through Whisper: its frames are twelve a speech token, 240 ms. Digits in one go, as a
-# visitor says them.
+# human voices through Whisper: its frames are twelve per speech token, 240 ms. Digits in one go, as
+# a visitor says them.
 DIGITS = {
     "prepare": ["--join", "3:6", "--one-go", "--count", "1400"],
     "train": ["--steps", "500", "--k", "12"],

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from data import Recipe
 from lab.model_shapes import llm_shape
-from model import LOSSES, Connector, connector_class
+from model import LOSSES, Connector, connector_class, embedding_width
 from support.files import ceil_div
 from support.hub import PackedHead
 
@@ -139,7 +139,7 @@ class MicroBatch:
     read: int = 0  # tokens of the same with its transcript as text, for a loss that has a teacher
 
     def positions(self, k):
-        """Of each in the LLM, with k frames a speech token."""
+        """Of each in the LLM, with k frames per speech token."""
         return ceil_div(self.frames, k) + self.prompt + self.answer
 
 
@@ -239,8 +239,8 @@ def estimate(
     llm, adapted = llm_shape(llm_config, dtype, checkpointing, lora)
     weights, unpacked = weight_bytes(llm, bits, dtype, head_bits, embeddings)
 
-    kind, dim = connector_class(connector), llm.get_input_embeddings().weight.shape[1]
-    k, hidden = kind.frames_a_token(rate, Recipe.tokens_per_second), kind.hidden_width(dim)[0]
+    kind, dim = connector_class(connector), embedding_width(llm)
+    k, hidden = kind.frames_per_token(rate, Recipe.tokens_per_second), kind.hidden_width(dim)[0]
     with torch.device("meta"):
         body = Connector(connector, width, dim, k, hidden)
     parameters = (*body.parameters(), *adapted.parameters())

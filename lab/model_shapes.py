@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from data import SAMPLE_RATE
-from model import checkpoint_gradients, with_lora
+from model import checkpointed_layers, with_lora
 from support.files import UserError, first_line
-from support.hub import KINDS, load_or_explain, located
+from support.hub import KINDS, checkpoint_path, load_or_explain
 
 # ---- the table: as the published configurations say ----
 
@@ -79,7 +79,7 @@ def find_config(name, kind):
     entry = listed(name, kind)
     if entry and not Path(name).exists():
         return CONFIGS[kind][entry]
-    return load_or_explain(transformers.AutoConfig, located(name, kind), KINDS[kind])
+    return load_or_explain(transformers.AutoConfig, checkpoint_path(name, kind), KINDS[kind])
 
 
 def full_name(name, kind):
@@ -129,7 +129,7 @@ def llm_shape(config, dtype, checkpointing=False, lora=0):
             f"--llm: a model of type {config.model_type} is no causal LLM ({first_line(error)})"
         ) from None
     if checkpointing:
-        for layer in checkpoint_gradients(adapted):
+        for layer in checkpointed_layers(adapted):
             layer.training = True
     return llm, adapted
 
@@ -166,7 +166,7 @@ def rate_of_frames(config, name):
     if config.model_type == "whisper":
         return 50.0
     if config.model_type == "wav2vec2-bert":  # its feature extractor stacks frames of 10 ms
-        where = located(name, "encoder")
+        where = checkpoint_path(name, "encoder")
         extractor = load_or_explain(transformers.AutoFeatureExtractor, where, KINDS["encoder"])
         return 100 / extractor.stride
     factor = getattr(inner, "subsampling_factor", None)

@@ -174,7 +174,7 @@ def build_random(options, llm, encoder_config):
         CONNECTOR,
         encoder_config.d_model,
         dim,
-        kind.frames_a_token(FRAME_RATE, Recipe.tokens_per_second),
+        kind.frames_per_token(FRAME_RATE, Recipe.tokens_per_second),
         kind.hidden_width(dim)[0],
         embedding_rms(llm),
     ).to(DEVICE)

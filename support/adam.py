@@ -75,7 +75,7 @@ class RoomyAdamW(torch.optim.AdamW):
                 state[name] = torch.zeros_like(
                     p, device="cpu", memory_format=torch.contiguous_format
                 )
-        numbers, gradients = p.data.view(-1), p.grad.reshape(-1)
+        numbers, gradients = p.data.view(-1), p.grad.reshape(-1)  # (all numbers of p,) each
         before = state["step"].clone()
         for start in range(0, p.numel(), PIECE):
             piece = slice(start, start + PIECE)
@@ -96,7 +96,8 @@ def moment_on_device(state, name, p):
 
 def make_room(p):
     """What adam_step takes on the way is asked for and given back: torch keeps it for the step."""
-    torch.empty_like(p), torch.empty_like(p)
+    scratch = [torch.empty_like(p) for _ in range(2)]
+    del scratch
 
 
 def adam_step(p, gradient, moments, step, group):

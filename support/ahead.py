@@ -37,5 +37,6 @@ def in_turn(pool, function, items, most):
     waiting = deque(pool.submit(function, item) for item in islice(items, most))
     while waiting:
         result = waiting.popleft().result()
-        waiting.extend(pool.submit(function, item) for item in islice(items, 1))
+        for item in islice(items, 1):  # one more, if there is one
+            waiting.append(pool.submit(function, item))
         yield result

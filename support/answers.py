@@ -13,31 +13,34 @@ from tqdm import tqdm
 from support.console import is_out_of_memory, progress_bar
 from support.files import UserError, checksum_of, first_line, mend_jsonl, read_jsonl
 from support.files import write_json, writing
-from support.processes import MAIN, RANK, mine, wait
+from support.processes import MAIN, RANK, my_share, wait
 
 
-def answer_all(model, conversations, order, desc, *, batch_size, max_new_tokens, kept, asked):
+def answer_all(model, conversations, *, sort_keys, desc, batch_size, max_new_tokens, kept, asked):
     """[(text, did it end by itself)] for many open conversations.
 
-    They are answered in batches of neighbours by the sort key `order[i]`. Several processes take a
-    share of the batches each. Every batch is appended to KEPT.part-PROCESS.jsonl as soon as it is
-    answered: after an interruption the same call goes on from there. asked: a fingerprint of what
-    was asked of whom; answers kept under another one do not count.
+    They are answered in batches of neighbours by their sort key. Several processes take a share of
+    the batches each. Every batch is appended to KEPT.part-PROCESS.jsonl as soon as it is answered:
+    after an interruption the same call goes on from there. asked: a fingerprint of what was asked
+    of whom; answers kept under another one do not count.
     """
-    by_key = sorted(range(len(conversations)), key=order.__getitem__)
+    by_key = sorted(range(len(conversations)), key=lambda i: sort_keys[i])
     batches = []
     for at in range(0, len(by_key), batch_size):
         batches.append(by_key[at : at + batch_size])
     answers = answers_so_far(kept, asked)
 
     # whole batches, so that the rounding is that of a run never interrupted
-    todo = [rows for rows in batches if not all(i in answers for i in rows)]
+    todo = []
+    for rows in batches:
+        if any(i not in answers for i in rows):
+            todo.append(rows)
     if len(todo) < len(batches):
         print(f"{desc}: {len(answers)} of {len(conversations)} answers are there already")
     wait()
 
     part = f"{kept}.part-{RANK}.jsonl"
-    for rows in progress_bar(mine(todo), desc=desc, unit="batch"):
+    for rows in progress_bar(my_share(todo), desc=desc, unit="batch"):
         found = answer_in_memory(model, [conversations[i] for i in rows], max_new_tokens)
         lines = []
         for i, (answer, ended) in zip(rows, found):

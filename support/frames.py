@@ -21,8 +21,8 @@ from support.ahead import READERS, ahead
 from support.console import one_thread, progress_bar, timed
 from support.files import HALF_WRITTEN, UserError, WriteError, fingerprint
 from support.files import nearest_existing, read_json_if_whole, whole_file, write_json
-from support.processes import DEVICE, WORLD, anyone, first_process, mine, wait
-from support.runs import alone
+from support.processes import DEVICE, WORLD, anyone, first_process, my_share, wait
+from support.runs import lock_folder
 
 SHARD = 256 * 2**20  # bytes of frames in one file, about
 
@@ -87,16 +87,17 @@ def keep_frames(encoder, load, utterances, folder, keep="disk"):
     if anyone(todo):  # whoever looked last may find more than another process did
         tell_size(encoder, todo, folder, keep)
         encoder.to(DEVICE)
-        lock = alone(folder.parent, "encodes speech") if keep == "disk" else nullcontext()
+        lock = lock_folder(folder.parent, "encodes speech") if keep == "disk" else nullcontext()
         with lock, timed(f"encode {len(todo)} utterances"), one_thread():
             if keep == "ram":
                 frames = {names[u.id]: row for u, row in hear_all(encoder, load, todo)}
-                made |= dict.fromkeys(frames, frames)
+                for name in frames:
+                    made[name] = frames  # in memory the dict stands where else a file would
             else:
                 sweep(folder)  # and wait for it
                 # another command may just have made them
                 made, todo = kept_and_missing(utterances, names, folder)
-                write_shards(encoder, load, mine(todo), names, folder)
+                write_shards(encoder, load, my_share(todo), names, folder)
                 wait()
                 made = kept_shards(folder)
     if DEVICE != "cpu":
@@ -143,9 +144,9 @@ def hear_all(encoder, load, utterances):
     threads = 0 if DEVICE == "cpu" else READERS
     together = threads and getattr(encoder, "seconds_at_once", 0)
     say_how_many(encoder, together)
-    one_by_one = hear_each if not together else hear_groups
+    hear = hear_groups if together else hear_each
     with bar:
-        for u, frames in one_by_one(encoder, load, utterances, threads):
+        for u, frames in hear(encoder, load, utterances, threads):
             yield u, frames
             bar.update()
 

@@ -38,12 +38,12 @@ TINY = PROJECT / "tiny"  # the tiny world's checkpoints, by the name "tiny"
 KINDS = {"llm": "LLM", "encoder": "speech encoder"}  # a folder of TINY, and what people call it
 
 
-def located(name, kind):
+def checkpoint_path(name, kind):
     """What from_pretrained is given for a name; kind: "llm" or "encoder"."""
     return TINY / kind if name == "tiny" else name
 
 
-def named(name):
+def absolute_if_local(name):
     """A local model folder as an absolute path; "tiny" and hub names as they are."""
     if name != "tiny" and Path(name).exists():
         return str(Path(name).resolve())
@@ -450,7 +450,7 @@ def fingerprint_of_tensors(tensors, more, samples=1024):
 
 def fingerprint_of_weights(name, kind):
     """Names the weights in a local model folder, or the revision of a hub name."""
-    folder = Path(located(name, kind))
+    folder = Path(checkpoint_path(name, kind))
     if not folder.is_dir():
         load_or_explain(transformers.AutoConfig, name, KINDS[kind])
         return Path(cached_file(name, "config.json")).parent.name  # …/snapshots/COMMIT/config.json

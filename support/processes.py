@@ -2,7 +2,8 @@
 
 `torchrun` or `accelerate launch` starts the same command several times. Every process holds the
 whole model, does its share of the work, and learns what the others found by sums. The first one
-alone writes files and talks. With one process, the usual case, every function here does nothing.
+alone writes files and talks. With one process, the usual case, there is nothing to wait for or to
+add up, and its share is everything.
 """
 
 import os
@@ -49,23 +50,9 @@ def first_process(function):
     return by_the_first
 
 
-def mine(items):
+def my_share(items):
     """This process's share of the items."""
     return items[RANK::WORLD]
-
-
-def my_micro_batches(examples, step):
-    """This process's share of a step: [(its name, its rows)], of a data.Examples.
-
-    Whole micro-batches, if every process can have as many; else a part of each.
-    """
-    mine_alone = []
-    for micro in range(examples.accumulate):
-        if examples.accumulate % WORLD:
-            mine_alone.append((f"{micro}-{RANK}", mine(examples.batch(step, micro))))
-        elif micro % WORLD == RANK:
-            mine_alone.append((str(micro), examples.batch(step, micro)))
-    return mine_alone
 
 
 def add_up(values):

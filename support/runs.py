@@ -199,7 +199,7 @@ def has(found, kinds):
 
 
 @contextmanager
-def alone(folder, wait_for=""):
+def lock_folder(folder, wait_for=""):
     """While a command works in `folder`, no other process does.
 
     If one does: UserError, or, if `wait_for` says what it does there, wait until it has ended. The

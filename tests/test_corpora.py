@@ -24,7 +24,7 @@ from corpora.word_times import pauses_in, spell, word_times
 from data import SAMPLE_RATE, held_out, load_audio, normalize, read_manifest
 from model import HuggingFaceEncoder
 from support.files import UserError, read_json, read_jsonl, write_jsonl
-from support.runs import alone
+from support.runs import lock_folder
 from tiny import world
 
 SAID = [
@@ -398,7 +398,7 @@ def test_a_manifest_of_test_rows_alone_is_a_test_set(tmp_path, capsys):
 
 def test_of_two_that_prepare_the_same_folder_at_once_the_second_is_refused(tmp_path, capsys):
     words = [self_powered(tmp_path), "--out", tmp_path / "data"]
-    with alone(tmp_path / "data"):
+    with lock_folder(tmp_path / "data"):
         for source in (words, ["tiny", "--test", 1, "--train", 1, *words[1:]]):
             assert prepare(*source) == 2
             one_line(capsys, "another process is at work in this folder")
@@ -478,7 +478,7 @@ def test_word_times_are_added_to_a_data_folder_in_place(utterances, tmp_path, ca
     data, manifest = tmp_path / "data", tmp_path / "data" / "manifest.jsonl"
     made = prepared(tmp_path, write_bare(tmp_path / "mine.jsonl", both), "--test-only")
     assert not any(u.words for u in made)
-    with alone(data):
+    with lock_folder(data):
         assert find_word_times(data) == 2
         one_line(capsys, "another process is at work in this folder")
     assert find_word_times(data) == 0 and all(u.words for u in read_manifest(manifest))

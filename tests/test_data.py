@@ -22,7 +22,17 @@ from hypothesis import strategies as st
 from programs import one_line, python
 
 import mtbi
-from data import SAMPLE_RATE, Behavior, Examples, Recipe, Speech, Text, Utterance, ask, chat_parts
+from data import (
+    SAMPLE_RATE,
+    Behavior,
+    Examples,
+    Recipe,
+    Speech,
+    Text,
+    Utterance,
+    user_turn,
+    chat_parts,
+)
 from data import (
     AUDIO_MARK,
     at_sample_rate,
@@ -769,7 +779,7 @@ REAL_TOKENIZERS = ["qwen2.5-instruct", "smollm2-135m-instruct"]
 def test_parts_of_a_real_chat_are_the_tokens_of_the_whole_rendered_string(name):
     tokenizer, prompt = real_tokenizer(name), "Translate this into German."
     transcript = [transcript_tokens(tokenizer, "three red apples")]
-    parts = chat_parts(tokenizer, ask(prompt), [transcript])
+    parts = chat_parts(tokenizer, user_turn(prompt), [transcript])
     whole = tokenizer.apply_chat_template(
         [{"role": "user", "content": f"{prompt}\nthree red apples"}],
         tokenize=True,
@@ -796,7 +806,7 @@ def hostile_conversations(tokenizer):
     for text in ("red", HOSTILE):
         transcript = [transcript_tokens(tokenizer, text)]
         answer = response_tokens(tokenizer, text)
-        yield chat_parts(tokenizer, ask(text), [transcript], answer, instruction=text)
+        yield chat_parts(tokenizer, user_turn(text), [transcript], answer, instruction=text)
 
 
 @pytest.mark.parametrize("name", [*REAL_TOKENIZERS, *FAMILIES, "tiny"])

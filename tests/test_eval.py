@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import one_line
 
-from data import Response, Speech, Task, Text, Utterance, ask, chat_parts, load_tasks
-from data import normalize, read_manifest, response_tokens, transcript_tokens
+from data import Response, Speech, Task, Text, Utterance, chat_parts, load_tasks, normalize
+from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
 from eval import hypothesis, repeats_instead, row_of, score, shares_of_parts
@@ -25,7 +25,7 @@ from lab.statistics import read_answers
 from model import SpeechLLM
 from mtbi import main
 from support.files import read_json, read_jsonl, write_json, write_jsonl
-from support.runs import alone
+from support.runs import lock_folder
 
 PLOTS = ("cells.png", "tasks.png", "attention.png", "loss.png")
 MADE = ("answers.csv", "report.json", "report.md", *PLOTS)
@@ -291,8 +291,8 @@ def test_the_probe_reads_the_very_prompt_that_is_asked_and_knows_where_it_is(cas
     tokenizer = reads.model.tokenizer
     for case in cases[:4]:
         audio = [reads.parts(case.utterance)]
-        asked = chat_parts(tokenizer, ask(case.prompt), audio)
-        probed = chat_parts(tokenizer, ask(case.prompt), audio, instruction=case.prompt)
+        asked = chat_parts(tokenizer, user_turn(case.prompt), audio)
+        probed = chat_parts(tokenizer, user_turn(case.prompt), audio, instruction=case.prompt)
         assert all_ids(probed) == all_ids(asked)
         [marked] = [p for p in probed if getattr(p, "is_instruction", False)]
         assert tokenizer.decode(marked.ids).strip() == case.prompt
@@ -506,7 +506,7 @@ def test_an_interrupted_benchmark_goes_on_with_what_was_answered(own, monkeypatc
 
 
 def test_of_two_benchmarks_at_once_the_second_is_refused(own, capsys):
-    with alone(own / "run" / "bench"):
+    with lock_folder(own / "run" / "bench"):
         assert bench(own / "run", "--force") == 2
     one_line(capsys, "another process is at work in this folder")
 

@@ -99,10 +99,10 @@ def test_the_check_of_an_adapter_fails_where_it_adapts_the_projection(
 def test_the_check_of_checkpointing_fails_where_no_layer_is_run_twice(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(model, "checkpoint_gradients", lambda llm: [])
+    monkeypatch.setattr(model, "checkpointed_layers", lambda llm: [])
     said = failing(lab.smoke.checkpointing_changes_nothing, tmp_path, capsys)
     assert "0 of 5 layers do so" in said
-    monkeypatch.setattr(model, "checkpoint_gradients", lambda llm: list(llm.model.layers))
+    monkeypatch.setattr(model, "checkpointed_layers", lambda llm: list(llm.model.layers))
     said = failing(lab.smoke.checkpointing_changes_nothing, tmp_path / "again", capsys)
     assert "5 layers were run 5 times" in said
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as models
-from data import Recipe, Response, Speech, Text, Utterance, ask, chat_parts, interleave
-from data import load_audio, read_manifest, response_tokens, transcript_tokens
+from data import Recipe, Response, Speech, Text, Utterance, chat_parts, interleave, load_audio
+from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from lab.model_shapes import find_config
 from model import CONNECTORS, ENCODERS, IGNORE, LOSSES, Connector, ConnectorBody, SpeechLLM
 from model import HuggingFaceEncoder, embedding_rms, encode_all, fingerprint_of_encoder
@@ -43,7 +43,7 @@ def conversation(model, audio, response=None, prompt=PROMPT):
     """The parts of a question about parts that are heard or read; open without a response."""
     if response is not None:
         response = response_tokens(model.tokenizer, response)
-    return chat_parts(model.tokenizer, ask(prompt), [audio], response)
+    return chat_parts(model.tokenizer, user_turn(prompt), [audio], response)
 
 
 def heard(model, frames, utterances, prompt=PROMPT):
@@ -219,6 +219,7 @@ def test_every_connector_gives_one_token_for_k_frames_wherever_the_span_stands(k
         torch.testing.assert_close(connector([span])[0], tokens, rtol=1e-4, atol=1e-5)
         size = tokens.detach().pow(2).mean(1).sqrt()
         assert size == pytest.approx([0.02] * len(tokens), rel=1e-3), "the norm of the embeddings"
+    assert connector([torch.zeros(0, 24)])[0].shape == (0, 40), "all of them without frames"
     sum(tokens.sum() for tokens in connector.train()(spans)).backward()
     assert all(p.grad is not None for p in connector.parameters())
 
@@ -248,9 +249,9 @@ class EveryKth(ConnectorBody):
 
 
 def test_each_connector_has_its_own_defaults_for_k_and_the_hidden_width():
-    k = {kind: body.frames_a_token(100 / 3, 5.6) for kind, body in CONNECTORS.items()}
+    k = {kind: body.frames_per_token(100 / 3, 5.6) for kind, body in CONNECTORS.items()}
     assert k == {"stack-mlp": 6, "conv": 8, "qformer": 6}, "of conv a power of two"
-    assert all(body.frames_a_token(3.0, 5.6) == 1 for body in CONNECTORS.values())
+    assert all(body.frames_per_token(3.0, 5.6) == 1 for body in CONNECTORS.values())
     for width, expected in (
         (100, (400, 400, 128)),
         (192, (768, 768, 192)),
@@ -350,7 +351,7 @@ def test_a_system_turn_is_written_once_or_put_before_the_question_where_it_is_re
 ):
     tokenizer = of_family.tokenizer
     system = {"role": "system", "content": "Answer in a few words."}
-    said = tokenizer.decode(ids(chat_parts(tokenizer, [system, *ask(PROMPT)], [[]])))
+    said = tokenizer.decode(ids(chat_parts(tokenizer, [system, *user_turn(PROMPT)], [[]])))
     assert said.count("Answer in a few words.") == 1 and "helpful assistant" not in said
     if family == "gemma3":
         assert "<start_of_turn>user\nAnswer in a few words.\n\n" + PROMPT in said
@@ -364,7 +365,7 @@ def test_a_system_turn_that_a_template_silently_drops_is_put_before_the_question
     dropping = loop.replace("%}", "if m['role'] != 'system' %}")
     tokenizer.chat_template = TEMPLATES["phi3"].replace(loop, dropping)
     system = {"role": "system", "content": "Be brief."}
-    parts = chat_parts(tokenizer, [system, *ask("Who did it?")], [[]])
+    parts = chat_parts(tokenizer, [system, *user_turn("Who did it?")], [[]])
     assert tokenizer.decode(parts[0].ids).count("Be brief.\n\nWho did it?") == 1
 
 
@@ -564,7 +565,7 @@ def test_an_answer_ends_where_the_context_of_the_llm_ends(llm, monkeypatch):
     model = SpeechLLM(*llm)
     context = llm[0].config.max_position_embeddings
     monkeypatch.setattr(model, "ends", [-1])  # nothing else ends it
-    question = chat_parts(model.tokenizer, ask("Repeat this."), [[]])
+    question = chat_parts(model.tokenizer, user_turn("Repeat this."), [[]])
     left = context - sum(len(part.ids) for part in question)
     real, lengths = llm[0].generate, []
 
@@ -581,10 +582,10 @@ def test_an_answer_ends_where_the_context_of_the_llm_ends(llm, monkeypatch):
 
 def test_a_conversation_longer_than_the_context_of_the_llm_is_refused(llm):
     model = SpeechLLM(*llm)
-    long = chat_parts(model.tokenizer, ask("Repeat this. " * 300), [[]])
+    long = chat_parts(model.tokenizer, user_turn("Repeat this. " * 300), [[]])
     with pytest.raises(UserError, match="longer than this LLM's context of 512"):
         model.generate([long])
-    answered = chat_parts(model.tokenizer, ask("Repeat this."), [[]], [5] * 600)
+    answered = chat_parts(model.tokenizer, user_turn("Repeat this."), [[]], [5] * 600)
     with pytest.raises(UserError, match="longer than this LLM's context of 512"):
         model([answered])
 

@@ -18,7 +18,7 @@ from programs import begun_anew, program
 import lab.demo
 import lab.jobs
 import mtbi
-from data import Examples, Recipe, Speech, Text, fewer, load_tasks, read_behaviors
+from data import Examples, Recipe, Speech, Text, load_tasks, read_behaviors, subset_of
 from eval import CELLS
 from lab.demo import Demo, DemoOptions
 from lab.statistics import read_answers
@@ -206,11 +206,11 @@ def test_the_audio_seconds_of_a_step_are_those_of_its_speech(examples_of):
 
 
 def test_a_part_of_the_speech_is_the_same_part_and_a_part_of_a_larger_part(utterances):
-    few, more = fewer(utterances, 0.1), fewer(utterances, 0.3)
+    few, more = subset_of(utterances, 0.1), subset_of(utterances, 0.3)
     assert len(few) == round(0.1 * len(utterances))
     assert {u.id for u in few} < {u.id for u in more}
-    assert fewer(utterances, 1.0) == utterances
-    assert fewer(utterances[::-1], 0.1)[::-1] == few, "whatever the order"
+    assert subset_of(utterances, 1.0) == utterances
+    assert subset_of(utterances[::-1], 0.1)[::-1] == few, "whatever the order"
 
 
 def test_a_recipe_on_a_part_of_the_speech_is_the_recipe_otherwise():

@@ -39,7 +39,7 @@ from support.files import read_json, read_jsonl, relative, whole_file, write_jso
 from support.frames import fingerprint_of_audio
 from support.hub import fingerprint_of_weights
 from support.options import Between, command_words, parse_options
-from support.runs import alone, begin, delete_made, fingerprint_of_training, finish, is_done
+from support.runs import begin, delete_made, fingerprint_of_training, finish, is_done, lock_folder
 from support.runs import read_config, recipe_folders
 
 SMALL = ["--steps", "2", "--batch-size", "4", "--hidden", "16"]
@@ -563,10 +563,10 @@ def test_the_recipes_of_a_run_come_in_the_order_of_the_table(tmp_path):
 HOLDS = """
 import sys, time
 from contextlib import ExitStack
-from support.runs import alone
+from support.runs import lock_folder
 with ExitStack() as locks:
     for folder in sys.argv[1:]:
-        locks.enter_context(alone(folder))
+        locks.enter_context(lock_folder(folder))
     print("in", flush=True)
     time.sleep(60)
 """
@@ -591,12 +591,12 @@ def test_who_may_wait_says_so_and_waits(tmp_path, capsys):
     entered = threading.Event()
 
     def enter():
-        with alone(tmp_path, "encodes speech"):
+        with lock_folder(tmp_path, "encodes speech"):
             entered.set()
 
-    with ThreadPoolExecutor(1) as pool, alone(tmp_path):
+    with ThreadPoolExecutor(1) as pool, lock_folder(tmp_path):
         with pytest.raises(UserError, match="another process is at work in this folder"):
-            with alone(tmp_path):
+            with lock_folder(tmp_path):
                 pytest.fail("two at once")
         waiting = pool.submit(enter)
         assert not entered.wait(0.2)
@@ -909,9 +909,8 @@ class Parrot:
 def parrot_answers(parrot, kept, asked="a"):
     questions = ["ccc", "a", "dddd", "bb", "eeeee"]
     size = {"batch_size": 2, "max_new_tokens": 4}
-    return answer_all(
-        parrot, questions, list(map(len, questions)), "", kept=kept, asked=asked, **size
-    )
+    size |= {"sort_keys": list(map(len, questions)), "desc": ""}
+    return answer_all(parrot, questions, kept=kept, asked=asked, **size)
 
 
 def test_answers_come_in_the_order_of_their_questions_and_only_what_lacks_is_asked(tmp_path):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import ask, chat_parts, dialogue, held_out, load_tasks, transcript_tokens
+from data import chat_parts, dialogue, held_out, load_tasks, transcript_tokens, user_turn
 from model import SpeechLLM
 from tiny import pretrain, speech, world
 from tiny.pretrain import refuse_others_files
@@ -178,7 +178,7 @@ def test_the_tiny_llm_in_4_bits_answers_held_out_sentences(llm, hesitations, sha
     for u, _, prompt in rows:
         text = hesitate(rng, u.words) if hesitations else u.words
         audio = [[transcript_tokens(model.tokenizer, text)]]
-        conversations.append(chat_parts(model.tokenizer, ask(prompt), audio))
+        conversations.append(chat_parts(model.tokenizer, user_turn(prompt), audio))
     for (u, task, prompt), answer in zip(rows, model.generate(conversations)):
         if answer != world.ANSWERS[task.name](u):
             wrong.append((prompt, u.words, answer))
@@ -193,7 +193,9 @@ def test_pretraining_reads_the_prompt_just_as_the_product_writes_it(llm):
         {"role": "assistant", "content": "the farmer"},
     ]
     ids, labels = tokenize(tokenizer, messages)
-    parts = chat_parts(tokenizer, ask("Who did it?"), [[transcript_tokens(tokenizer, transcript)]])
+    parts = chat_parts(
+        tokenizer, user_turn("Who did it?"), [[transcript_tokens(tokenizer, transcript)]]
+    )
     prompt = [i for part in parts for i in part.ids]
     assert ids[: len(prompt)] == prompt
     assert labels[: len(prompt)] == [-100] * len(prompt)

@@ -20,8 +20,8 @@ import support.adam
 import support.processes
 import support.states
 import train as train_module
-from data import Example, Examples, Recipe, Speech, ask, chat_parts, read_behaviors
-from data import response_tokens
+from data import Example, Examples, Recipe, Speech, chat_parts, read_behaviors, response_tokens
+from data import user_turn
 from model import SpeechLLM, load_llm
 from mtbi import RECIPES, main
 from support.files import UserError, read_json, write_json
@@ -29,7 +29,7 @@ from support.hub import fingerprint_of_weights
 from support.logs import read_log
 from support.states import ON_THE_WAY, saved_states
 from train import Piece, Progress, accumulate_gradients, halve_pieces, learning_rate, peak_rate
-from train import pieces_of_step, step_gradients, that_fit, train, update
+from train import pieces_of_step, split_to_fit, step_gradients, train, update
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--hidden", "16"]
 
@@ -58,7 +58,7 @@ def repeats(model, utterances, frames, n=8):
     for u in utterances[:n]:
         response = response_tokens(model.tokenizer, u.text)
         heard = [Speech(frames[u.id])]
-        rows.append(chat_parts(model.tokenizer, ask("Repeat this."), [heard], response))
+        rows.append(chat_parts(model.tokenizer, user_turn("Repeat this."), [heard], response))
     return rows
 
 
@@ -813,7 +813,9 @@ def test_a_clip_of_a_tenth_of_a_second_and_one_of_30_s_share_a_batch(model, enco
     for seconds in (0.1, 30.0):
         frames = torch.randn(max(1, round(seconds * encoder.frame_rate)), encoder.width).half()
         answer = response_tokens(model.tokenizer, "the farmer")
-        rows.append(chat_parts(model.tokenizer, ask("Who did it?"), [[Speech(frames)]], answer))
+        rows.append(
+            chat_parts(model.tokenizer, user_turn("Who did it?"), [[Speech(frames)]], answer)
+        )
     with torch.no_grad():
         together, alone = model(rows), sum(model([row]) for row in rows)
     assert torch.isfinite(together)
@@ -875,6 +877,13 @@ def read_in(example):
     return repr([part.ids for part in example.parts if not isinstance(part, Speech)])
 
 
+def become(monkeypatch, rank, processes):
+    """This process is one of several from here on."""
+    for module in (train_module, support.processes):
+        monkeypatch.setattr(module, "WORLD", processes)
+        monkeypatch.setattr(module, "RANK", rank)
+
+
 @pytest.mark.parametrize("processes, accumulate", [(2, 4), (3, 1)])
 def test_any_number_of_processes_shares_the_same_step(
     examples_of, monkeypatch, processes, accumulate
@@ -884,9 +893,8 @@ def test_any_number_of_processes_shares_the_same_step(
 
     def shares(processes):
         found = []
-        monkeypatch.setattr(support.processes, "WORLD", processes)
         for rank in range(processes):
-            monkeypatch.setattr(support.processes, "RANK", rank)
+            become(monkeypatch, rank, processes)
             found += pieces_of_step(examples, 0)
         return found
 
@@ -901,8 +909,7 @@ def test_any_number_of_processes_shares_the_same_step(
 
 
 def test_a_process_without_a_row_of_a_small_step_has_nothing_to_do(examples_of, monkeypatch, fresh):
-    monkeypatch.setattr(support.processes, "WORLD", 3)
-    monkeypatch.setattr(support.processes, "RANK", 2)
+    become(monkeypatch, rank=2, processes=3)
     pieces = pieces_of_step(examples_of(RECIPES["asr"], batch_size=2), 0)
     assert pieces == []
     assert accumulate_gradients(fresh(), pieces, tokens=10) == 0.0
@@ -910,16 +917,18 @@ def test_a_process_without_a_row_of_a_small_step_has_nothing_to_do(examples_of, 
 
 def test_out_of_memory_halves_what_a_process_really_had(examples_of, fresh, monkeypatch):
     """A third of a micro-batch of 12 is 4 conversations, whose half is 2."""
-    monkeypatch.setattr(support.processes, "WORLD", 3)
+    become(monkeypatch, rank=0, processes=3)
     examples, progress, model = examples_of(RECIPES["asr"], batch_size=12), Progress(), fresh()
     found = []
     for _ in range(2):
-        pieces = that_fit(pieces_of_step(examples, 0), progress)
+        pieces = split_to_fit(pieces_of_step(examples, 0), progress)
         found.append([len(piece.examples) for piece in pieces])
         halve_pieces(model, pieces, progress, "too little")
     assert found == [[4], [2, 2]]
     with pytest.raises(UserError, match="one utterance at a time is still too much"):
-        halve_pieces(model, that_fit(pieces_of_step(examples, 0), progress), progress, "too little")
+        halve_pieces(
+            model, split_to_fit(pieces_of_step(examples, 0), progress), progress, "too little"
+        )
 
 
 WITHOUT_DROPOUT = """
