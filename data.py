@@ -32,12 +32,14 @@ from support.checks import check_task, is_turn
 from support.console import progress_bar
 from support.files import UserError, ceil_div, fingerprint, relative, whole_file
 from support.files import read_json_if_whole, read_jsonl, read_lines
+from support.hub import fingerprint_of_weights
 from support.recordings import LONGEST, MAX_SECONDS, audio_name, checked_row, read_sound
 from support.recordings import check_length, check_text_fits, check_words
 from support.runs import read_config
 
 SAMPLE_RATE = 16000  # Hz; everything is resampled to it
 MIN_SECONDS = 0.1  # less gives some encoders not one frame
+LOUDEST = 100  # of a float file, which may go a little beyond 1: more were never samples
 
 
 # ---- audio ----
@@ -54,8 +56,14 @@ def load_audio(path, duration=None, max_seconds=None):
     samples, rate = read_sound(path, duration, max_seconds)  # (n,)
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: the audio holds NaN or infinite samples")
-    if np.abs(samples).max() < 1e-4:
+    peak = np.abs(samples).max()
+    if peak < 1e-4:
         raise UserError(f"{path}: the audio is silent")
+    if peak > LOUDEST:
+        raise UserError(
+            f"{path}: its samples go up to {peak:.0f}, where 1 is the loudest that is played; "
+            "divide them (by 32768 if they were 16-bit numbers) and write it anew"
+        )
     seconds = len(samples) / rate
     if seconds < MIN_SECONDS:
         raise UserError(
@@ -249,12 +257,29 @@ def load_tasks(path):
         except (TypeError, re.error, UserError) as error:
             why = str(error).replace("Task.__init__() ", "")
             raise UserError(f"{path}: task [{name}]: {why}") from None
+    check_prompts(path, tasks.values())
     if "repeat" not in tasks or tasks["repeat"].split != "train":
         raise UserError(
             f"{path}: there is no training task [repeat], which recipes and the "
             "ignored-instruction rate need"
         )
     return tasks
+
+
+def check_prompts(path, tasks):
+    """UserError if a prompt that training sees is to be an unseen one, or one of an unseen task."""
+    seen = {}  # {prompt: the task that trains on it}
+    for task in tasks:
+        if task.split == "train":
+            seen |= {prompt.strip(): task.name for prompt in task.prompts}
+    for task in tasks:
+        unseen = task.unseen_prompts if task.split == "train" else task.prompts
+        for prompt in (*unseen, *task.unseen_prompts):
+            if prompt.strip() in seen:
+                raise UserError(
+                    f"{path}: task [{task.name}]: {prompt!r} is to be unseen, and task "
+                    f"[{seen[prompt.strip()]}] trains on it"
+                )
 
 
 @dataclass(frozen=True)
@@ -351,6 +376,9 @@ def read_behaviors(path):
     for number, row in read_jsonl(path):
         if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in texts):
             raise UserError(f"{path}:{number}: is no behavior; run `behaviors` again with --force")
+        ended, again = row.get("ended", True), row.get("again", False)
+        if not isinstance(ended, bool) or not isinstance(again, bool):
+            raise UserError(f'{path}:{number}: "ended" and "again" must be true or false')
         earlier = row.get("earlier") or []
         if not isinstance(earlier, list) or not all(is_turn(turn) for turn in earlier):
             raise UserError(
@@ -360,10 +388,10 @@ def read_behaviors(path):
         behaviors.append(
             Behavior(
                 *(row[key] for key in texts),
-                ended=bool(row.get("ended", True)),
+                ended=ended,
                 llm=str(row.get("llm", "")),
                 earlier=earlier,
-                again=bool(row.get("again")),
+                again=again,
             )
         )
     return behaviors
@@ -878,6 +906,15 @@ class Run:
     content: dict  # fingerprints of what it was made from
     data: Path  # the data folder
     utterances: list
+
+    def check_llm(self):
+        """UserError if its LLM is not the one any more that gave the behaviors."""
+        llm = self.options["llm"]
+        if fingerprint_of_weights(llm, "llm") != self.content["llm"]:
+            raise UserError(
+                f"{llm}: is not the LLM any more that gave the behaviors of {self.folder}; run "
+                "`behaviors` again with --force"
+            )
 
     def packing(self):
         """{name: value}: how the LLM's weights are packed, which is part of what the LLM is."""

@@ -25,7 +25,7 @@ from data import open_run, positions_of, read_manifest, response_tokens, transcr
 from data import user_turn
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import llm_of, load_encoder, shared_llm
-from support.answers import answer_all, answer_in_memory, keep_record
+from support.answers import answer_all, answer_in_memory, forget_parts, keep_record
 from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json_if_whole, write_json
@@ -186,6 +186,7 @@ def plan_bench(options, table):
             f"{data / 'manifest.jsonl'}: has no row of split test whose words were not trained on; "
             "`prepare --test-only` makes a test set of other recordings"
         )
+    run.check_llm()
     trained = recipes_to_bench(run.folder, options.recipes, table)
     weights = {}  # fingerprints of what was trained
     for name in trained:
@@ -230,7 +231,8 @@ def report_folder(run, data):
     whole = str(data.resolve())
     folder = run.folder / "on" / data.resolve().name
     known = read_json_if_whole(folder / "data.json", "data")
-    if known and known["data"] != whole:  # another folder of the same name
+    is_other = known is not None and known["data"] != whole
+    if is_other or (not known and (folder / "data.json").exists()):  # of the same name, or damaged
         folder = folder.with_name(f"{folder.name}-{fingerprint(whole)}")
     return folder
 
@@ -346,6 +348,8 @@ class Trained(System):
         if self.bench.options.step:
             state = state_at(folder, self.bench.options.step)
             load_weights(state, self.model.trainable())
+        elif fingerprint_of_training(folder) != self.bench.settings["trained"][self.name]:
+            raise UserError(f"{folder}: was trained again while this benchmark is at work")
         self.frames = self.bench.encode(self.model.encoder)
 
     def unload(self):
@@ -624,8 +628,9 @@ def read_record(path, fingerprint, *keys):
 def forget_records(folder, systems):
     """Delete what is kept of these systems, so that they are asked and measured anew."""
     for system in systems:
-        for path in (*folder.glob(f"{system}.json"), *folder.glob(f"{system}-*.part-*.jsonl")):
-            path.unlink()
+        (folder / f"{system}.json").unlink(missing_ok=True)
+        for which in SETS:
+            forget_parts(folder / f"{system}-{which}")
     for path in folder.glob("text-*.answers.json"):
         path.unlink()
 

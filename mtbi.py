@@ -65,7 +65,7 @@ from support.files import relative, write_jsonl
 from support.hub import absolute_if_local, fingerprint_of_weights
 from support.options import Between, Count, DataFolder, RunFolder, Seed, parse_options
 from support.processes import MAIN, WORLD
-from support.runs import begin, finish, is_done, lock_folder, read_config, settings_of
+from support.runs import IS_PERCENT, begin, finish, is_done, lock_folder, read_config, settings_of
 from train import TrainOptions, train_recipe
 
 gc.freeze()
@@ -207,7 +207,7 @@ RECIPES = {
 def find_recipe(name):
     """The row of a recipe; NAME@PERCENT is NAME on so many percent of the training utterances."""
     row, at, percent = name.partition("@")
-    whole = not at or (percent.isdecimal() and 1 <= int(percent) <= 99)
+    whole = not at or IS_PERCENT.fullmatch(percent)
     if row not in RECIPES or not whole:
         raise UserError(
             f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, and each with a part of "
@@ -219,6 +219,7 @@ def find_recipe(name):
 def parse_recipes(text):
     """The names in a list separated by commas whose recipes are trained."""
     names = [name for name in text.split(",") if name and find_recipe(name).connector]
+    names = list(dict.fromkeys(names))
     if not names:
         raise UserError(
             "--recipes: names no recipe that is trained; `text`, `copy` and `cascade` are measured "
@@ -301,14 +302,14 @@ def ask_behaviors(options):
         raise UserError(
             f"{data / 'manifest.jsonl'}: has no row with split train; run prepare first"
         )
-    half_way = "behaviors.part-*"
-    if is_done(out, "behaviors", options, content, "behaviors.jsonl", half_way=half_way):
-        print(f"{out}: has its behaviors already")
+    if has_behaviors(out, options, content):
         move_embeddings(out, options, content)
         return
     say_device()
     model = SpeechLLM(*shared_llm(*llm_of(asdict(options), options.precision)))
     with lock_folder(out), timed("behaviors"):
+        if has_behaviors(out, options, content):  # of another process, while this one loaded it
+            return
         if options.force:
             forget_parts(out / "behaviors*")
         begin(out, "behaviors", options, content)
@@ -318,6 +319,15 @@ def ask_behaviors(options):
         finish(out, "behaviors", options, content)
         forget_parts(out / "behaviors*")
     show_behaviors(out, found, utterances, options)
+
+
+def has_behaviors(out, options, content):
+    """True, and says so, if they were made with these options; UserError if with others."""
+    half_way = "behaviors.part-*"
+    if is_done(out, "behaviors", options, content, "behaviors.jsonl", half_way=half_way):
+        print(f"{out}: has its behaviors already")
+        return True
+    return False
 
 
 def move_embeddings(out, options, content):

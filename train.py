@@ -26,7 +26,7 @@ from support.ahead import ahead
 from support.console import is_out_of_memory, progress_bar, say_device, stop_signals, timed
 from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
 from support.frames import FramesAtEveryUse, fingerprint_of_audio
-from support.hub import absolute_if_local, fingerprint_of_weights, parameters_of
+from support.hub import absolute_if_local, parameters_of
 from support.logs import Log
 from support.options import Count, FramesPerToken, Rank, Rate, RunFolder, Seed, check
 from support.processes import DEVICE, RANK, WORLD, add_up, add_up_gradients, anyone, my_share
@@ -137,10 +137,7 @@ def train_recipe(options, row):
     recipe = with_options(row, options)
     utterances = [u for u in run.utterances if u.split == "train"]
     content = made_from(run, utterances, recipe, options)
-    advice = "make another RUN with `behaviors`, or --force to redo it"
-    trained = "connector.safetensors"
-    if is_done(folder, "train", options, content, trained, half_way="state/[0-9]*", advice=advice):
-        print(f"{folder}: is trained already")
+    if is_trained(folder, options, content):
         return
     say_device()
     tracker = Tracker(options.track, folder, asdict(options))
@@ -149,6 +146,10 @@ def train_recipe(options, row):
     checkpoint_if_large(model, options.gradient_checkpointing)
     lr = peak_rate(options.lr, model, recipe.lr)
     with lock_folder(folder):
+        if is_trained(
+            folder, options, content
+        ):  # by another process, while this one loaded its models
+            return
         clear(folder, options.force)
         begin(folder, "train", options, content)
         with timed(f"train {options.recipe}"), tracker:
@@ -164,6 +165,16 @@ def train_recipe(options, row):
             )
         model.save(folder, spec)
         finish(folder, "train", options, content)
+
+
+def is_trained(folder, options, content):
+    """True, and says so, if it was trained with these options; UserError if with others."""
+    advice = "make another RUN with `behaviors`, or --force to redo it"
+    trained, half_way = "connector.safetensors", "state/[0-9]*"
+    if is_done(folder, "train", options, content, trained, half_way=half_way, advice=advice):
+        print(f"{folder}: is trained already")
+        return True
+    return False
 
 
 def options_as_before(options, folder):
@@ -193,15 +204,10 @@ def with_options(row, options):
 
 def made_from(run, utterances, recipe, options):
     """Fingerprints of all that a training depends on beside its options."""
-    llm = fingerprint_of_weights(run.options["llm"], "llm")
-    if llm != run.content["llm"]:
-        raise UserError(
-            f"{run.options['llm']}: is not the LLM any more that gave the behaviors of "
-            f"{run.folder}; run `behaviors` again with --force"
-        )
+    run.check_llm()
     return {
         "recipe": recipe.changed(),  # so that a field added to Recipe changes no earlier training
-        "llm": llm,
+        "llm": run.content["llm"],
         **run.packing(),
         "encoder": fingerprint_of_encoder(options.encoder),
         "audio": fingerprint_of_audio(utterances, run.data / "features"),

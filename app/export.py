@@ -1,5 +1,6 @@
 """A folder of a trained recipe, with weights, spec and a model card, that can be published."""
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,8 @@ def head_of_card(spec, options):
     """The lines of YAML that the hub reads: what it knows by name alone."""
     yield "library_name: pytorch"
     if options.license:
+        if not re.fullmatch(r"[\w.+-]+", options.license):
+            raise UserError(f"--license {options.license}: give a name like mit or cc-by-4.0")
         yield f"license: {options.license}"
     bases = [spec[part] for part in ("llm", "encoder") if is_on_hub(spec[part])]
     if bases:

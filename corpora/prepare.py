@@ -171,7 +171,10 @@ def named_speakers(text, utterances):
     text = text.strip()
     if text and text in {u.speaker for u in utterances}:
         return [text]
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text and not names:
+        raise UserError(f"--test-speakers {text}: names no speaker")
+    return names
 
 
 def is_prepared(options, content):
@@ -180,6 +183,9 @@ def is_prepared(options, content):
     if not is_done(options.out, "prepare", options, content, MANIFEST, half_way=MANIFEST):
         return False
     print(f"{options.out}: is prepared already")
+    skipped = Path(options.out) / "skipped.jsonl"
+    if getattr(options, "skip_bad", False) and skipped.exists():
+        print(f"what --skip-bad left out is in {skipped}; once it is mended, --force reads it")
     return True
 
 

@@ -124,7 +124,9 @@ def ljspeech(path):
     """
     for number, line in enumerate(read_lines(path), 1):
         name, *texts = line.rstrip("\r").split("|")
-        if texts:
+        if len(texts) > 2:
+            yield number, f"has {len(texts) + 1} columns; ID|text|text as spoken are known"
+        elif texts:
             audio = recording(path.parent, f"wavs/{name}")
             yield number, {"audio_filepath": audio, "text": texts[-1]}
         elif name:
@@ -172,6 +174,8 @@ def kaldi_table(path):
     table = {}
     for line in read_lines(path):
         fields = line.split(None, 1)
+        if fields and fields[0] in table:
+            raise UserError(f"{path}: {fields[0]} stands in it twice")
         if fields:
             table[fields[0]] = fields[1] if len(fields) > 1 else ""
     return table

@@ -66,6 +66,8 @@ def train_recognizer(options):
     encoder = load_encoder(name, options.pad_whisper)
     frames = encode_all(encoder, utterances, data / "features")
     with lock_folder(out), timed("train recognizer"):
+        if is_done(out, "recognizer", options, content, HEAD, half_way=HEAD):  # by another process
+            return out
         begin(out, "recognizer", options, content)
         texts = {u.id: normalize(u.text) for u in heard}
         spec = {"encoder": name, "pad_whisper": options.pad_whisper}

@@ -4,6 +4,7 @@ spell every word in the CTC vocabulary -> align the letters with the frames -> s
 -> subtract the delay with which a CTC head names a letter -> let words meet midway
 """
 
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def refuse_others(out):
 
     Its fingerprint is in .NAME.made.json beside it.
     """
-    if not out.exists():
+    if not os.path.lexists(out):
         return
     made = read_json_if_whole(record_of(out), "fingerprint")
     if not made or made["fingerprint"] != fingerprint_of_file(out):

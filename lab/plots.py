@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 TWENTY = pyplot.get_cmap("tab20").colors  # for 20 systems: the strong colours first
+pyplot.rcParams["text.parse_math"] = False  # a prompt about dollars is no formula
 pyplot.rcParams["axes.prop_cycle"] = pyplot.cycler(color=TWENTY[::2] + TWENTY[1::2])
 
 

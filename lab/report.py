@@ -47,7 +47,10 @@ def percent(value, digits=1):
 
 def markdown_table(head, rows):
     """A table as markdown; head and rows are lists of texts."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines = []
+    for cells in (head, *rows):
+        cells = [" ".join(cell.replace("|", "\\|").split()) for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.insert(1, "|" + "---|" * len(head))
     return "\n".join(lines)
 

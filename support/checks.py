@@ -12,11 +12,13 @@ def check_task(task):
     if task.split not in ("train", "unseen") or task.metric not in METRICS:
         raise UserError(f"split must be train or unseen, metric one of {', '.join(METRICS)}")
     for prompts in (task.prompts, task.unseen_prompts):
-        texts = isinstance(prompts, list) and all(isinstance(p, str) and p for p in prompts)
+        texts = isinstance(prompts, list)
+        texts = texts and all(isinstance(p, str) and p.strip() for p in prompts)
         if not prompts or not texts:
             raise UserError("prompts and unseen_prompts must be lists of texts")
-    if set(task.prompts) & set(task.unseen_prompts):
-        raise UserError("no prompt may be in prompts and in unseen_prompts")
+    every = [prompt.strip() for prompt in (*task.prompts, *task.unseen_prompts)]
+    if len(set(every)) < len(every):
+        raise UserError("no prompt may stand twice in prompts and unseen_prompts")
 
 
 def is_turn(turn):

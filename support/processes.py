@@ -7,6 +7,7 @@ add up, and its share is everything.
 """
 
 import os
+import sys
 from datetime import timedelta
 from functools import lru_cache, wraps
 
@@ -14,8 +15,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+if not (RANK.isdecimal() and WORLD.isdecimal() and int(RANK) < int(WORLD)):
+    print(
+        f"mtbi: RANK is {RANK!r} and WORLD_SIZE {WORLD!r} in the environment: torchrun sets both; "
+        "for one process unset them",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+RANK, WORLD = int(RANK), int(WORLD)
 MAIN = RANK == 0
 DEVICE = "cpu"
 if torch.cuda.is_available():

@@ -5,6 +5,8 @@ from what content (fingerprints), which files are its own, and whether the work 
 """
 
 import json
+import os
+import re
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -15,6 +17,7 @@ from support.files import HALF_WRITTEN, UserError, fingerprint, fingerprint_of_f
 from support.files import read_json, read_json_if_whole, write_json, writing
 from support.processes import MAIN, wait
 
+IS_PERCENT = re.compile("[1-9][0-9]?")  # of the speech, in the name of a recipe: mtbi@10
 CHOOSE_ANOTHER = "choose another folder, or --force to redo it"
 
 
@@ -79,7 +82,8 @@ def refuse_foreign(folder, command, makes, config="config.json"):
     for name in makes:
         if name in own:
             continue
-        for there in sorted(folder.glob(name)):
+        links = [folder / name] if os.path.lexists(folder / name) else []  # a broken one, too
+        for there in links + sorted(folder.glob(name)):
             raise UserError(
                 f"{there}: was not made by `{command}`, which needs this name; move it away, or "
                 "choose another folder"
@@ -237,19 +241,23 @@ def recipe_folders(run, table):
     found = []
     for path in Path(run).glob("*/config.json"):
         name = path.parent.name
-        row = name.partition("@")[0]
-        if row in table:
+        row, at, percent = name.partition("@")
+        if row in table and (not at or IS_PERCENT.fullmatch(percent)):
             found.append((list(table).index(row), len(name), name))
     return {name: Path(run) / name for _, _, name in sorted(found)}
 
 
 def trained_recipes(run, table, wanted=()):
     """{recipe: (options, content)} of the recipes, or of those wanted, that are trained."""
-    kinds, trained = {"encoder": str, "pad_whisper": bool}, {}
+    kinds, trained = {"encoder": str, "pad_whisper": bool, "recipe": str}, {}
     for name, folder in recipe_folders(run, table).items():
         if wanted and name not in wanted:
             continue
         options, content, done = read_config(folder, "train", **kinds)
+        if options["recipe"] != name:
+            raise UserError(
+                f"{folder}: holds the recipe {options['recipe']} under another name; move it away"
+            )
         if done and (folder / "connector.safetensors").exists():
             trained[name] = (options, content)
     return trained

@@ -327,6 +327,13 @@ def test_what_is_local_is_exported_under_its_public_name(run, tmp_path, capsys):
     assert read_json(tmp_path / "public" / "model.json")["encoder"] == "openai/whisper-tiny.en"
 
 
+def test_a_licence_is_a_name_and_no_more(run, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "public"), "--license", "mit\nbase_model: another"]
+    assert main(["export", str(run), *words]) == 2
+    assert "give a name like mit or cc-by-4.0" in capsys.readouterr().err
+    assert not (tmp_path / "public").exists()
+
+
 def test_an_export_without_a_benchmark_says_so(run, tmp_path):
     out = tmp_path / "published"
     assert main(["export", str(run), "--out", str(out)]) == 0
@@ -350,6 +357,9 @@ def test_scores_of_an_earlier_training_are_not_published_and_not_told_as_new(
 def test_a_recipe_on_a_part_of_the_speech_is_asked_like_any_other(run, wav, tmp_path, capsys):
     mine = begun_anew(run, tmp_path / "trained")
     shutil.copytree(run / "mtbi", mine / "mtbi@10")
+    config = read_json(mine / "mtbi@10" / "config.json")
+    config["options"]["recipe"] = "mtbi@10"
+    write_json(mine / "mtbi@10" / "config.json", config)
     words = ["Who did it?", "--max-new-tokens", "2"]
     assert main(["generate", str(mine), str(wav), *words]) == 0
     assert main(["generate", str(mine), str(wav), *words, "--recipe", "mtbi@10"]) == 0

@@ -208,6 +208,9 @@ def broken_corpora(root):
     (root / "bad.tsv").write_text("a\tb\n1\t2\n")
     (root / "metadata.csv").write_text("no bars here\n")
     write_sound(root / "beside" / "a.wav")
+    (root / "four.csv").write_text("a|three apples|three apples|ann\n")
+    (root / "twice").mkdir()
+    (root / "twice" / "wav.scp").write_text("u1 a.wav\nu1 b.wav\n")
     (root / "scp").mkdir()
     (root / "scp" / "wav.scp").write_text("u1 sph2pipe -f wav u1.sph |\n")
     (root / "segments").mkdir()
@@ -226,6 +229,8 @@ def broken_corpora(root):
         ("{tmp}/bad.tsv", ["no columns path and sentence"]),
         ("{tmp}/metadata.csv", ["metadata.csv:1: is no line"]),
         ("{tmp}/beside", ["has no a.txt beside it"]),
+        ("{tmp}/four.csv", ["four.csv:1: has 4 columns"]),
+        ("{tmp}/twice", ["u1 stands in it twice"]),
         ("{tmp}/scp", ["made by a command"]),
         ("{tmp}/segments", ["segments", "cut them into files"]),
         ("{tmp}/latin.tsv", ["cannot be read"]),
@@ -277,6 +282,21 @@ def test_a_speaker_whose_name_has_a_comma_can_be_held_out(tmp_path):
     assert [u.split for u in made] == ["test", "train", "train"]
     made = prepared(tmp_path / "b", tmp_path / "m.jsonl", "--test-speakers", "bob, ann")
     assert [u.split for u in made] == ["train", "test", "test"]
+
+
+def test_no_speaker_at_all_can_not_be_held_out(tmp_path, capsys):
+    path = self_powered(tmp_path)
+    assert prepare(path, "--out", tmp_path / "out", "--test-speakers", " , ") == 2
+    one_line(capsys, "--test-speakers ,: names no speaker")
+
+
+def test_what_was_skipped_is_named_when_the_same_command_is_given_again(tmp_path, capsys):
+    root = text_beside(tmp_path)
+    (root / "ann0" / "0.txt").unlink()
+    words = [root, "--out", tmp_path / "a", "--skip-bad", "--test-only"]
+    assert prepare(*words) == 0 and "skipped" in capsys.readouterr().out
+    assert prepare(*words) == 0
+    assert "what --skip-bad left out is in" in capsys.readouterr().out
 
 
 def test_one_recording_under_two_names_is_one_recording(tmp_path, capsys):

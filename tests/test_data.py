@@ -159,6 +159,16 @@ def make_silent(path):
     soundfile.write(path, np.zeros(16000), 16000)
 
 
+def make_loud(path):
+    """A float file of 16-bit numbers."""
+    soundfile.write(path, 16384 * tone() / np.abs(tone()).max(), 16000, subtype="FLOAT")
+
+
+def make_truncated_big_endian(path):
+    soundfile.write(path, tone(), 16000, endian="BIG")
+    path.write_bytes(path.read_bytes()[:9000])
+
+
 def make_text(path):
     path.write_text("this is no sound")
 
@@ -173,6 +183,8 @@ def make_text(path):
         (make_short, ["truncated"]),
         (make_nan, ["NaN"]),
         (make_silent, ["silent"]),
+        (make_loud, ["its samples go up to 16384", "divide them"]),
+        (make_truncated_big_endian, ["truncated"]),
         (make_text, ["cannot be read as audio"]),
     ],
 )
@@ -244,6 +256,7 @@ def write_flac(path, says):
         (lambda path: soundfile.write(path, tone(channels=9), 16000), "has 9 channels; up to 8"),
         (lambda path: soundfile.write(path, tone(), 999), "has a rate of 999 Hz; 1000 to 400000"),
         (lambda path: soundfile.write(path, tone(), 1_000_003), "has a rate of 1000003 Hz"),
+        (lambda path: soundfile.write(path, tone(), 16000, format="AIFF"), "is a AIFF file; WAV"),
         (lambda path: write_flac(path, 2**36 - 1), "the audio is too long"),
         (lambda path: write_flac(path, 0), "does not say how long it is"),
     ],
@@ -587,6 +600,12 @@ def test_to_load_a_connector_takes_less_memory_than_to_train_it(llm, encoder, mo
         ({"kind": 3}, "'kind' is '3'"),
         ({"kind": "k" * 41}, "at most 40 letters"),
         ({"words": "three"}, "'words' must be"),
+        (
+            {"words": [["two", 0.1, 0.3], ["green", 0.4, 0.6], ["pears", 0.6, 0.9]]},
+            "times of other words ('two', …)",
+        ),
+        ({"split": {}}, "'split' is {}"),
+        ({"speaker": ["ann"]}, "'speaker' is ['ann']"),
         ({"words": [["three", "x", 1]] * 3}, "'words' must be"),
     ],
 )
@@ -734,7 +753,17 @@ def test_task_tables_keep_prompts_and_tasks_apart(path):
         ("[a]\nsplit='x'\nmetric='exact'\nprompts=['p']\nunseen_prompts=['q']", "split must be"),
         (
             "[a]\nsplit='train'\nmetric='exact'\nprompts=['p']\nunseen_prompts=['p']",
-            "no prompt may be in",
+            "no prompt may stand twice",
+        ),
+        (
+            "[a]\nsplit='train'\nmetric='exact'\nprompts=['p','p ']\nunseen_prompts=['q']",
+            "no prompt may stand twice",
+        ),
+        ("[a]\nsplit='train'\nmetric='exact'\nprompts=[' ']\nunseen_prompts=['q']", "lists of"),
+        (
+            "[a]\nsplit='train'\nmetric='exact'\nprompts=['p']\nunseen_prompts=['q']\n"
+            "[b]\nsplit='unseen'\nmetric='exact'\nprompts=['p ']\nunseen_prompts=['r']",
+            "task [b]: 'p ' is to be unseen, and task [a] trains on it",
         ),
         ("[a]\nsplit='train'", "missing"),
         ("[a]\nnosuch=1", "unexpected"),

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import one_line
 
+import eval as eval_module
 from data import Response, Speech, Task, Text, Utterance, chat_parts, load_tasks, normalize
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
@@ -505,6 +506,35 @@ def test_an_interrupted_benchmark_goes_on_with_what_was_answered(own, monkeypatc
     assert (own / "run" / "answers.csv").read_bytes() == before
 
 
+def test_a_recipe_under_another_name_is_not_measured_as_that(own, capsys):
+    shutil.copytree(own / "run" / "asr", own / "run" / "mtbi-kl")
+    shutil.copytree(own / "run" / "asr", own / "run" / "mtbi@old")
+    assert bench(own / "run") == 2
+    one_line(capsys, "mtbi-kl: holds the recipe asr under another name")
+
+
+def test_a_recipe_that_was_trained_again_meanwhile_is_not_measured(own, monkeypatch, capsys):
+    plan = eval_module.plan_bench
+
+    def and_train(*args):
+        found = plan(*args)
+        again = ["train", str(own / "run"), "--recipe", "asr", "--force", "--hidden", "16"]
+        assert main([*again, "--steps", "1", "--batch-size", "8"]) == 0
+        return found
+
+    monkeypatch.setattr("mtbi.plan_bench", and_train)
+    assert bench(own / "run", "--force") == 2
+    one_line(capsys, "asr: was trained again while this benchmark is at work")
+
+
+def test_what_is_kept_of_a_system_is_not_taken_for_that_of_one_with_a_longer_name(tmp_path):
+    kept = [f"{system}-questions.part-0.jsonl" for system in ("mtbi", "mtbi-1")]
+    for name in kept:
+        (tmp_path / name).touch()
+    eval_module.forget_records(tmp_path, ["mtbi"])
+    assert [path.name for path in tmp_path.iterdir()] == kept[1:]
+
+
 def test_of_two_benchmarks_at_once_the_second_is_refused(own, capsys):
     with lock_folder(own / "run" / "bench"):
         assert bench(own / "run", "--force") == 2
@@ -668,6 +698,9 @@ def test_two_data_folders_of_one_name_get_two_reports(own, elsewhere, tmp_path):
     assert (run / "on" / "heard-elsewhere" / "report.md").read_bytes() == first
     folders = sorted(path.parent.name for path in run.glob("on/*/report.md"))
     assert len(folders) == 2 and folders[1].startswith("heard-elsewhere-")
+    (run / "on" / "heard-elsewhere" / "data.json").write_text("{")
+    assert bench(run, "--data", other, "--recipes", "mtbi") == 0
+    assert (run / "on" / "heard-elsewhere" / "report.md").read_bytes() == first
 
 
 def test_naming_the_runs_own_data_is_the_same_as_naming_none(own, capsys):

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lab.gpu
+import lab.plots
 import lab.smoke
 import lab.step
 from eval import CELLS, DIALOGUES
@@ -51,7 +52,7 @@ from lab.memory import estimate, weight_bytes
 from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
 from lab.programs import run_program
 from lab.plots import smooth
-from lab.report import draw_samples, percent, write_table
+from lab.report import draw_samples, markdown_table, percent, write_table
 from lab.statistics import AT, MEASURES, TASK, over_runs, over_utterances, rows_of, task_metrics
 from lab.statistics import read_answers, weighted_mean
 from model import PRECISIONS, Connector, SpeechLLM, load_llm
@@ -973,6 +974,19 @@ def test_a_lora_adapter_and_other_connectors_are_counted(capsys):
     with_adapter = trained("--lora", "16")
     assert with_adapter == pytest.approx(plain + 8.8e6 * 16 / 1e9, abs=0.02)  # 8.8M, says PEFT
     assert trained("--connector", "qformer") > plain
+
+
+def test_a_prompt_about_dollars_is_drawn_as_it_is_written(tmp_path):
+    names = ["Is $5^$ right?", "$_$"]
+    lab.plots.heat_map(
+        tmp_path / "a.png", names, ["mtbi"], np.array([[0.5], [1.0]]), "from $5 to $6"
+    )
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_what_stands_in_a_table_does_not_break_it():
+    table = markdown_table(["kind", "n"], [["q|a\nx", "3"]])
+    assert table.splitlines()[-1] == "| q\\|a x | 3 |"
 
 
 # ---- the step benchmark, and a look at a batch ----

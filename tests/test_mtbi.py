@@ -131,7 +131,7 @@ def test_true_transcripts_take_the_place_of_what_the_llm_repeats(examples_of):
     examples = examples_of(recipe)
     for behavior in examples.behaviors:
         behavior.response = "what the LLM says"
-    examples.sort_behaviors()
+    examples = replace(examples)  # drawn up anew from these behaviors
     for utterance in examples.trained_on:
         [behavior] = examples.about[utterance.id]["repeat"]
         assert behavior.response == utterance.text
@@ -222,7 +222,18 @@ def test_a_recipe_on_a_part_of_the_speech_is_the_recipe_otherwise():
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing", "mtbi@", "mtbi@0", "mtbi@100", "mtbi@ten", "@10", "mtbi@10@10"]
+    "name",
+    [
+        "nothing",
+        "mtbi@",
+        "mtbi@0",
+        "mtbi@010",
+        "mtbi@١٠",
+        "mtbi@100",
+        "mtbi@ten",
+        "@10",
+        "mtbi@10@10",
+    ],
 )
 def test_a_recipe_that_is_none_is_refused(name, run, capsys):
     assert main(["train", str(run), "--recipe", name]) == 2

@@ -4,6 +4,8 @@ import builtins
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -481,6 +483,10 @@ def test_a_folder_with_somebody_elses_file_under_a_name_that_is_needed_is_refuse
             with pytest.raises(UserError, match=f"{name}: was not made by `try`"):
                 done(tmp_path, Options("x", force=force), {})
         (tmp_path / name).unlink()
+    (tmp_path / "result.txt").symlink_to("/mnt/unplugged/result.txt")
+    with pytest.raises(UserError, match="result.txt: was not made by `try`"):
+        done(tmp_path, Options("x"), {})
+    (tmp_path / "result.txt").unlink()
     begin(tmp_path, "try", Options("x"), {})
     (tmp_path / "half-made").write_text("by an earlier run")
     assert not done(tmp_path, Options("x", force=True), {})
@@ -976,6 +982,20 @@ def in_two_processes(file):
     assert (first.returncode, second.returncode) == (0, 0), said + said_too
     assert "report" not in said_too, "the first one talks"
     return said
+
+
+@pytest.mark.parametrize("rank, world", [("1", None), ("2", "2"), ("0", ""), ("-1", "2")])
+def test_a_place_among_processes_that_is_none_is_said_in_a_line(rank, world):
+    environment = {"RANK": rank} | ({} if world is None else {"WORLD_SIZE": world})
+    done = subprocess.run(
+        [sys.executable, "-c", "import support.processes"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "torchrun sets both" in done.stderr
 
 
 def test_two_processes_write_the_behaviors_and_the_report_of_one(few, tmp_path):

@@ -556,6 +556,27 @@ def test_an_llm_whose_layers_changed_since_it_answered_is_refused(run, tmp_path,
     save_file(tensors, llm / "model.safetensors", metadata={"format": "pt"})
     assert main(["train", str(new), *SMALL]) == 2
     one_line(capsys, "is not the LLM any more")
+    assert main(["bench", str(new)]) == 2
+    one_line(capsys, "is not the LLM any more")
+
+
+def test_of_two_trainings_that_begin_at_once_the_later_finds_what_the_first_has_made(
+    run, tmp_path, monkeypatch, capsys
+):
+    """Both looked before either had begun; the second one loaded its models meanwhile."""
+    new, build = begun_anew(run, tmp_path), train_module.build
+
+    def slowly(*args):
+        monkeypatch.setattr(train_module, "build", build)
+        assert main(["train", str(new), *SMALL]) == 0
+        return build(*args)
+
+    monkeypatch.setattr(train_module, "build", slowly)
+    assert main(["train", str(new), *SMALL, "--seed", "5"]) == 2
+    one_line(capsys, "was made with other settings (seed was")
+    monkeypatch.setattr(train_module, "build", slowly)
+    assert main(["train", str(new), *SMALL]) == 0
+    assert "is trained already" in capsys.readouterr().out
 
 
 def test_a_sound_file_that_is_missing_is_named(run, tmp_path, capsys):
