@@ -32,7 +32,7 @@ from support.checks import check_task, is_turn
 from support.console import progress_bar
 from support.files import UserError, ceil_div, fingerprint, relative, whole_file
 from support.files import read_json_if_whole, read_jsonl, read_lines
-from support.hub import fingerprint_of_weights
+from support.hub import fingerprint_of_small_files, fingerprint_of_weights
 from support.recordings import LONGEST, MAX_SECONDS, audio_name, checked_row, read_sound
 from support.recordings import check_length, check_text_fits, check_words
 from support.runs import read_config
@@ -910,7 +910,9 @@ class Run:
     def check_llm(self):
         """UserError if its LLM is not the one any more that gave the behaviors."""
         llm = self.options["llm"]
-        if fingerprint_of_weights(llm, "llm") != self.content["llm"]:
+        small_files = fingerprint_of_small_files(llm, "llm")
+        is_same = fingerprint_of_weights(llm, "llm") == self.content["llm"]
+        if not is_same or self.content.get("llm_files", small_files) != small_files:
             raise UserError(
                 f"{llm}: is not the LLM any more that gave the behaviors of {self.folder}; run "
                 "`behaviors` again with --force"

@@ -62,7 +62,7 @@ from support.answers import answer_all, forget_parts
 from support.console import is_out_of_memory, say_device, timed, want_of_memory
 from support.files import PROJECT, UserError, WriteError, fingerprint, fingerprint_of_file
 from support.files import relative, write_jsonl
-from support.hub import absolute_if_local, fingerprint_of_weights
+from support.hub import absolute_if_local, fingerprint_of_small_files, fingerprint_of_weights
 from support.options import Between, Count, DataFolder, RunFolder, Seed, parse_options
 from support.processes import MAIN, WORLD
 from support.runs import IS_PERCENT, begin, finish, is_done, lock_folder, read_config, settings_of
@@ -295,6 +295,7 @@ def ask_behaviors(options):
     content = {
         "utterances": fingerprint_of_utterances(utterances),
         "llm": fingerprint_of_weights(options.llm, "llm"),
+        "llm_files": fingerprint_of_small_files(options.llm, "llm"),
         "task_table": fingerprint_of_file(table),
     }
     utterances = [u for u in utterances if u.split == "train"]

@@ -448,6 +448,20 @@ def fingerprint_of_tensors(tensors, more, samples=1024):
     return hashlib.sha256(content + repr(more).encode()).hexdigest()[:12]
 
 
+def fingerprint_of_small_files(name, kind):
+    """Names what a local model folder holds beside its weights: configuration, tokenizer, template.
+
+    "" for a hub name, whose revision names them, too.
+    """
+    folder = Path(checkpoint_path(name, kind))
+    hashed = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
+            hashed.update(f"{file.name} {file.stat().st_size}".encode())
+            hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:12] if folder.is_dir() else ""
+
+
 def fingerprint_of_weights(name, kind):
     """Names the weights in a local model folder, or the revision of a hub name."""
     folder = Path(checkpoint_path(name, kind))

@@ -17,6 +17,7 @@ from support.files import HALF_WRITTEN, UserError, fingerprint, fingerprint_of_f
 from support.files import read_json, read_json_if_whole, write_json, writing
 from support.processes import MAIN, wait
 
+NEWER = {"llm_files"}  # fingerprints that folders of before 2026-11-30 do not have
 IS_PERCENT = re.compile("[1-9][0-9]?")  # of the speech, in the name of a recipe: mtbi@10
 CHOOSE_ANOTHER = "choose another folder, or --force to redo it"
 
@@ -125,6 +126,9 @@ def is_done(folder, command, options, content, output, *, half_way, advice=CHOOS
     old = read_json(path, "command", "options", "content", "done")
     if isinstance(old["options"], dict):  # an option that is newer than the folder was not given
         old["options"] = {**defaults(options), **old["options"]}
+    if isinstance(old["content"], dict):  # nor was a fingerprint taken that is newer
+        for name in NEWER & set(content):
+            old["content"].setdefault(name, content[name])
     if not old["done"] and not any(Path(folder).glob(half_way)):
         return False  # nothing was kept of it
     refuse_changes(folder, old, settings_of(options, content), without_effect(options), advice)

@@ -560,6 +560,21 @@ def test_an_llm_whose_layers_changed_since_it_answered_is_refused(run, tmp_path,
     one_line(capsys, "is not the LLM any more")
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer.json", "config.json"])
+def test_an_llm_whose_template_or_tokenizer_changed_since_it_answered_is_refused(
+    run, tmp_path, capsys, file
+):
+    llm, new = tmp_path / "llm", begun_anew(run, tmp_path)
+    shutil.copytree(ROOT / "tiny" / "llm", llm)
+    config = read_json(new / "config.json")
+    config["options"]["llm"] = str(llm)
+    write_json(new / "config.json", config)
+    with open(llm / file, "a") as changed:
+        changed.write("\n")
+    assert main(["train", str(new), *SMALL]) == 2
+    one_line(capsys, "is not the LLM any more")
+
+
 def test_of_two_trainings_that_begin_at_once_the_later_finds_what_the_first_has_made(
     run, tmp_path, monkeypatch, capsys
 ):
