@@ -408,7 +408,7 @@ def test_the_commands_write_their_names_into_config_json(data, run, few_behavior
     config = read_json(run / "config.json")
     assert config["command"] == "behaviors" and config["done"]
     assert {"llm", "bits", "precision", "max_new_tokens", "tasks"} <= set(config["options"])
-    assert set(config["content"]) == {"llm", "task_table", "utterances"}
+    assert set(config["content"]) == {"llm", "llm_files", "task_table", "utterances"}
     new = begun_anew(few_behaviors, tmp_path)
     assert mtbi.main(["train", str(new), "--recipe", "asr", *SMALL]) == 0
     config = read_json(new / "asr" / "config.json")
@@ -426,6 +426,7 @@ def test_what_is_done_with_the_same_settings_is_not_done_again(tmp_path):
     (tmp_path / "result.txt").touch()
     assert done(tmp_path, options, content)
     assert done(tmp_path, Options("elsewhere", batch_size=1), content), "which changes nothing"
+    assert done(tmp_path, options, {**content, "llm_files": "b"}), "none was taken then"
     assert not done(tmp_path, replace(options, force=True), content)
 
 
