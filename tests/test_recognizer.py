@@ -161,7 +161,7 @@ def test_on_digit_strings_of_human_voices_words_are_cut_within_50_ms(tmp_path):
     for u in read_manifest(data / "manifest.jsonl"):
         for at, (before, after) in enumerate(zip(true[u.id], true[u.id][1:])):
             off.append(abs(u.words[at][2] - (before[2] + after[1]) / 2))
-    print(f"mean error of {len(off)} cuts: {1000 * np.mean(off):.0f} ms")
+    print(f"mean error of {len(off)} cuts: {1000 * np.mean(off):.1f} ms")
     assert np.mean(off) < 0.05
 
 
