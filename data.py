@@ -273,8 +273,10 @@ def check_prompts(path, tasks):
         if task.split == "train":
             seen |= {prompt.strip(): task.name for prompt in task.prompts}
     for task in tasks:
-        unseen = task.unseen_prompts if task.split == "train" else task.prompts
-        for prompt in (*unseen, *task.unseen_prompts):
+        unseen = (
+            task.unseen_prompts if task.split == "train" else task.prompts + task.unseen_prompts
+        )
+        for prompt in unseen:
             if prompt.strip() in seen:
                 raise UserError(
                     f"{path}: task [{task.name}]: {prompt!r} is to be unseen, and task "

@@ -25,7 +25,7 @@ from data import open_run, positions_of, read_manifest, response_tokens, transcr
 from data import user_turn
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import llm_of, load_encoder, shared_llm
-from support.answers import answer_all, answer_in_memory, forget_parts, keep_record
+from support.answers import answer_all, answer_in_memory, keep_record, kept_parts
 from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json_if_whole, write_json
@@ -630,7 +630,8 @@ def forget_records(folder, systems):
     for system in systems:
         (folder / f"{system}.json").unlink(missing_ok=True)
         for which in SETS:
-            forget_parts(folder / f"{system}-{which}")
+            for path in kept_parts(folder / f"{system}-{which}"):
+                path.unlink()
     for path in folder.glob("text-*.answers.json"):
         path.unlink()
 

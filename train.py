@@ -146,9 +146,8 @@ def train_recipe(options, row):
     checkpoint_if_large(model, options.gradient_checkpointing)
     lr = peak_rate(options.lr, model, recipe.lr)
     with lock_folder(folder):
-        if is_trained(
-            folder, options, content
-        ):  # by another process, while this one loaded its models
+        # by another process, while this one loaded its models?
+        if is_trained(folder, options, content):
             return
         clear(folder, options.force)
         begin(folder, "train", options, content)

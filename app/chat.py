@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from app.generate import answer_streaming, chosen_recipe
 from app.microphone import recorded
 from app.voice import VOICES, spoken

@@ -1,6 +1,7 @@
 """The command `recognizer`: a CTC head trained on the frames and transcripts of a data folder."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -59,14 +60,15 @@ def train_recognizer(options):
         "audio": fingerprint_of_audio(heard, data / "features"),
         "encoder": fingerprint_of_encoder(name),
     }
-    if is_done(out, "recognizer", options, content, HEAD, half_way=HEAD):
+    is_there = partial(is_done, out, "recognizer", options, content, HEAD, half_way=HEAD)
+    if is_there():
         print(f"{out}: is trained already")
         return out
     say_device()
     encoder = load_encoder(name, options.pad_whisper)
     frames = encode_all(encoder, utterances, data / "features")
     with lock_folder(out), timed("train recognizer"):
-        if is_done(out, "recognizer", options, content, HEAD, half_way=HEAD):  # by another process
+        if is_there():  # by another process, while this one encoded
             return out
         begin(out, "recognizer", options, content)
         texts = {u.id: normalize(u.text) for u in heard}

@@ -22,31 +22,10 @@ from hypothesis import strategies as st
 from programs import one_line, python
 
 import mtbi
-from data import (
-    SAMPLE_RATE,
-    Behavior,
-    Examples,
-    Recipe,
-    Speech,
-    Text,
-    Utterance,
-    user_turn,
-    chat_parts,
-)
-from data import (
-    AUDIO_MARK,
-    at_sample_rate,
-    end_of_turn,
-    frame_cuts,
-    held_out,
-    interleave,
-    load_audio,
-    load_tasks,
-    place_of,
-    random_spans,
-    read_behaviors,
-)
-from data import normalize, read_manifest, response_tokens, transcript_tokens
+from data import AUDIO_MARK, SAMPLE_RATE, Behavior, Examples, Recipe, Speech, Text, Utterance
+from data import at_sample_rate, chat_parts, end_of_turn, frame_cuts, held_out, interleave
+from data import load_audio, load_tasks, normalize, place_of, random_spans, read_behaviors
+from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from model import SpeechLLM
 from support.files import UserError, read_jsonl
 from support.recordings import RATES, check_text_fits, check_transcript, ends_as_ogg, mp3_frame

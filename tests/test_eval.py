@@ -527,7 +527,10 @@ def test_a_recipe_that_was_trained_again_meanwhile_is_not_measured(own, monkeypa
     one_line(capsys, "asr: was trained again while this benchmark is at work")
 
 
-def test_what_is_kept_of_a_system_is_not_taken_for_that_of_one_with_a_longer_name(tmp_path):
+def test_what_is_kept_of_a_system_is_not_taken_for_that_of_one_with_a_longer_name(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("support.answers.wait", lambda: pytest.fail("the other processes do not"))
     kept = [f"{system}-questions.part-0.jsonl" for system in ("mtbi", "mtbi-1")]
     for name in kept:
         (tmp_path / name).touch()
