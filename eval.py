@@ -33,7 +33,7 @@ from support.frames import fingerprint_of_audio
 from support.hub import absolute_if_local, free_memory
 from support.options import Count, RunFolder, Seed
 from support.processes import first_process
-from support.runs import begin, fingerprint_of_training, finish, lock_folder, read_spec
+from support.runs import begin, fingerprint_of_training, finish, lock_folder
 from support.runs import recipes_to_bench, refuse_foreign
 from support.states import load_weights, state_at
 
@@ -43,6 +43,9 @@ CELLS = ["seen", "unseen_prompt", "unseen_task"]
 DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]
 # what a system is asked: the questions, the dialogues, and the questions in text
 SETS = ("questions", "dialogues", "text")
+# what is kept of an answer that was looked into; its scores are made anew from the answer
+LOOKED_INTO = ("mistake", "behavior_gap", "attention_on_instruction", "attention_on_utterance")
+SCORING = 2  # one more whenever answers are scored otherwise: reports are then written anew
 
 
 # ---- options ----
@@ -153,6 +156,7 @@ class Bench:
     def fingerprint_of(self, trained="", transcriber=""):
         """Names what the answers of one system depend on."""
         same = {**self.settings, "trained": trained, "asr": transcriber}
+        del same["scoring"]
         return fingerprint(same)
 
 
@@ -209,6 +213,7 @@ def plan_bench(options, table):
         **run.packing(),
         "asr": None,
         "trained": weights,
+        "scoring": SCORING,
     }
     if options.asr:
         settings["asr"] = [options.asr, fingerprint_of_encoder(absolute_if_local(options.asr))]
@@ -245,6 +250,9 @@ def measure_all(bench, look_into):
     """
     options, run = bench.options, bench.run
     say_device()
+    if options.cache_features == "disk":
+        for recipe in bench.trained:  # before the LLM, which may leave the encoder no room on a GPU
+            bench.encode(bench.encoder_of(recipe))
     llm = shared_llm(*llm_of(run.options, options.precision))
     systems = systems_of(bench, llm)
     tasks = load_tasks(PROJECT / run.options["tasks"])
@@ -278,11 +286,10 @@ class System:
     def __init__(self, name, fingerprint, model):
         self.name, self.fingerprint, self.model = name, fingerprint, model
 
-    def load(self):
-        """Get ready to answer."""
-
-    def unload(self):
-        """Let the memory go."""
+    @contextmanager
+    def ready(self):
+        """Within it, it can answer; after it, what that took is let go."""
+        yield
 
     def parts(self, utterance):
         """What stands for an utterance in a conversation."""
@@ -305,10 +312,10 @@ class Cascade(System):
         self.bench, self.transcriber = bench, transcriber
         self.hypotheses = {}
 
-    def load(self):
+    @contextmanager
+    def ready(self):
         self.frames = self.bench.encode(self.transcriber)
-
-    def unload(self):
+        yield
         self.frames = None  # every utterance is transcribed by now
 
     def parts(self, utterance):
@@ -336,25 +343,23 @@ class Trained(System):
         super().__init__(recipe, own, model=None)
         self.bench, self.llm = bench, llm
 
-    def load(self):
+    @contextmanager
+    def ready(self):
         folder = self.bench.run.folder / self.name
-        has_own_llm = read_spec(folder)["lora"] > 0  # with its adapter
-        self.model = SpeechLLM.from_pretrained(
-            folder,
-            None if has_own_llm else self.llm,
-            self.bench.encoder_of(self.name),
-            self.bench.options.precision,
-        )
-        if self.bench.options.step:
-            state = state_at(folder, self.bench.options.step)
-            load_weights(state, self.model.trainable())
-        elif fingerprint_of_training(folder) != self.bench.settings["trained"][self.name]:
-            raise UserError(f"{folder}: was trained again while this benchmark is at work")
-        self.frames = self.bench.encode(self.model.encoder)
-
-    def unload(self):
-        self.model = self.frames = None
-        free_memory()  # or an LLM with an adapter would be there beside the next one
+        encoder = self.bench.encoder_of(self.name)
+        self.model = SpeechLLM.from_pretrained(folder, self.llm, encoder)
+        try:
+            if self.bench.options.step:
+                state = state_at(folder, self.bench.options.step)
+                load_weights(state, self.model.trainable())
+            elif fingerprint_of_training(folder) != self.bench.settings["trained"][self.name]:
+                raise UserError(f"{folder}: was trained again while this benchmark is at work")
+            self.frames = self.bench.encode(encoder)
+            yield
+        finally:
+            self.model.take_off_adapter()  # from the LLM, which the systems share
+            self.model = self.frames = None
+            free_memory()
 
     def parts(self, utterance):
         return [Speech(self.frames[utterance.id])]
@@ -546,16 +551,14 @@ class Questions:
         start = time.perf_counter()
         record = read_record(path, system.fingerprint, "rows", "attention", "seconds")
         if record:
-            return record
-        with timed(f"bench {system.name}"):
-            system.load()
+            return {**record, "rows": self.scored_anew(system.name, record["rows"])}
+        with timed(f"bench {system.name}"), system.ready():
             asked = SETS if system.model else ("questions", "dialogues")
             answers = {which: self.answers_of(system, which) for which in asked}
             wrong, gaps, attention = {}, [], []
             if system.model:
                 wrong = mistakes.of(system, answers["questions"])
                 gaps, attention = self.probe(system)
-            system.unload()
         record = {
             "fingerprint": system.fingerprint,
             "rows": self.rows(system.name, answers, wrong, gaps, attention),
@@ -580,10 +583,11 @@ class Questions:
 
     def ask_some(self, system, cases):
         """The answers of a system to a few cases, which are not kept."""
-        answers, size = [], self.options.batch_size
-        for at in range(0, len(cases), size):
-            conversations = [case.parts(system) for case in cases[at : at + size]]
-            answers += answer_in_memory(system.model, conversations, self.options.max_new_tokens)
+        conversations = [case.parts(system) for case in cases]
+        options = self.options
+        answers, _ = answer_in_memory(
+            system.model, conversations, options.batch_size, options.max_new_tokens
+        )
         return [answer for answer, _ in answers]
 
     def probe(self, system):
@@ -595,6 +599,17 @@ class Questions:
             responses.append(response_tokens(system.model.tokenizer, answer, self.ended[i]))
         gaps = behavior_gap(system, self.top_line, cases, responses)
         return gaps, attention_shares(system, cases, responses)
+
+    def scored_anew(self, name, rows):
+        """Rows that were kept, their scores as today's code makes them of the same answers."""
+        answers = {which: [] for which in SETS}
+        for row in rows:
+            answers[row["set"]].append(row["answer"])
+        scored = self.rows(name, answers, {}, [], [])
+        for row, kept in zip(scored, rows):
+            for column in LOOKED_INTO:
+                row[column] = kept[column]
+        return scored
 
     def rows(self, name, answers, wrong, gaps, attention):
         """One row of the table for each answer."""
@@ -644,7 +659,7 @@ def row_of(name, which, case, reference, answer):
     metrics = all_metrics(reference, answer)
     ignored = None
     if which == "questions" and differs_from_transcript(case, reference):
-        ignored = float(repeats_instead(case, reference, answer))
+        ignored = exact_match(case.utterance.text, answer)
     return {
         "system": name,
         "set": which,
@@ -661,7 +676,7 @@ def row_of(name, which, case, reference, answer):
         "score": round(score(case.task.metric, reference, answer), 6),
         "copy": round(score(case.task.metric, reference, case.utterance.text), 6),
         **{metric: round(value, 6) for metric, value in metrics.items()},
-        "ignored_instruction": ignored,
+        "ignored_instruction": ignored,  # did it answer with the transcript instead?
         "anchored": None,  # on a directive: did it do what the speech says?
         "mistake": "",  # of a wrong answer that was looked into: how it is wrong
         "behavior_gap": None,
@@ -714,21 +729,9 @@ def all_metrics(reference, answer):
     }
 
 
-NEARLY_SAME = 0.25  # the word error rate up to which two texts count as the same
-
-
 def differs_from_transcript(case, reference):
     """Is the right answer another text than the transcript? If not, repeating it is no mistake."""
-    return word_error_rate(case.utterance.text, reference) > NEARLY_SAME
-
-
-def repeats_instead(case, reference, answer):
-    """The model ignored the instruction.
-
-    Asked for another task, it answered with the transcript, give or take a quarter of its words.
-    """
-    repeated = word_error_rate(case.utterance.text, answer) <= NEARLY_SAME
-    return repeated and differs_from_transcript(case, reference)
+    return case.task.name != "repeat" and not exact_match(case.utterance.text, reference)
 
 
 # ---- directives: what the speech says to do ----
@@ -769,7 +772,8 @@ def behavior_gap(system, top_line, cases, responses):
     gaps = []
     for case, ids in zip(cases, responses):
         hears = system.model.logits([case.parts(system, ids)])[0].log_softmax(-1)  # (R, V)
-        reads = top_line.model.logits([case.parts(top_line, ids)])[0].log_softmax(-1)  # (R, V)
+        with system.model.without_adapter():  # which may be on the LLM that they share
+            reads = top_line.model.logits([case.parts(top_line, ids)])[0].log_softmax(-1)  # (R, V)
         kl = (reads.exp() * (reads - hears)).sum(-1)  # (R,)
         gaps.append(kl.mean().item())
     return gaps

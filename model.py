@@ -708,8 +708,10 @@ def checkpointed_layers(llm):
     Returns the layers that do so while their own flag `training` is set; what is inside them stays
     in eval mode.
     """
+    # in eval mode nothing draws random numbers, whose states need no keeping then
+    options = {"use_reentrant": False, "preserve_rng_state": False}
     try:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     except ValueError as error:
         raise UserError(
             "this LLM has no gradient checkpointing; say --gradient-checkpointing off "
@@ -799,6 +801,11 @@ class SpeechLLM(nn.Module):
     def without_adapter(self):
         """Within it, the LLM is the frozen one."""
         return self.llm.disable_adapter() if self.lora else nullcontext()
+
+    def take_off_adapter(self):
+        """For good: whoever shares the LLM has it as it was before."""
+        if self.lora:
+            self.llm, self.lora = self.llm.unload(), 0
 
     def embed(self, batch):
         """Parts -> (embeddings (B, L, D), attention mask (B, L), labels (B, L)).
@@ -892,6 +899,21 @@ class SpeechLLM(nn.Module):
         teacher: the same conversations with the transcripts as text, for a loss that has one.
         """
         return LOSSES[loss](self, batch, teacher)
+
+    @torch.no_grad()
+    def check_finite(self, parts):
+        """UserError if what the LLM makes of an open conversation is no number.
+
+        Greedy decoding would not notice: it would answer with the first token of the vocabulary.
+        Known of fp16, whose largest number is 65504, with LLMs that were trained in bf16.
+        """
+        embeds, mask, _ = self.embed([parts])
+        out = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=1, use_cache=False)
+        if not out.logits.isfinite().all():
+            raise UserError(
+                f"the LLM's numbers overflow in {self.llm.dtype} (its logits are not finite): "
+                "say --precision fp32, or bf16 where the GPU has it"
+            )
 
     @torch.no_grad()
     def generate_rows(self, batch, max_new_tokens=64, streamer=None):
@@ -991,7 +1013,8 @@ class SpeechLLM(nn.Module):
     def from_pretrained(cls, folder, llm=None, encoder=None, precision="auto"):
         """Load what save() wrote (RUN/RECIPE, or a hub name of such a folder).
 
-        llm, encoder: loaded ones, to share them, as build() takes them.
+        llm, encoder: loaded ones, to share them, as build() takes them; a recipe with an adapter
+        has it on that LLM until take_off_adapter().
         UserError if it was trained for another LLM or another encoder.
         """
         folder = local_or_fetched(folder, TRAINED)
@@ -1010,22 +1033,27 @@ class SpeechLLM(nn.Module):
                 f"{folder / 'model.json'}: is not what training writes there "
                 f"({first_line(error)}); {again}"
             ) from None
-        found = (model.fingerprint, model.encoder.fingerprint)
-        for what, name, now in zip(("LLM", "speech encoder"), ("llm", "encoder"), found):
-            if now != spec[f"{name}_fingerprint"]:
-                raise UserError(
-                    f"{folder}: its connector was trained for another {what} than the one that is "
-                    f"now at {spec[name]}; {again}"
-                )
         try:
+            model.check_made_for(spec, folder)
             model.load_trained(folder)
-        except (RuntimeError, ValueError) as error:
-            if is_out_of_memory(error):
+        except (RuntimeError, ValueError, UserError) as error:
+            model.take_off_adapter()  # from an LLM that others may share
+            if isinstance(error, UserError) or is_out_of_memory(error):
                 raise
             raise UserError(
                 f"{folder}: the connector cannot be loaded ({first_line(error)}); {again}"
             ) from None
         return model.train(False)
+
+    def check_made_for(self, spec, folder):
+        """UserError if what save() wrote into a folder was trained for another LLM or encoder."""
+        found = (self.fingerprint, self.encoder.fingerprint)
+        for what, name, now in zip(("LLM", "speech encoder"), ("llm", "encoder"), found):
+            if now != spec[f"{name}_fingerprint"]:
+                raise UserError(
+                    f"{folder}: its connector was trained for another {what} than the one that is "
+                    f"now at {spec[name]}; train again with --force"
+                )
 
     def load_trained(self, folder):
         """Put the weights of the connector, and of the adapter, in place; ValueError if damaged."""

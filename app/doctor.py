@@ -13,7 +13,7 @@ import torch
 from data import read_manifest
 from support.files import PROJECT, UserError, first_line, nearest_existing
 from support.hub import TINY
-from support.processes import DEVICE
+from support.processes import DEVICE, WHY_DEVICE
 
 INSTALL = "pip install -r requirements.txt"
 MEMORY, DISK = 4e9, 2e9  # bytes that the demo wants free
@@ -109,7 +109,7 @@ def card():
         mend = ""
         if shutil.which("nvidia-smi"):  # then there is a card, or there was
             mend = "its driver: nvidia-smi says more; or torch for its CUDA: pytorch.org"
-        found = f"none; {built}: everything runs on the CPU"
+        found = f"none, because {WHY_DEVICE}; {built}: everything runs on the CPU"
         return Finding("GPU", found, mend, needed=False)
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()

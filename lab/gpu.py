@@ -97,15 +97,15 @@ class Row(NamedTuple):
 
 
 def all_rows():
-    """[Row], those of one LLM together, so that it is made once."""
+    """[Row], what takes little first, and those of one LLM together, so that it is made once."""
     rows = []
+    for encoder in ENCODERS if ON_GPU else SMALLEST[1:]:
+        rows.append(Row(f"encoder-{short(encoder)}", encoder=encoder))
+    rows.append(Row("demo", demo=True))
     for llm in LLMS if ON_GPU else SMALLEST[:1]:
         if llm in ANSWERED or not ON_GPU:
             rows.append(Row(f"answers-{short(llm)}", llm, answers=True))
         rows += rows_of_steps(llm)
-    for encoder in ENCODERS if ON_GPU else SMALLEST[1:]:
-        rows.append(Row(f"encoder-{short(encoder)}", encoder=encoder))
-    rows.append(Row("demo", demo=True))
     return rows
 
 
@@ -163,6 +163,7 @@ def measure_rows(options):
     if folder.exists() and not (folder / "rows").is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: is there already, and not made by this; name another --out")
     refuse_other_card(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * options.minutes
     which, llm = None, None  # the LLM that was made last, or what was wrong with it
     left = 0
@@ -259,9 +260,9 @@ def speed_of_answers(name, llm):
         heard.append([part for part in example.parts if not isinstance(part, Response)])
     result = {"llm": name, "answers_at_once": options.batch_size, "tokens": 64}
     for what, batch in (("stage_1", read), ("bench", heard)):
-        answer = partial(model.generate_rows, batch)
-        answer(4)  # the first one warms up
-        seconds = seconds_of(partial(answer, 64))
+        answer = partial(model.generate_rows, batch, 64)
+        answer()  # the first one warms up, at every length that the second one has
+        seconds = seconds_of(answer)
         result[f"{what}_answers_s"] = options.batch_size / seconds
     return result
 

@@ -3,7 +3,7 @@
 import random
 
 from data import normalize
-from eval import Case, exact_match, repeats_instead, word_error_rate
+from eval import Case, exact_match, word_error_rate
 
 # How an answer may be wrong; whoever misheard the utterance is not asked further.
 MISTAKES = {
@@ -105,9 +105,7 @@ def kind_of_mistake(case, reference, answer, heard, reply, others, possible):
     """
     if not heard:
         return "misheard"
-    # the answer is known to be wrong: the transcript, word for word, is copied even where the right
-    # answer differs from it by a word
-    if exact_match(case.utterance.text, answer) or repeats_instead(case, reference, answer):
+    if exact_match(case.utterance.text, answer):
         return "copied"
     if reply is not None and exact_match(reply, answer):
         return "obeyed"

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # waiting threads sleep: half the time where others use the cores too, a tenth more alone
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# on H100 and later torch would take cuDNN's attention, which is compiled anew for every length
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 # what is not there is said in a line, and not by a traceback
 if sys.version_info < (3, 11):  # noqa: UP036  where it is, nothing of pip has been asked

@@ -40,8 +40,12 @@ def answer_all(model, conversations, *, sort_keys, desc, batch_size, max_new_tok
     wait()
 
     part = f"{kept}.part-{RANK}.jsonl"
-    for rows in progress_bar(my_share(todo), desc=desc, unit="batch"):
-        found = answer_in_memory(model, [conversations[i] for i in rows], max_new_tokens)
+    at_once = batch_size
+    for n, rows in enumerate(progress_bar(my_share(todo), desc=desc, unit="batch")):
+        asked_now = [conversations[i] for i in rows]
+        if n == 0:
+            model.check_finite(asked_now[0])
+        found, at_once = answer_in_memory(model, asked_now, at_once, max_new_tokens)
         lines = []
         for i, (answer, ended) in zip(rows, found):
             line = {"asked": asked, "question": i, "answer": answer, "ended": ended}
@@ -60,27 +64,34 @@ def append_lines(path, lines):
             file.write("".join(lines))
 
 
-def answer_in_memory(model, conversations, max_new_tokens):
-    """generate_rows; where the GPU's memory does not suffice, in two halves."""
-    try:
-        return model.generate_rows(conversations, max_new_tokens)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        why = first_line(error)
-    half = len(conversations) // 2
-    if not half:
-        raise UserError(
-            f"one question at a time is still too much for this GPU ({why}); `plan` says what fits"
+def answer_in_memory(model, conversations, at_once, max_new_tokens):
+    """(what generate_rows gives, so many conversations at once; how many went at once at last).
+
+    Where the GPU's memory does not suffice, half as many from there on.
+    """
+    answers = []
+    while len(answers) < len(conversations):
+        some = conversations[len(answers) : len(answers) + at_once]
+        try:
+            answers += model.generate_rows(some, max_new_tokens)
+            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            why = first_line(error)
+        at_once = len(some) // 2
+        if not at_once:
+            raise UserError(
+                f"one question at a time is still too much for this GPU ({why}); `plan` says what "
+                "fits"
+            )
+        torch.cuda.empty_cache()
+        tqdm.write(
+            f"out of memory with {len(some)} questions at once: from here on {at_once} at a time; "
+            "a smaller --batch-size saves the attempt",
+            file=sys.stderr,
         )
-    torch.cuda.empty_cache()
-    tqdm.write(
-        f"out of memory with {len(conversations)} questions at once: {half} at a time; a smaller "
-        "--batch-size saves the attempt",
-        file=sys.stderr,
-    )
-    first = answer_in_memory(model, conversations[:half], max_new_tokens)
-    return first + answer_in_memory(model, conversations[half:], max_new_tokens)
+    return answers, at_once
 
 
 # ---- the parts: what every process has answered so far ----

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from support.files import first_line
-from support.processes import DEVICE, MAIN, WORLD
+from support.processes import DEVICE, MAIN, WHY_DEVICE, WORLD
 
 TIMES = {}  # what each step of this process took, in seconds: `demo --profile` prints it
 
@@ -29,6 +29,16 @@ def timed(name):
     print(f"{name}: {seconds:.1f} s", flush=True)
 
 
+# How the libraries of a GPU say that memory ran out, beside torch's own error: any of them when it
+# asks for room to work in, cuBLAS when it begins, cuDNN where no way of its own fits what is left.
+SIGNS_OF_WANT = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "unable to find an engine",
+)
+
+
 @contextmanager
 def one_thread():
     """For short clips: numpy's threads and torch's, taking turns, wait for each other.
@@ -44,16 +54,15 @@ def one_thread():
 
 
 def say_device():
-    why = "there is no CUDA" if DEVICE == "cpu" else "CUDA is there"
     shared = f"; {WORLD} processes share the work" if WORLD > 1 else ""
-    print(f"device: {DEVICE} ({torch.get_num_threads()} threads), because {why}{shared}")
+    print(f"device: {DEVICE} ({torch.get_num_threads()} threads), because {WHY_DEVICE}{shared}")
 
 
 def is_out_of_memory(error):
     """Whether an error of torch says so: not all that do are OutOfMemoryErrors."""
     said = str(error)
     is_one = isinstance(error, torch.OutOfMemoryError)
-    return is_one or "out of memory" in said or "ALLOC_FAILED" in said
+    return is_one or any(sign in said for sign in SIGNS_OF_WANT)
 
 
 def want_of_memory(error):

@@ -7,6 +7,7 @@ add up, and its share is everything.
 """
 
 import os
+import re
 import sys
 from datetime import timedelta
 from functools import lru_cache, wraps
@@ -25,9 +26,49 @@ if not (RANK.isdecimal() and WORLD.isdecimal() and int(RANK) < int(WORLD)):
     sys.exit(2)
 RANK, WORLD = int(RANK), int(WORLD)
 MAIN = RANK == 0
-DEVICE = "cpu"
-if torch.cuda.is_available():
-    DEVICE = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def choose_device():
+    """(the device of this process, the reason)."""
+    if not torch.cuda.is_available():
+        return "cpu", "there is no CUDA"
+    n_gpus, index = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if index >= n_gpus:
+        print(
+            f"mtbi: process {index + 1} of this machine finds {n_gpus} GPUs: start one process for "
+            "each, or, with CUDA_VISIBLE_DEVICES= before the command, as many as you like on CPUs",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    capability = torch.cuda.get_device_capability(index)
+    if not has_kernels(capability, torch.cuda.get_arch_list()):
+        card = torch.cuda.get_device_name(index)
+        return "cpu", f"this torch has no kernels for the {card} ({capability[0]}.{capability[1]})"
+    return f"cuda:{index}", "CUDA is there"
+
+
+def has_kernels(capability, architectures):
+    """Whether a torch that was built for some architectures runs on a card.
+
+    capability: (major, minor) of the card. architectures: like "sm_86", machine code, which runs on
+    cards of the same major number and no smaller minor one, or "compute_90", which any later card
+    compiles for itself.
+    """
+    known = False
+    for architecture in architectures:
+        made_for = re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture)
+        if not made_for:
+            continue  # such as those of AMD
+        known = True
+        major, minor = int(made_for[2]), int(made_for[3])
+        if made_for[1] == "compute" and (major, minor) <= tuple(capability):
+            return True
+        if major == capability[0] and minor <= capability[1]:
+            return True
+    return not known
+
+
+DEVICE, WHY_DEVICE = choose_device()
 
 
 @lru_cache(maxsize=1)

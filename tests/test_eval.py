@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from programs import one_line
 
 import eval as eval_module
+import model
 from data import Response, Speech, Task, Text, Utterance, chat_parts, load_tasks, normalize
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
-from eval import hypothesis, repeats_instead, row_of, score, shares_of_parts
+from eval import hypothesis, row_of, score, shares_of_parts
 from lab.mistakes import MISTAKES, kind_of_mistake
 from lab.statistics import read_answers
 from model import SpeechLLM
@@ -79,29 +80,38 @@ def case_about(task, prompt="Who?", cell=CELLS[0]):
 
 
 def test_an_instruction_is_ignored_where_the_answer_is_the_transcript():
-    """Give or take a quarter of its words."""
-    assert repeats_instead(case_about(WHO), "the farmer", SAID)
-    assert repeats_instead(case_about(WHO), "the farmer", "the farmer sold five red apples")
-    assert not repeats_instead(case_about(WHO), "the farmer", "the baker")
-    assert not repeats_instead(case_about(WHO), SAID, SAID), "the transcript was the right answer"
+    """Word for word: one with a word of its own may be the right sort of answer, and wrong."""
+
+    def ignored(reference, answer):
+        row = row_of("asr", "questions", case_about(WHO), reference, answer)
+        return row["ignored_instruction"]
+
+    assert ignored("the farmer", SAID.upper() + ".") == 1
+    assert ignored("the farmer", "the farmer will sell three red apples") == 0
+    assert ignored("the farmer", "the baker") == 0
+    assert ignored(SAID, SAID) is None, "the transcript was the right answer"
 
 
 def test_repeating_ignores_no_instruction_where_it_is_asked_for():
     repeat = Task("repeat", "train", "wer", ["Repeat."], ["Again."])
     row = row_of("asr", "questions", case_about(repeat, "Repeat."), SAID, SAID)
     assert row["ignored_instruction"] is None
+    slip = SAID.replace("red", "green")  # the text LLM's own
+    row = row_of("asr", "questions", case_about(repeat, "Repeat."), slip, SAID)
+    assert row["ignored_instruction"] is None
     assert row_of("asr", "questions", case_about(WHO), "the farmer", SAID)["ignored_instruction"]
     assert row_of("asr", "text", case_about(WHO), "the farmer", SAID)["ignored_instruction"] is None
 
 
 def test_whoever_copies_the_transcript_ignores_every_instruction_of_which_one_can_tell():
-    """Where the right answer is nearly the transcript, one cannot."""
     question = Task("question", "unseen", "exact", ["As a question?"], ["Ask it."])
     asked = "who sold them"
     row = row_of("copy", "questions", case_about(question), asked, SAID)
     assert row["ignored_instruction"] == 1.0
     nearly = SAID.replace("three", "four")
     row = row_of("copy", "questions", case_about(question), nearly, SAID)
+    assert row["ignored_instruction"] == 1.0
+    row = row_of("copy", "questions", case_about(question), SAID, SAID)
     assert row["ignored_instruction"] is None
 
 
@@ -454,6 +464,26 @@ def test_an_llm_with_an_adapter_is_asked_the_questions_in_text_anew():
     assert asked == []
     assert questions.answers_of(adapted, "text") == ["changed"]
     assert asked == [("hears", "text", System)], "the utterances come as transcripts"
+
+
+def test_a_recipe_with_an_adapter_shares_the_llm_which_comes_after_the_speech(
+    trained_world, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(trained_world, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "data" / "features")
+    loaded = []
+
+    def counted(*options):
+        loaded.append(options)
+        return load_llm(*options)
+
+    load_llm = model.load_llm
+    monkeypatch.setattr(model, "load_llm", counted)
+    model.shared_llm.cache_clear()
+    assert main(["bench", str(tmp_path / "run"), *A_SMALL_BENCH]) == 0
+    assert len(loaded) == 1, "another one, for the adapter, might not fit the GPU"
+    said = capsys.readouterr().out
+    assert 0 < said.index("\nencode ") < said.index("\nload the LLM"), "which may leave no room"
 
 
 def test_the_words_none_and_nan_are_answers_and_no_holes_in_the_table(benched_world, tmp_path):

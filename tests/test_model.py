@@ -777,6 +777,49 @@ def test_with_an_adapter_kl_still_imitates_the_frozen_llm(model, encoder, uttera
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter)
 
 
+def test_an_adapter_on_a_shared_llm_is_taken_off_without_a_trace(model, spec, utterances):
+    rows = read(model, [u.text for u in utterances[:3]])
+    modules = [name for name, _ in model.llm.named_modules()]
+    with torch.no_grad():
+        alone = model.logits(rows)[0]
+        tuned = SpeechLLM.build({**spec, "lora": 4}, (model.llm, model.tokenizer), model.encoder)
+        for name, p in tuned.trainable().items():
+            if "lora_B" in name:
+                p.normal_(0, 0.5)
+        assert not torch.allclose(model.logits(rows)[0], alone), "it is on the LLM of both"
+        with tuned.without_adapter():
+            assert torch.equal(model.logits(rows)[0], alone)
+        tuned.take_off_adapter()
+        assert torch.equal(model.logits(rows)[0], alone)
+    assert [name for name, _ in model.llm.named_modules()] == modules
+    assert not hasattr(model.llm, "peft_config"), "another one may follow"
+
+
+def test_an_adapter_that_cannot_be_loaded_does_not_stay_on_a_shared_llm(
+    llm, spec, encoder, tmp_path
+):
+    spec = {**spec, "lora": 4}
+    tuned = SpeechLLM.build(spec, load_llm("tiny", 4), encoder)
+    tuned.save(tmp_path, spec)
+    modules = [name for name, _ in llm[0].named_modules()]
+    with torch.no_grad():
+        next(iter(tuned.connector.parameters())).fill_(torch.nan)
+    tuned.save(tmp_path, spec)
+    with pytest.raises(UserError, match="it holds NaN or infinite weights"):
+        SpeechLLM.from_pretrained(tmp_path, llm, encoder)
+    assert [name for name, _ in llm[0].named_modules()] == modules
+
+
+def test_an_llm_whose_numbers_overflow_is_refused_before_it_answers_nonsense(encoder, spec):
+    llm, tokenizer = load_llm("tiny", 16, "fp16")
+    model = SpeechLLM.build(spec, (llm, tokenizer), encoder)
+    question = read(model, ["Who?"])[0][:-1]
+    model.check_finite(question)
+    llm.model.norm.weight.mul_(1e5)  # more than fp16 can hold
+    with pytest.raises(UserError, match="overflow in torch.float16 .* say --precision fp32"):
+        model.check_finite(question)
+
+
 # ---- building and saving ----
 
 

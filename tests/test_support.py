@@ -35,6 +35,7 @@ from data import load_audio, open_run, read_manifest, write_audio
 from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_llm
 from support.answers import answer_all, answer_in_memory
 from support.console import TIMES, timed
+from support.processes import has_kernels
 from support.files import UserError, WriteError, explained, fingerprint, fingerprint_of_file
 from support.files import HALF_WRITTEN, mend_jsonl, nearest_existing
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
@@ -906,6 +907,9 @@ class Parrot:
     def __init__(self, memory=99):
         self.memory, self.sizes = memory, []
 
+    def check_finite(self, parts):
+        """Nothing to be found."""
+
     def generate_rows(self, rows, max_new_tokens):
         if len(rows) > self.memory:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried …")
@@ -939,10 +943,20 @@ def test_answers_come_in_the_order_of_their_questions_and_only_what_lacks_is_ask
 
 def test_where_the_memory_does_not_suffice_half_as_many_are_asked_at_once(capsys):
     parrot = Parrot(memory=2)
-    assert answer_in_memory(parrot, list("abcdefg"), 4) == [(f"{q}!", True) for q in "abcdefg"]
+    answers = [(f"{q}!", True) for q in "abcdefg"]
+    assert answer_in_memory(parrot, list("abcdefg"), 7, 4) == (answers, 1)
     assert max(parrot.sizes) <= 2 and "out of memory with 7 questions" in capsys.readouterr().err
     with pytest.raises(UserError, match="one question at a time is still too much for this GPU"):
-        answer_in_memory(Parrot(memory=0), list("ab"), 4)
+        answer_in_memory(Parrot(memory=0), list("ab"), 2, 4)
+
+
+def test_what_was_too_many_at_once_is_not_tried_again_with_the_next_batch(tmp_path, capsys):
+    parrot, questions = Parrot(memory=2), list("abcdefghijkl")
+    options = {"sort_keys": questions, "desc": "", "kept": tmp_path / "answers", "asked": "a"}
+    answers = answer_all(parrot, questions, batch_size=4, max_new_tokens=4, **options)
+    assert answers == [(f"{q}!", True) for q in questions]
+    assert parrot.sizes == [2] * 6
+    assert capsys.readouterr().err.count("out of memory") == 1
 
 
 def test_where_the_embeddings_are_can_be_said_of_behaviors_that_are_done(
@@ -997,6 +1011,42 @@ def test_a_place_among_processes_that_is_none_is_said_in_a_line(rank, world):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "torchrun sets both" in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused_in_a_line():
+    two_gpus = "import torch; torch.cuda.is_available = lambda: True; "
+    two_gpus += "torch.cuda.device_count = lambda: 2; import support.processes"
+    done = subprocess.run(
+        [sys.executable, "-c", two_gpus],
+        cwd=ROOT,
+        env={**os.environ, "LOCAL_RANK": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "process 3 of this machine finds 2 GPUs" in done.stderr
+
+
+BUILT_FOR = ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    "capability, architectures, runs",
+    [
+        ((6, 1), BUILT_FOR, False),  # GTX 1080
+        ((7, 0), BUILT_FOR, False),  # V100
+        ((7, 5), BUILT_FOR, True),  # T4
+        ((8, 9), BUILT_FOR, True),  # RTX 4090
+        ((9, 0), BUILT_FOR, True),  # H100
+        ((12, 1), BUILT_FOR, True),
+        ((13, 0), BUILT_FOR, True),  # compiles for itself what is not there
+        ((13, 0), BUILT_FOR[:-1], False),
+        ((9, 0), ["gfx90a"], True),  # AMD
+        ((9, 0), [], True),
+    ],
+)
+def test_a_card_for_which_torch_has_no_kernels_is_left_alone(capability, architectures, runs):
+    assert has_kernels(capability, architectures) == runs
 
 
 def test_two_processes_write_the_behaviors_and_the_report_of_one(few, tmp_path):
