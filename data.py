@@ -271,17 +271,22 @@ def check_prompts(path, tasks):
     seen = {}  # {prompt: the task that trains on it}
     for task in tasks:
         if task.split == "train":
-            seen |= {prompt.strip(): task.name for prompt in task.prompts}
+            seen |= {as_compared(prompt): task.name for prompt in task.prompts}
     for task in tasks:
         unseen = (
             task.unseen_prompts if task.split == "train" else task.prompts + task.unseen_prompts
         )
         for prompt in unseen:
-            if prompt.strip() in seen:
+            if as_compared(prompt) in seen:
                 raise UserError(
                     f"{path}: task [{task.name}]: {prompt!r} is to be unseen, and task "
-                    f"[{seen[prompt.strip()]}] trains on it"
+                    f"[{seen[as_compared(prompt)]}] trains on it"
                 )
+
+
+def as_compared(prompt):
+    """Two prompts that differ in case or punctuation alone are one."""
+    return normalize(prompt) or prompt.strip()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ No hand touches the verdicts.
 
 from dataclasses import dataclass
 
-from lab.statistics import QUESTION, RESAMPLES, is_whole, over_runs, rows_of, utterances_of
+from lab.statistics import QUESTION, RESAMPLES, ROUNDING, is_whole, over_runs, rows_of
+from lab.statistics import utterances_of
 from support.files import UserError
 
 
@@ -36,8 +37,8 @@ def above(better, worse):
 MTBI, SELF = "MTBI, 2505.18644", "Self-Powered LSM, 2410.03798"
 VTB, BLSP = "VoiceTextBlender, 2410.17485", "BLSP, 2309.00916"
 CLAIMS = []
-FEWEST = 5  # utterances that a verdict needs
-ROUNDING = 1e-9
+INSIDE = ("behavior gap", "attention on instruction")  # read off a model, and no answers
+FEWEST = 20  # utterances that a verdict needs: the bootstrap of fewer is too sure of itself
 
 # Prompt generalization: how much is lost on prompts that no training saw, of tasks that both were
 # trained on: mtbi on all, the other on those of its row in mtbi.RECIPES (a test holds them
@@ -307,6 +308,8 @@ def paired_difference(results, run, claim):
         if not len(rows):
             return rows
         if rows[QUESTION].to_numpy().tolist() != first[QUESTION].to_numpy().tolist():
+            if claim.measure in INSIDE:  # some number was none, as where a model overflows
+                return first[:0]
             raise UserError(
                 "the recipes of one run were asked different questions; choose another folder for "
                 "--out"

@@ -100,10 +100,11 @@ class CompareOptions:
 
 
 def shortened(options):
-    """What --quick makes of the options."""
+    """What --quick makes of the options: one seed, the first that was named."""
+    seed = parse_seeds(options.seeds)[0]
     return replace(
         options,
-        seeds="1",
+        seeds=f"{seed}:{seed + 1}",
         steps=min(options.steps, 300),
         per_prompt=min(options.per_prompt, 4),
         dialogues=min(options.dialogues, 30),
@@ -208,10 +209,13 @@ def runs_of(options):
         )
     names = [re.sub(r"[^A-Za-z0-9_-]", "-", speaker) for speaker in speakers]
     runs = []
-    for speaker, name in zip(speakers, names):
+    first = parse_seeds(options.seeds)[0]
+    for i, (speaker, name) in enumerate(zip(speakers, names)):
         if names.count(name) > 1:  # others are left with the same letters
             name += f"-{fingerprint(speaker)}"
-        runs.append(OneRun(f"without-{name}", (*source, "--test-speakers", speaker), 0))
+        # each with a seed of its own, or the interval would not tell how trainings differ
+        chosen = (*source, "--test-speakers", speaker)
+        runs.append(OneRun(f"without-{name}", chosen, first + i))
     return runs
 
 

@@ -9,6 +9,7 @@ from lab.report import TERMS, bullet_list, explain_mistakes, markdown_table, mis
 from lab.report import percent, write_table
 from lab.statistics import AT, LINES, NAMES, TASK, is_whole
 from support.files import write_json, write_text
+from train import TrainOptions
 
 CONVERSATIONS = "conversations of two turns"
 TABLES = ("scores", "metrics", "differences")
@@ -140,6 +141,8 @@ def bar_table(report):
     meta, scores = report["meta"], Scores(report)
     if {meta[key] for key in ("speech", "llm", "encoder")} != {"tiny"} or meta["tasks"]:
         return "It is of the tiny world, and this is another."
+    if meta["quick"] or meta["k"] or meta["steps"] < TrainOptions.steps:
+        return "It is of trainings with the defaults, and these are others."
     if not {"mtbi", "cascade"} <= set(scores.systems):
         return "Not measured: it needs `mtbi` and `cascade`."
     head = ["cells", "mtbi", "bar", "reached", "share of the cascade", "97% reached"]

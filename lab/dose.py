@@ -227,7 +227,8 @@ def claims_of_doses(rows):
 def cells_of_doses(rows):
     """{"SYSTEM, CELL": its score and interval at every dose} of what is drawn."""
     cells = {}
-    for name in rows[0]["systems"]:
+    everywhere = [n for n in rows[0]["systems"] if all(n in row["systems"] for row in rows)]
+    for name in everywhere:
         for measure in ("gain, seen", "gain, unseen tasks"):
             label = f"{name}, {measure.removeprefix('gain, ')}"
             cells[label] = [row["systems"][name][measure] for row in rows]

@@ -34,8 +34,9 @@ def bars(path, groups, cells, title, ylabel):
     width, size = 0.8 / len(cells), max(6, 2 + 0.22 * len(groups) * len(cells))
     figure, axes = pyplot.subplots(figsize=(size, 4))
     for i, (name, row) in enumerate(cells.items()):
-        means = np.array([cell["score"] or 0 for cell in row])  # (groups,)
-        ends = np.array([[end or 0 for end in cell["ci95"]] for cell in row])  # (groups, 2)
+        # what was not measured is None, which becomes NaN and is not drawn
+        means = np.array([cell["score"] for cell in row], dtype=float)  # (groups,)
+        ends = np.array([cell["ci95"] for cell in row], dtype=float)  # (groups, 2)
         spread = np.abs(means[:, None] - ends).T  # (2, groups)
         places = np.arange(len(groups)) + i * width
         axes.bar(places, 100 * means, width * 0.9, yerr=100 * spread, capsize=2, label=name)

@@ -20,6 +20,8 @@ NORMAL = 1.96  # that of the normal distribution
 # the kinds of conversations of two turns: the first turn was spoken, or typed
 ABOUT_SPEECH, AFTER_TEXT = ["speech_then_text_question", "two_speeches"], ["text_then_speech"]
 
+ROUNDING = 1e-9  # numbers that differ by less are one
+
 # What is measured: the column of the table, which rows, and which cells.
 MEASURES = {}
 for what in ("gain", "score", "exact"):
@@ -159,8 +161,9 @@ def over_runs(groups, seed=0):
     """{"score", "ci95", "n", "by_run"} of one table of rows a run.
 
     The mean of the runs' means. Its 95% interval is Student's t over them, for trainings differ,
-    and so do the runs' utterances. Runs that are asked about the same utterances agree too well:
-    then what a bootstrap over the utterances shows is added, as variances add.
+    and so do the runs' utterances. Runs that are asked about the same utterances agree too well,
+    and few may agree exactly by chance: then what a bootstrap over the utterances shows is added,
+    as variances add.
     """
     groups = [rows for rows in groups if len(rows)]
     if not groups:
@@ -171,7 +174,7 @@ def over_runs(groups, seed=0):
         return {**found, "n": 1, "by_run": [found["score"]]}
     means = np.array([weighted_mean(rows) for rows in groups])  # (runs,)
     reach = STUDENT[min(n, 20)] * means.std(ddof=1) / n**0.5
-    if share_utterances(groups):
+    if share_utterances(groups) or reach < ROUNDING:
         resampled = bootstrap(groups, np.random.default_rng(seed))
         reach = np.hypot(reach, NORMAL * resampled.std())
     return {
@@ -213,7 +216,8 @@ def task_metrics(answers):
                 "exact": sum(r == a for r, a in zip(references, found)) / len(asked),
                 "wer": jiwer.wer(references, found) if all(references) else np.nan,
                 "chrf": corpus_chrf(found, [references]).score / 100,
-                "bleu": corpus_bleu(found, [references]).score / 100,
+                # of the orders that the answers are long enough for
+                "bleu": corpus_bleu(found, [references], use_effective_order=True).score / 100,
             }
         )
     return pandas.DataFrame(rows).set_index("task")

@@ -744,6 +744,10 @@ def test_task_tables_keep_prompts_and_tasks_apart(path):
             "[b]\nsplit='unseen'\nmetric='exact'\nprompts=['p ']\nunseen_prompts=['r']",
             "task [b]: 'p ' is to be unseen, and task [a] trains on it",
         ),
+        (
+            "[a]\nsplit='train'\nmetric='exact'\nprompts=['Who?']\nunseen_prompts=['who']",
+            "task [a]: 'who' is to be unseen, and task [a] trains on it",
+        ),
         ("[a]\nsplit='train'", "missing"),
         ("[a]\nnosuch=1", "unexpected"),
         ("a = [", "cannot be read"),

@@ -34,6 +34,7 @@ from lab.claims import (
     BAR,
     CLAIMS,
     CURVE,
+    FEWEST,
     STEPS,
     RULE,
     Claim,
@@ -43,7 +44,7 @@ from lab.claims import (
     decide,
 )
 from lab.compare import CompareOptions, OneRun, RunAll, parse_seeds, run_all, runs_of, score_rows
-from lab.compare import with_curve
+from lab.compare import shortened, with_curve
 from lab.compare_report import bar_table, curve_points
 from lab.dose import cells_of_doses, parse_doses, pretrain_missing, row_of_dose, write_doses
 from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
@@ -300,9 +301,26 @@ def test_a_claim_names_the_tasks_that_were_asked_of_those_it_is_about():
     assert found["measure"] == "score, all (who)"
 
 
-def test_four_utterances_give_no_verdict():
-    rows = table("seed-0", "mtbi", always(1.0), n=4) + table("seed-0", "asr", always(0.0), n=4)
-    assert decide(MTBI_OVER_ASR, Results(pandas.DataFrame(rows)))["verdict"] == "undecided"
+@pytest.mark.parametrize("n, verdict", [(FEWEST - 1, "undecided"), (FEWEST, "holds")])
+def test_few_utterances_give_no_verdict(n, verdict):
+    rows = table("seed-0", "mtbi", always(1.0), n=n) + table("seed-0", "asr", always(0.0), n=n)
+    assert decide(MTBI_OVER_ASR, Results(pandas.DataFrame(rows)))["verdict"] == verdict
+
+
+def test_two_runs_that_agree_by_chance_decide_nothing():
+    one_in_forty = results_of({"mtbi": lambda i: float(i == 0), "asr": always(0.0)}, runs=2)
+    found = decide(MTBI_OVER_ASR, one_in_forty)
+    assert found["by_run"] == [0.025, 0.025]
+    assert found["verdict"] == "undecided"
+
+
+def test_a_gap_that_is_no_number_leaves_its_claim_unmeasured_and_the_others_alone():
+    rows = table("seed-0", "mtbi", always(0.9)) + table("seed-0", "asr", always(0.5))
+    rows[3]["behavior_gap"] = float("nan")
+    results = Results(pandas.DataFrame(rows))
+    gap = Claim("a claim", "a paper", "behavior gap", above("mtbi", "asr"))
+    assert decide(gap, results)["verdict"] == "not measured"
+    assert decide(MTBI_OVER_ASR, results)["verdict"] == "holds"
 
 
 def test_the_tasks_both_were_trained_on_are_those_of_the_recipe():
@@ -382,11 +400,34 @@ def test_the_quality_bar_is_of_the_tiny_world():
     values = {"mtbi": always(0.92), "cascade": always(0.93)}
     found = score_rows(results_of(values), list(values), list(MEASURES))
     meta = {"speech": "tiny", "llm": "tiny", "encoder": "tiny", "tasks": None}
+    meta |= {"quick": False, "k": None, "steps": 1000}
     report = {"scores": found, "bar": BAR, "meta": meta}
     seen = next(line for line in bar_table(report).splitlines() if "| seen |" in line)
     assert seen.split(" | ")[1:] == ["92.0%", "93%", "no", "98.9%", "yes |"]
     another = {**report, "meta": {**meta, "tasks": "tasks.toml"}}
     assert "this is another" in bar_table(another)
+    for other in ({"quick": True}, {"steps": 300}, {"k": 12}):
+        assert "these are others" in bar_table({**report, "meta": {**meta, **other}})
+
+
+def test_a_quick_comparison_has_the_first_seed_that_was_named():
+    assert shortened(CompareOptions(out="out", seeds="8:16", quick=True)).seeds == "8:9"
+    assert shortened(CompareOptions(out="out", quick=True)).seeds == "0:1"
+
+
+def test_what_was_not_measured_is_not_drawn(tmp_path, monkeypatch):
+    drawn = []
+
+    def bar(self, places, heights, *_, **options):
+        drawn.append((heights, options["yerr"]))
+
+    monkeypatch.setattr(lab.plots.pyplot.Axes, "bar", bar)
+    whole = {"score": 0.5, "ci95": [0.4, 0.6]}
+    none = {"score": None, "ci95": [None, None]}
+    lab.plots.bars(tmp_path / "bars.png", ["a", "b"], {"copy": [whole, none]}, "", "")
+    heights, spread = drawn[0]
+    assert heights[0] == pytest.approx(50) and np.isnan(heights[1])
+    assert spread[:, 0] == pytest.approx([10, 10]) and np.isnan(spread[:, 1]).all()
 
 
 # ---- the reports of `bench` ----
@@ -404,6 +445,8 @@ def test_every_metric_of_a_task_is_over_all_its_answers():
     assert found["exact"] == 0.5
     assert found["wer"] == pytest.approx(1 / 8), "of all words, not a mean of means"
     assert 0 < found["bleu"] < 1 and 0 < found["chrf"] < 1
+    short = task_metrics(answers_of(("at noon", "At noon."))).loc["repeat"]
+    assert short["bleu"] == pytest.approx(1), "of no more words at once than there are"
 
 
 def test_samples_are_of_every_cell_and_each_has_every_systems_answer(benched_world):
@@ -731,8 +774,10 @@ def test_leaving_each_speaker_out_is_a_run_for_each(data, tmp_path):
     options = CompareOptions(out="out", speech=str(manifest), leave_one_speaker_out=True)
     assert [(run.name, run.prepare[-2:], run.seed) for run in runs_of(options)] == [
         ("without-ann-b", ("--test-speakers", "ann b"), 0),
-        ("without-joe", ("--test-speakers", "joe"), 0),
+        ("without-joe", ("--test-speakers", "joe"), 1),
     ]
+    seeds = [run.seed for run in runs_of(replace(options, seeds="8:10"))]
+    assert seeds == [8, 9], "one each, or the interval would not tell how trainings differ"
     assert [run.seed for run in runs_of(CompareOptions(out="out"))] == [0, 1, 2]
 
 
@@ -1146,7 +1191,7 @@ def test_an_llm_that_cannot_be_made_is_tried_once_and_the_other_rows_are_measure
 
     monkeypatch.setattr(lab.gpu, "make_llm", make_llm)
     lab.gpu.meet_gpu(lab.gpu.GpuOptions(out=str(tmp_path / "gpu"), only="answers,kl,encoder"))
-    assert tried == ["tiny", ""], "once for both rows of the tiny LLM"
+    assert tried == ["", "tiny"], "once for both rows of the tiny LLM"
     said = capsys.readouterr().out
     for row in ("answers-tiny: 'a layer of", "-kl: 'a layer of", "encoder-whisper-tiny: measured"):
         assert row in said
