@@ -30,15 +30,15 @@ questions; those that the transcript answers, as in *repeat*, are left out of it
 rate is reported. *Seen* are the tasks and prompts that stage 2 may train on, *unseen prompts* other
 prompts of these tasks, *unseen tasks* all prompts of tasks that no training saw; a recipe that
 trains on a part of the tasks has not seen the others. *Repeat WER*: the word error rate of the task
-*repeat* against the true transcripts. *Ignored instruction*: answers that are the transcript,
-though another task was asked. *Anchor rate*: of the questions about an utterance that is itself a
-question or a command, the answers that do what the speech says. *Conversations*: two turns, of
-speech and text mixed, against the text LLM's own answer to the same in text. *Text retention*: the
-score of the same questions about the true transcript in text, after training; an LLM that is frozen
-answers as before. *Behavior gap*: KL between the LLM's next-token distributions reading the
-transcript and hearing the speech, over its own answer. *Attention*: share that the position which
-predicts the first token of the answer pays to the instruction and to what stands for the utterance,
-mean over layers and heads; the rest falls on the chat template."""
+*repeat* against the true transcripts. *Ignored instruction*: answers that are the transcript, word
+for word, though another task was asked. *Anchor rate*: of the questions about an utterance that is
+itself a question or a command, the answers that do what the speech says. *Conversations*: two
+turns, of speech and text mixed, against the text LLM's own answer to the same in text. *Text
+retention*: the score of the same questions about the true transcript in text, after training; an
+LLM that is frozen answers as before. *Behavior gap*: KL between the LLM's next-token distributions
+reading the transcript and hearing the speech, over its own answer. *Attention*: share that the
+position which predicts the first token of the answer pays to the instruction and to what stands for
+the utterance, mean over layers and heads; the rest falls on the chat template."""
 
 
 def percent(value, digits=1):
