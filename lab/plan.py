@@ -5,6 +5,7 @@
 model_shapes.py says what the models look like, memory.py counts the bytes, here they are weighed.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -115,11 +116,11 @@ def best_fit(options, llm_config, encoder, room):
         lora=options.lora,
         loss=options.loss,
     )
-    fast = largest_fit(estimated, options.batch_size, False, room)
     frugal = largest_fit(estimated, options.batch_size, True, room)
-    is_small = parameters_of(llm_config) < CHECKPOINT_FROM
-    if fast.fits and is_small and 2 * fast.micro_batch >= frugal.micro_batch:
-        return fast
+    if parameters_of(llm_config) < CHECKPOINT_FROM:
+        fast = largest_fit(estimated, options.batch_size, False, room)
+        if fast.fits and 2 * fast.micro_batch >= frugal.micro_batch:
+            return fast
     if frugal.fits or options.bits == 16:
         return frugal
     return largest_fit(estimated, options.batch_size, True, room, True)
@@ -127,16 +128,24 @@ def best_fit(options, llm_config, encoder, room):
 
 def largest_fit(estimated, batch_size, checkpointing, room, frugal=False):
     """The Fit with the largest micro-batch that fits and divides the step, halved as need be."""
-    micro_batch = batch_size
-    while True:
-        more = FRUGAL if frugal else {}
-        parts = estimated(batch=micro_batch, checkpointing=checkpointing, **more)
-        fits = parts["peak"] <= room
-        if fits or micro_batch == 1:
-            return Fit(micro_batch, checkpointing, frugal, parts, fits)
-        micro_batch //= 2
-        while batch_size % micro_batch:
-            micro_batch -= 1
+    sizes = [batch_size]
+    while sizes[-1] > 1:
+        size = sizes[-1] // 2
+        while batch_size % size:
+            size -= 1
+        sizes.append(size)
+
+    more = FRUGAL if frugal else {}
+    parts = {}  # {micro-batch: as `estimate` gives them}
+
+    def fits(size):
+        parts[size] = estimated(batch=size, checkpointing=checkpointing, **more)
+        return parts[size]["peak"] <= room
+
+    # what fits stands behind what does not: an estimate takes seconds, and three find where
+    first = min(bisect_left(sizes, True, key=fits), len(sizes) - 1)
+    size = sizes[first]
+    return Fit(size, checkpointing, frugal, parts[size], parts[size]["peak"] <= room)
 
 
 def answers_at_once(options, llm_config, weights, room):

@@ -51,6 +51,7 @@ from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
 from lab.look import LookOptions, look
 from lab.memory import estimate, weight_bytes
 from lab.model_shapes import encoder_shape, find_config, full_name, llm_shape
+from lab.plan import largest_fit
 from lab.programs import run_program
 from lab.plots import smooth
 from lab.report import draw_samples, markdown_table, percent, write_table
@@ -993,6 +994,24 @@ def test_what_is_said_to_fit_is_a_command_that_runs_and_more_memory_never_fits_l
         assert sum(table[what] for what in of_the_step) == pytest.approx(table["peak"], abs=0.03)
     assert micro_batches == sorted(micro_batches)
     assert micro_batches[-1] > micro_batches[0]
+
+
+@given(batch_size=st.integers(1, 96), room=st.integers(1, 1000))
+def test_the_largest_micro_batch_that_fits_is_found_in_few_estimates(batch_size, room):
+    tried = []
+
+    def estimated(batch, checkpointing):
+        tried.append(batch)
+        return {"peak": 10 * batch}
+
+    found = largest_fit(estimated, batch_size, True, room)
+    assert batch_size % found.micro_batch == 0 and len(tried) <= 4
+    assert found.fits == (10 * found.micro_batch <= room)
+    assert found.fits or found.micro_batch == 1
+    larger = [size for size in tried if size > found.micro_batch]
+    assert not any(10 * size <= room for size in larger)
+    if found.fits and found.micro_batch < batch_size:
+        assert 10 * min(larger) > room, "the next larger one was tried"
 
 
 def test_what_does_not_fit_is_said_with_what_would_help(capsys):
