@@ -550,8 +550,9 @@ class Questions:
         path = self.kept / f"{system.name}.json"
         start = time.perf_counter()
         record = read_record(path, system.fingerprint, "rows", "attention", "seconds")
-        if record:
-            return {**record, "rows": self.scored_anew(system.name, record["rows"])}
+        rows = self.scored_anew(system.name, record["rows"]) if record else []
+        if rows:
+            return {**record, "rows": rows}
         with timed(f"bench {system.name}"), system.ready():
             asked = SETS if system.model else ("questions", "dialogues")
             answers = {which: self.answers_of(system, which) for which in asked}
@@ -601,11 +602,16 @@ class Questions:
         return gaps, attention_shares(system, cases, responses)
 
     def scored_anew(self, name, rows):
-        """Rows that were kept, their scores as today's code makes them of the same answers."""
+        """Rows that were kept, their scores as today's code makes them of the same answers.
+
+        None are given if today's code would ask something else.
+        """
         answers = {which: [] for which in SETS}
         for row in rows:
             answers[row["set"]].append(row["answer"])
         scored = self.rows(name, answers, {}, [], [])
+        if [asked_in(row) for row in scored] != [asked_in(row) for row in rows]:
+            return []
         for row, kept in zip(scored, rows):
             for column in LOOKED_INTO:
                 row[column] = kept[column]
@@ -631,6 +637,11 @@ class Questions:
             for kind, by_layer in shares.items():
                 probed[f"attention_on_{kind}"] = round(float(np.mean(by_layer)), 6)
         return [*rows["questions"], *rows["dialogues"], *rows["text"]]
+
+
+def asked_in(row):
+    """What a row of the table was about."""
+    return [row[column] for column in ("set", "cell", "task", "prompt", "utterance", "transcript")]
 
 
 def read_record(path, fingerprint, *keys):

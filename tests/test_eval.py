@@ -486,6 +486,32 @@ def test_a_recipe_with_an_adapter_shares_the_llm_which_comes_after_the_speech(
     assert 0 < said.index("\nencode ") < said.index("\nload the LLM"), "which may leave no room"
 
 
+def test_kept_answers_are_scored_by_the_code_of_today_and_stale_ones_asked_anew(
+    benched_world, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(benched_world, tmp_path, dirs_exist_ok=True)
+    run, kept = tmp_path / "run", tmp_path / "run" / "bench" / "mtbi.json"
+    before = read_answers(run / "answers.csv")
+    monkeypatch.setattr(eval_module, "SCORING", 99)
+    monkeypatch.setattr(eval_module, "score", lambda *_: 0.25)
+    again = ["bench", str(run), *A_SMALL_BENCH]
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "bench mtbi" not in capsys.readouterr().out, "nobody is asked"
+    after = read_answers(run / "answers.csv")
+    assert set(after["score"]) == {0.25}
+    same = [name for name in before.columns if name not in ("score", "copy", "audio")]
+    pandas.testing.assert_frame_equal(before[same], after[same])
+
+    # and one whose questions are no longer those that are drawn
+    record = read_json(kept)
+    record["rows"][0]["prompt"] = "Another?"
+    write_json(kept, record)
+    (run / "report.json").unlink()
+    assert main(again) == 0
+    assert "bench mtbi" in capsys.readouterr().out
+
+
 def test_the_words_none_and_nan_are_answers_and_no_holes_in_the_table(benched_world, tmp_path):
     path = tmp_path / "answers.csv"
     table = read_answers(benched_world / "run" / "answers.csv")
