@@ -277,10 +277,11 @@ def check_prompts(path, tasks):
             task.unseen_prompts if task.split == "train" else task.prompts + task.unseen_prompts
         )
         for prompt in unseen:
-            if as_compared(prompt) in seen:
+            trains_on_it = seen.get(as_compared(prompt))
+            if trains_on_it:
                 raise UserError(
                     f"{path}: task [{task.name}]: {prompt!r} is to be unseen, and task "
-                    f"[{seen[as_compared(prompt)]}] trains on it"
+                    f"[{trains_on_it}] trains on it"
                 )
 
 

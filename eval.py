@@ -251,8 +251,9 @@ def measure_all(bench, look_into):
     options, run = bench.options, bench.run
     say_device()
     if options.cache_features == "disk":
-        for recipe in bench.trained:  # before the LLM, which may leave the encoder no room on a GPU
-            bench.encode(bench.encoder_of(recipe))
+        # before the LLM, which may leave an encoder no room on a GPU; most recipes share one
+        for encoder in dict.fromkeys(map(bench.encoder_of, bench.trained)):
+            bench.encode(encoder)
     llm = shared_llm(*llm_of(run.options, options.precision))
     systems = systems_of(bench, llm)
     tasks = load_tasks(PROJECT / run.options["tasks"])

@@ -40,11 +40,11 @@ def answer_all(model, conversations, *, sort_keys, desc, batch_size, max_new_tok
     wait()
 
     part = f"{kept}.part-{RANK}.jsonl"
-    at_once = batch_size
-    for n, rows in enumerate(progress_bar(my_share(todo), desc=desc, unit="batch")):
+    mine, at_once = my_share(todo), batch_size
+    if mine:
+        model.check_finite(conversations[mine[0][0]])
+    for rows in progress_bar(mine, desc=desc, unit="batch"):
         asked_now = [conversations[i] for i in rows]
-        if n == 0:
-            model.check_finite(asked_now[0])
         found, at_once = answer_in_memory(model, asked_now, at_once, max_new_tokens)
         lines = []
         for i, (answer, ended) in zip(rows, found):
