@@ -52,7 +52,8 @@ class Mistakes:
             {self.cases[i].utterance.id: self.cases[i].utterance for i in wrong}.values()
         )
         misheard = self.misheard(system, utterances)
-        self.ask_other_tasks(utterances)
+        with system.model.without_adapter():  # which may be on the LLM that they share
+            self.ask_other_tasks(utterances)
         found = {}
         for i in wrong:
             case = self.cases[i]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
 from eval import hypothesis, row_of, score, shares_of_parts
-from lab.mistakes import MISTAKES, kind_of_mistake
+from lab.mistakes import MISTAKES, Mistakes, kind_of_mistake
 from lab.statistics import read_answers
 from model import SpeechLLM
 from mtbi import main
@@ -464,6 +465,33 @@ def test_an_llm_with_an_adapter_is_asked_the_questions_in_text_anew():
     assert asked == []
     assert questions.answers_of(adapted, "text") == ["changed"]
     assert asked == [("hears", "text", System)], "the utterances come as transcripts"
+
+
+def test_the_text_llm_is_asked_about_mistakes_without_the_adapter_of_the_mistaken():
+    """It is on the LLM that they share."""
+    asked, without = [], []
+
+    @contextmanager
+    def without_adapter():
+        without.append(1)
+        yield
+        without.pop()
+
+    class Asked:
+        options = SimpleNamespace(seed=0, mistakes=9)
+        tasks = {"repeat": Task("repeat", "train", "wer", ["Repeat."], []), "who": WHO}
+        cases = {"questions": [case_about(WHO)]}
+        references = {"questions": ["the farmer"]}
+        replies = {}
+        top_line = System("text", "", None)
+
+        def ask_some(self, system, cases):
+            asked.append((system.name, bool(without)))
+            return [SAID for _ in cases]
+
+    tuned = System("vtb", "", SimpleNamespace(without_adapter=without_adapter))
+    Mistakes(Asked()).of(tuned, ["the baker"])
+    assert asked == [("vtb", False), ("text", True)]
 
 
 def test_a_recipe_with_an_adapter_shares_the_llm_which_comes_after_the_speech(
