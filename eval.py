@@ -10,6 +10,7 @@ as text, as speech, or as what a CTC model made of it. Every answer becomes a ro
 import random
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -41,11 +42,12 @@ from support.states import load_weights, state_at
 CELLS = ["seen", "unseen_prompt", "unseen_task"]
 # conversations of two turns
 DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]
-# what a system is asked: the questions, the dialogues, and the questions in text
-SETS = ("questions", "dialogues", "text")
+# what a system is asked: the questions, to repeat more utterances, the dialogues, and the
+# questions in text
+SETS = ("questions", "repeats", "dialogues", "text")
 # what is kept of an answer that was looked into; its scores are made anew from the answer
 LOOKED_INTO = ("mistake", "behavior_gap", "attention_on_instruction", "attention_on_utterance")
-SCORING = 2  # one more whenever answers are scored otherwise: reports are then written anew
+SCORING = 3  # one more whenever answers are scored otherwise: reports are then written anew
 
 
 # ---- options ----
@@ -70,7 +72,8 @@ class BenchOptions:
 
     # how much is asked
     per_prompt: Count = 8
-    """questions for each prompt of each task"""
+    """questions for each prompt of each task; and twelve times as many utterances that are only to
+    be repeated, for the word accuracy"""
     dialogues: Count = 60
     """conversations of two turns of each kind: speech then a text question, text then speech, two
     speeches"""
@@ -411,6 +414,14 @@ class Case:
     earlier: tuple = ()  # the turn before: (prompt, utterance, is it spoken, answer)
     again: bool = False  # it comes without an utterance: it is about the one of the turn before
 
+    def names(self):
+        """What names it, whatever folder the utterances are in."""
+        earlier = ()
+        if self.earlier:
+            prompt, utterance, spoken, answer = self.earlier
+            earlier = (prompt, utterance.id, spoken, answer)
+        return (self.utterance.id, self.task.name, self.prompt, self.cell, earlier, self.again)
+
     def parts(self, system, response=None):
         """The conversation, as the system hears or reads it."""
         tokenizer = system.model.tokenizer
@@ -447,11 +458,26 @@ def cell_of(task, prompt):
     return "seen" if prompt in task.prompts else "unseen_prompt"
 
 
+def draw_repeats(tasks, utterances, n, seed):
+    """n utterances that are to be repeated word for word; none without a task of that name."""
+    if "repeat" not in tasks:
+        return []
+    fitting = [u for u in utterances if tasks["repeat"].applies(u.text)]
+    rng = random.Random(f"repeats-{seed}")
+    return repeats_of(tasks["repeat"], rng.sample(fitting, min(n, len(fitting))))
+
+
+def repeats_of(task, utterances):
+    """To repeat these utterances, in one wording: the one that a recipe of one prompt trains on."""
+    wording = min(task.prompts)  # as in data.py
+    return [Case(u, task, wording, cell_of(task, wording)) for u in utterances]
+
+
 def draw_dialogues(cases, answers, n, seed):
     """n conversations of two turns of each kind in DIALOGUES, made of pairs of cases.
 
-    The first turn is answered as the text LLM answered it. Where the second brings an utterance of
-    its own, that and the task may, by chance, be those of the first.
+    answers: the text LLM's to the cases; the first turn is answered with them. Where the second
+    brings an utterance of its own, that and the task may, by chance, be those of the first.
     """
     rng = random.Random(f"dialogues-{seed}")
     about = {}  # utterance id -> which cases are about it
@@ -459,24 +485,35 @@ def draw_dialogues(cases, answers, n, seed):
         about.setdefault(case.utterance.id, []).append(i)
     drawn = []
     for kind in DIALOGUES:
-        fitting = [i for i in range(len(cases)) if first_turns(cases, i, kind, about)]
+        before = [first_turns(cases, answers, i, kind, about) for i in range(len(cases))]
+        fitting = [i for i in range(len(cases)) if before[i]]
         for i in rng.sample(fitting, min(n, len(fitting))):
-            first = rng.choice(first_turns(cases, i, kind, about))
-            before, case = cases[first], cases[i]
+            first = rng.choice(before[i])
+            earlier, case = cases[first], cases[i]
             spoken = kind != "text_then_speech"
             again = kind == "speech_then_text_question"
-            earlier = (before.prompt, before.utterance, spoken, answers[first])
-            drawn.append(Case(case.utterance, case.task, case.prompt, kind, earlier, again))
+            turn = (earlier.prompt, earlier.utterance, spoken, answers[first])
+            drawn.append(Case(case.utterance, case.task, case.prompt, kind, turn, again))
     return drawn
 
 
-def first_turns(cases, i, kind, about):
+def first_turns(cases, answers, i, kind, about):
     """Which cases may come before case i in a conversation of this kind."""
     if kind != "speech_then_text_question":
         return [j for j in range(len(cases)) if j != i]
-    # about the same speech, and of another task: or the answer would stand there already
+    # about the same speech, and with an answer from which the second could not be read
     case = cases[i]
-    return [j for j in about[case.utterance.id] if cases[j].task is not case.task]
+    fitting = []
+    for j in about[case.utterance.id]:
+        told = holds_words(answers[j], answers[i]) or holds_words(answers[j], case.utterance.text)
+        if cases[j].task is not case.task and not told:
+            fitting.append(j)
+    return fitting
+
+
+def holds_words(text, words):
+    """Does a text hold all these words, in whatever order, and each as often?"""
+    return Counter((normalize(words) or words).split()) <= Counter(normalize(text).split())
 
 
 class Questions:
@@ -487,8 +524,11 @@ class Questions:
         self.kept = bench.folder / "bench"
         self.tasks = tasks
         cases = draw_cases(tasks, bench.utterances, self.options.per_prompt, self.options.seed)
+        n = 12 * self.options.per_prompt
+        repeats = draw_repeats(tasks, bench.utterances, n, self.options.seed)
         # by SETS, and "replies": to directives that are the prompt
-        self.cases = {"questions": cases, "dialogues": [], "text": cases, "replies": []}
+        self.cases = {"questions": cases, "repeats": repeats, "dialogues": [], "text": cases}
+        self.cases["replies"] = []
 
         # the questions on which we look inside
         rng = random.Random(f"probes-{self.options.seed}")
@@ -502,8 +542,9 @@ class Questions:
         answers, self.ended = self.answers_of_text("questions")
         drawn = draw_dialogues(cases, answers, self.options.dialogues, self.options.seed)
         self.cases["dialogues"] = drawn
-        second, _ = self.answers_of_text("dialogues")
-        self.references = {"questions": answers, "dialogues": second, "text": answers}
+        self.references = {"questions": answers, "text": answers}
+        for which in ("repeats", "dialogues"):
+            self.references[which], _ = self.answers_of_text(which)
         self.cases["replies"] = [bare_directive(u) for u in directives_of(cases)]
         replies, _ = self.answers_of_text("replies")
         asked = [case.utterance.id for case in self.cases["replies"]]
@@ -515,16 +556,24 @@ class Questions:
         which: a key of `cases`. They are asked for once, and kept.
         """
         path = self.kept / f"text-{which}.answers.json"
-        kept = read_record(path, self.top_line.fingerprint, "answers", "ended")
+        asked = self.fingerprint_of(self.top_line, which)
+        kept = read_record(path, asked, "answers", "ended")
         if not kept:
             found = self.ask(self.top_line, which) if self.cases[which] else []
             kept = {
-                "fingerprint": self.top_line.fingerprint,
+                "fingerprint": asked,
                 "answers": [answer for answer, _ in found],
                 "ended": [ended for _, ended in found],
             }
             keep_record(path, kept, [self.kept / f"text-{which}"])
         return kept["answers"], kept["ended"]
+
+    def fingerprint_of(self, system, *sets):
+        """Names who is asked what: kept answers to anything else do not count."""
+        asked = []
+        for which in sets:
+            asked += [case.names() for case in self.cases[which]]
+        return fingerprint([system.fingerprint, asked])
 
     def ask(self, system, which, hearing=None):
         """[(answer, did it end by itself)] of a system to the cases of one key of `cases`.
@@ -540,7 +589,7 @@ class Questions:
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
             kept=self.kept / f"{system.name}-{which}",
-            asked=system.fingerprint,
+            asked=self.fingerprint_of(system, which),
         )
 
     def record(self, system, mistakes):
@@ -550,19 +599,19 @@ class Questions:
         """
         path = self.kept / f"{system.name}.json"
         start = time.perf_counter()
-        record = read_record(path, system.fingerprint, "rows", "attention", "seconds")
-        rows = self.scored_anew(system.name, record["rows"]) if record else []
-        if rows:
-            return {**record, "rows": rows}
+        asked = self.fingerprint_of(system, *SETS)
+        record = read_record(path, asked, "rows", "attention", "seconds")
+        if record:
+            return {**record, "rows": self.scored_anew(system.name, record["rows"])}
         with timed(f"bench {system.name}"), system.ready():
-            asked = SETS if system.model else ("questions", "dialogues")
-            answers = {which: self.answers_of(system, which) for which in asked}
+            sets = [which for which in SETS if system.model or which != "text"]
+            answers = {which: self.answers_of(system, which) for which in sets}
             wrong, gaps, attention = {}, [], []
             if system.model:
                 wrong = mistakes.of(system, answers["questions"])
                 gaps, attention = self.probe(system)
         record = {
-            "fingerprint": system.fingerprint,
+            "fingerprint": asked,
             "rows": self.rows(system.name, answers, wrong, gaps, attention),
             "attention": mean_by_layer(attention),
             "seconds": round(time.perf_counter() - start, 1),
@@ -603,16 +652,11 @@ class Questions:
         return gaps, attention_shares(system, cases, responses)
 
     def scored_anew(self, name, rows):
-        """Rows that were kept, their scores as today's code makes them of the same answers.
-
-        None are given if today's code would ask something else.
-        """
+        """Rows that were kept, their scores as today's code makes them of the same answers."""
         answers = {which: [] for which in SETS}
         for row in rows:
             answers[row["set"]].append(row["answer"])
         scored = self.rows(name, answers, {}, [], [])
-        if [asked_in(row) for row in scored] != [asked_in(row) for row in rows]:
-            return []
         for row, kept in zip(scored, rows):
             for column in LOOKED_INTO:
                 row[column] = kept[column]
@@ -637,12 +681,7 @@ class Questions:
             probed["behavior_gap"] = round(gap, 6)
             for kind, by_layer in shares.items():
                 probed[f"attention_on_{kind}"] = round(float(np.mean(by_layer)), 6)
-        return [*rows["questions"], *rows["dialogues"], *rows["text"]]
-
-
-def asked_in(row):
-    """What a row of the table was about."""
-    return [row[column] for column in ("set", "cell", "task", "prompt", "utterance", "transcript")]
+        return [row for which in SETS for row in rows[which]]
 
 
 def read_record(path, fingerprint, *keys):

@@ -55,7 +55,7 @@ class CompareOptions:
 
     # benchmark
     per_prompt: Count = 8
-    """questions for each prompt of each task"""
+    """questions for each prompt of each task; and twelve times as many utterances to be repeated"""
     dialogues: Count = 60
     """conversations of two turns of each kind"""
     probes: Count = 96

@@ -3,7 +3,7 @@
 import random
 
 from data import normalize
-from eval import Case, exact_match, word_error_rate
+from eval import Case, exact_match, repeats_of, word_error_rate
 
 # How an answer may be wrong; whoever misheard the utterance is not asked further.
 MISTAKES = {
@@ -73,10 +73,7 @@ class Mistakes:
     def misheard(self, system, utterances):
         """The ids of those that a system does not repeat word for word."""
         task = self.questions.tasks.get("repeat")
-        if not task:
-            return set()
-        wording = min(task.prompts)  # the one that a recipe of one prompt is trained on (data.py)
-        repeats = [Case(u, task, wording, "seen") for u in utterances]
+        repeats = repeats_of(task, utterances) if task else []
         wrong = set()
         for case, answer in zip(repeats, self.questions.ask_some(system, repeats)):
             if not exact_match(case.utterance.text, answer):

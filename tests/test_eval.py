@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from data import Response, Speech, Task, Text, Utterance, chat_parts, load_tasks
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
-from eval import hypothesis, row_of, score, shares_of_parts
+from eval import first_turns, hypothesis, row_of, score, shares_of_parts
 from lab.mistakes import MISTAKES, Mistakes, kind_of_mistake
 from lab.statistics import read_answers
 from model import SpeechLLM
@@ -216,6 +217,18 @@ def test_dialogues_are_of_all_kinds_and_about_held_out_speech(cases):
         assert not d.again or case.task is not d.task, "the answer stands there already"
 
 
+def test_no_second_answer_can_be_read_in_the_first_turn_about_the_same_speech(tested):
+    tasks = [Task(name, "train", "exact", [name], []) for name in ("without", "last", "repeat")]
+    one = replace(tested[0], text="the red bus stops")
+    cases = [Case(one, task, task.name, "seen") for task in tasks]
+    answers = ["Stops, bus red.", "stops", "the red bus stops"]
+    about = {one.id: [0, 1, 2]}
+    kind = "speech_then_text_question"
+    found = [first_turns(cases, answers, i, kind, about) for i in range(3)]
+    # the last word stands in both other answers, and whoever repeats tells everything
+    assert found == [[1], [], [0, 1]]
+
+
 # ---- probes ----
 
 
@@ -248,7 +261,7 @@ def own_answers(system, cases):
 
 def test_in_a_dialogue_the_spoken_utterances_alone_are_spoken(cases, hears):
     spoken = {"speech_then_text_question": 1, "text_then_speech": 1, "two_speeches": 2}
-    for d in draw_dialogues(cases, ["red" for _ in cases], 3, 0):
+    for d in draw_dialogues(cases, [f"answer {i}" for i in range(len(cases))], 3, 0):
         assert sum(isinstance(p, Speech) for p in d.parts(hears)) == spoken[d.cell]
 
 
@@ -353,9 +366,10 @@ def test_a_report_that_is_gone_is_written_again(own):
 def test_answers_csv_is_a_row_for_every_answer_of_every_system(answers, report):
     assert answers["system"].unique().tolist() == SYSTEMS
     questions = 24  # one for each prompt of tests/few_tasks.toml
+    repeats = min(12, report["meta"]["n_utterances"])
     sizes = answers.groupby(["system", "set"]).size()
     for system in SYSTEMS:
-        asked = {"questions": questions, "dialogues": 6}
+        asked = {"questions": questions, "repeats": repeats, "dialogues": 6}
         assert sizes[system].to_dict() == asked | ({} if system == "copy" else {"text": 24})
     assert set(answers["set"]) == set(SETS)
     assert report["meta"]["n_cases"] == questions
@@ -518,7 +532,7 @@ def test_kept_answers_are_scored_by_the_code_of_today_and_stale_ones_asked_anew(
     benched_world, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(benched_world, tmp_path, dirs_exist_ok=True)
-    run, kept = tmp_path / "run", tmp_path / "run" / "bench" / "mtbi.json"
+    run = tmp_path / "run"
     before = read_answers(run / "answers.csv")
     monkeypatch.setattr(eval_module, "SCORING", 99)
     monkeypatch.setattr(eval_module, "score", lambda *_: 0.25)
@@ -531,13 +545,17 @@ def test_kept_answers_are_scored_by_the_code_of_today_and_stale_ones_asked_anew(
     same = [name for name in before.columns if name not in ("score", "copy", "audio")]
     pandas.testing.assert_frame_equal(before[same], after[same])
 
-    # and one whose questions are no longer those that are drawn
-    record = read_json(kept)
-    record["rows"][0]["prompt"] = "Another?"
-    write_json(kept, record)
+    # and once other dialogues are drawn
+    draw = eval_module.draw_dialogues
+    monkeypatch.setattr(eval_module, "draw_dialogues", lambda *asked: draw(*asked)[::-1])
     (run / "report.json").unlink()
     assert main(again) == 0
     assert "bench mtbi" in capsys.readouterr().out
+    dialogues = read_answers(run / "answers.csv").query("set == 'dialogues'")
+    expected = before.query("set == 'dialogues'")
+    key = ["system", "cell", "task", "prompt", "utterance"]
+    answers = dialogues.set_index(key)["answer"].sort_index()
+    assert answers.tolist() == expected.set_index(key)["answer"].sort_index().tolist()
 
 
 def test_the_words_none_and_nan_are_answers_and_no_holes_in_the_table(benched_world, tmp_path):
