@@ -278,7 +278,10 @@ class RunAll:
         return recipe in CURVE and not self.options.no_curve
 
     def bench_on_the_way(self, run, trained, words):
-        """Measure the recipes that are followed as they were after each of STEPS."""
+        """Measure the recipes that are followed as they were after each of STEPS.
+
+        Returns what was measured, by names like mtbi-at-250.
+        """
         steps = [step for step in STEPS if step < self.options.steps]
         followed = []
         for name in filter(self.is_followed, trained):
@@ -291,9 +294,12 @@ class RunAll:
                     "it was trained with --no-curve, and its states were not kept; move "
                     f"{folder} away, and the same command trains it again"
                 )
+        measured = []
         for step in steps if followed else ():
             at = ["--step", str(step), "--recipes", ",".join(followed)]
-            self.attempt(run, f"bench-{step}", *words, *at)
+            if self.attempt(run, f"bench-{step}", *words, *at):
+                measured += [f"{name}{AT}{step}" for name in followed]
+        return measured
 
     def is_trained(self, pair):
         run, recipe = pair
@@ -311,14 +317,14 @@ class RunAll:
         elif self.options.asr:
             asked += ["--asr", self.options.asr]
         words = ["bench", str(self.out / run.name), *asked]
-        self.bench_on_the_way(run, trained, words)
+        on_the_way = self.bench_on_the_way(run, trained, words)
         words.append("--recipes")
         if trained and not self.attempt(run, "bench", *words, ",".join(trained)):
             # one of them spoils it: each by itself, then those that can be measured together
             trained = [name for name in trained if self.attempt(run, name, *words, name)]
             if trained and not self.attempt(run, "bench", *words, ",".join(trained)):
                 return []
-        return [*LINES, *trained] if trained else []
+        return [*LINES, *trained, *on_the_way] if trained else []
 
     def do_each(self, what, do, items, is_there):
         """{item: do(item)}, several at once; what is there is only looked at, without a process.
@@ -361,20 +367,20 @@ def bench_seconds(reports):
     return seconds
 
 
-def all_answers(out, runs):
+def all_answers(out, measured):
     """The answers of all runs as one table, with a column `run`.
 
-    What a recipe answered after so many steps is a system of its own, like mtbi-at-250.
+    What a recipe answered after so many steps is a system of its own, like mtbi-at-250. What an
+    earlier call measured on the way is left out if this one did not.
     """
     tables = []
-    for run in runs:
+    for run, systems in measured.items():
         tables.append(read_answers(out / run / "answers.csv").assign(run=run))
         for step in STEPS:
-            path = out / run / "steps" / str(step) / "answers.csv"
-            if path.exists():
-                table = read_answers(path).assign(run=run)
-                table = table[~table["system"].isin(LINES)]
-                tables.append(table.assign(system=table["system"] + f"{AT}{step}"))
+            if any(name.endswith(f"{AT}{step}") for name in systems):
+                table = read_answers(out / run / "steps" / str(step) / "answers.csv")
+                table = table.assign(system=table["system"] + f"{AT}{step}", run=run)
+                tables.append(table[table["system"].isin(systems)])
     return pandas.concat(tables, ignore_index=True)
 
 

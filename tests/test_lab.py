@@ -43,8 +43,8 @@ from lab.claims import (
     all_differences,
     decide,
 )
-from lab.compare import CompareOptions, OneRun, RunAll, parse_seeds, run_all, runs_of, score_rows
-from lab.compare import shortened, with_curve
+from lab.compare import CompareOptions, OneRun, RunAll, all_answers, parse_seeds, run_all, runs_of
+from lab.compare import score_rows, shortened, with_curve
 from lab.compare_report import bar_table, curve_points
 from lab.dose import cells_of_doses, parse_doses, pretrain_missing, row_of_dose, write_doses
 from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
@@ -739,11 +739,29 @@ def test_a_recipe_whose_states_were_not_kept_is_named_and_does_not_spoil_the_oth
         state.parent.mkdir(parents=True, exist_ok=True)
         state.touch()
     asked = []
-    jobs.attempt = lambda words, folder, name: asked.append(words[words.index("--step") + 1 :])
-    RunAll(CompareOptions(out=str(tmp_path)), jobs).bench_on_the_way(run, ["mtbi", "asr"], [])
+
+    def attempt(words, folder, name):
+        asked.append(words[words.index("--step") + 1 :])
+        return name != f"bench-{STEPS[1]}"  # which fails
+
+    jobs.attempt = attempt
+    work = RunAll(CompareOptions(out=str(tmp_path)), jobs)
+    measured = work.bench_on_the_way(run, ["mtbi", "asr"], [])
+    assert measured == [f"asr{AT}{STEPS[0]}", f"asr{AT}{STEPS[2]}"]
     assert [words[:3] for words in asked] == [[str(step), "--recipes", "asr"] for step in STEPS]
     [(what, why)] = jobs.failures.items()
     assert what == "seed-0/mtbi on the way" and "states were not kept" in why
+
+
+def test_what_an_earlier_call_measured_on_the_way_is_left_out(tmp_path):
+    for folder in ("seed-0", *(f"seed-0/steps/{step}" for step in STEPS)):
+        write_table(
+            tmp_path / folder / "answers.csv", pandas.DataFrame(table("", "asr", always(1)))
+        )
+    measured = ["asr", f"asr{AT}{STEPS[1]}"]
+    answers = all_answers(tmp_path, {"seed-0": measured})
+    assert answers["system"].unique().tolist() == measured
+    assert set(answers["run"]) == {"seed-0"}
 
 
 def test_a_comparison_of_nothing_is_refused(tmp_path, capsys):
