@@ -16,7 +16,7 @@ import torch
 from corpora.recognizing import RecognizerOptions, train_recognizer
 from data import SAMPLE_RATE, is_mark, load_audio, read_manifest
 from model import load_encoder
-from support.console import one_thread, progress_bar, timed
+from support.console import progress_bar, threads_for, timed
 from support.files import UserError, fingerprint_of_file, first_line, read_json_if_whole
 from support.files import write_json, write_jsonl
 from support.hub import absolute_if_local
@@ -73,7 +73,7 @@ def add_word_times(options):
             )
             return
         encoder = load_ctc_model(asr)
-        with timed(f"word times of {len(todo)} utterances"), one_thread():
+        with timed(f"word times of {len(todo)} utterances"), threads_for(encoder):
             sure, failed = align_all(encoder, todo)
         if in_place:
             write_jsonl(out, [u.row(out.parent) for u in utterances])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.ahead import READERS, ahead
-from support.console import one_thread, progress_bar, timed
+from support.console import progress_bar, threads_for, timed
 from support.files import HALF_WRITTEN, UserError, WriteError, fingerprint
 from support.files import nearest_existing, read_json_if_whole, whole_file, write_json
 from support.processes import DEVICE, WORLD, anyone, first_process, my_share, wait
@@ -88,7 +88,7 @@ def keep_frames(encoder, load, utterances, folder, keep="disk"):
         tell_size(encoder, todo, folder, keep)
         encoder.to(DEVICE)
         lock = lock_folder(folder.parent, "encodes speech") if keep == "disk" else nullcontext()
-        with lock, timed(f"encode {len(todo)} utterances"), one_thread():
+        with lock, timed(f"encode {len(todo)} utterances"), threads_for(encoder):
             if keep == "ram":
                 frames = {names[u.id]: row for u, row in hear_all(encoder, load, todo)}
                 for name in frames:

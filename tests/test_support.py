@@ -34,7 +34,7 @@ import train
 from data import load_audio, open_run, read_manifest, write_audio
 from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_llm
 from support.answers import answer_all, answer_in_memory
-from support.console import TIMES, timed
+from support.console import NARROW, TIMES, threads_for, timed
 from support.processes import has_kernels
 from support.files import UserError, WriteError, explained, fingerprint, fingerprint_of_file
 from support.files import HALF_WRITTEN, mend_jsonl, nearest_existing
@@ -1371,6 +1371,18 @@ def test_the_same_recipe_with_an_adapter_resumes_bit_for_bit(trained, copy_of_tr
     assert fingerprint_of_training(copy_of_trained / "mtbi") != fingerprint_of_training(
         trained / "mtbi"
     )
+
+
+@pytest.mark.parametrize("width, threads", [(NARROW - 1, 1), (NARROW, 2)])
+def test_a_narrow_encoder_hears_with_one_thread_and_a_wide_one_with_all(width, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads_for(SimpleNamespace(width=width)):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- documents ----
