@@ -130,16 +130,18 @@ def bootstrap(groups, rng):
     """
     keys = [utterances_of(rows) for rows in groups]
     known = pandas.Index(pandas.concat(keys).unique())  # the utterances, U
-    picks = rng.integers(0, len(known), (RESAMPLES, len(known)))
-    means = []
-    for rows, key in zip(groups, keys):
+    times = np.zeros((RESAMPLES, len(known)))  # how often each is drawn
+    for i, picks in enumerate(rng.integers(0, len(known), times.shape)):
+        times[i] = np.bincount(picks, minlength=len(known))
+    sums, totals = np.zeros((2, len(known), len(groups)))  # (U, runs) each
+    for run, (rows, key) in enumerate(zip(groups, keys)):
         ids, weights = known.get_indexer(key), rows["weight"].to_numpy()
-        sums = np.bincount(ids, rows["value"] * weights, len(known))  # (U,)
-        totals = np.bincount(ids, weights, len(known))  # (U,)
-        drawn = totals[picks].sum(1)  # (RESAMPLES,)
-        none = drawn == 0  # utterances of other runs alone
-        means.append(np.where(none, np.nan, sums[picks].sum(1) / np.where(none, 1, drawn)))
-    return np.nanmean(means, axis=0)  # (RESAMPLES,)
+        sums[:, run] = np.bincount(ids, rows["value"] * weights, len(known))
+        totals[:, run] = np.bincount(ids, weights, len(known))
+    drawn = times @ totals  # (RESAMPLES, runs)
+    none = drawn == 0  # utterances of other runs alone
+    means = np.where(none, np.nan, times @ sums / np.where(none, 1, drawn))
+    return np.nanmean(means, axis=1)  # (RESAMPLES,)
 
 
 def over_utterances(rows, seed=0):
