@@ -485,10 +485,12 @@ def draw_dialogues(cases, answers, n, seed):
         about.setdefault(case.utterance.id, []).append(i)
     drawn = []
     for kind in DIALOGUES:
-        before = [first_turns(cases, answers, i, kind, about) for i in range(len(cases))]
-        fitting = [i for i in range(len(cases)) if before[i]]
+        fitting = []
+        for i in range(len(cases)):
+            if first_turns(cases, answers, i, kind, about):
+                fitting.append(i)
         for i in rng.sample(fitting, min(n, len(fitting))):
-            first = rng.choice(before[i])
+            first = rng.choice(first_turns(cases, answers, i, kind, about))
             earlier, case = cases[first], cases[i]
             spoken = kind != "text_then_speech"
             again = kind == "speech_then_text_question"
