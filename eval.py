@@ -47,7 +47,9 @@ DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]
 SETS = ("questions", "repeats", "dialogues", "text")
 # what is kept of an answer that was looked into; its scores are made anew from the answer
 LOOKED_INTO = ("mistake", "behavior_gap", "attention_on_instruction", "attention_on_utterance")
-SCORING = 3  # one more whenever answers are scored otherwise: reports are then written anew
+# one more whenever something else is asked, or answers are scored otherwise: reports are then
+# written anew
+SCORING = 3
 
 
 # ---- options ----
@@ -459,9 +461,7 @@ def cell_of(task, prompt):
 
 
 def draw_repeats(tasks, utterances, n, seed):
-    """n utterances that are to be repeated word for word; none without a task of that name."""
-    if "repeat" not in tasks:
-        return []
+    """n utterances that are to be repeated word for word."""
     fitting = [u for u in utterances if tasks["repeat"].applies(u.text)]
     rng = random.Random(f"repeats-{seed}")
     return repeats_of(tasks["repeat"], rng.sample(fitting, min(n, len(fitting))))
@@ -470,7 +470,7 @@ def draw_repeats(tasks, utterances, n, seed):
 def repeats_of(task, utterances):
     """To repeat these utterances, in one wording: the one that a recipe of one prompt trains on."""
     wording = min(task.prompts)  # as in data.py
-    return [Case(u, task, wording, cell_of(task, wording)) for u in utterances]
+    return [Case(u, task, wording, "seen") for u in utterances]
 
 
 def draw_dialogues(cases, answers, n, seed):
@@ -507,15 +507,17 @@ def first_turns(cases, answers, i, kind, about):
     case = cases[i]
     fitting = []
     for j in about[case.utterance.id]:
-        told = holds_words(answers[j], answers[i]) or holds_words(answers[j], case.utterance.text)
-        if cases[j].task is not case.task and not told:
-            fitting.append(j)
+        if cases[j].task is not case.task:
+            told = words_of(answers[j])
+            if not (words_of(answers[i]) <= told or words_of(case.utterance.text) <= told):
+                fitting.append(j)
     return fitting
 
 
-def holds_words(text, words):
-    """Does a text hold all these words, in whatever order, and each as often?"""
-    return Counter((normalize(words) or words).split()) <= Counter(normalize(text).split())
+@lru_cache(maxsize=2**16)  # an answer is compared with all that are about its utterance
+def words_of(text):
+    """How often each word is in a text."""
+    return Counter((normalize(text) or text).split())
 
 
 class Questions:

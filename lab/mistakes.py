@@ -72,8 +72,7 @@ class Mistakes:
 
     def misheard(self, system, utterances):
         """The ids of those that a system does not repeat word for word."""
-        task = self.questions.tasks.get("repeat")
-        repeats = repeats_of(task, utterances) if task else []
+        repeats = repeats_of(self.questions.tasks["repeat"], utterances)
         wrong = set()
         for case, answer in zip(repeats, self.questions.ask_some(system, repeats)):
             if not exact_match(case.utterance.text, answer):

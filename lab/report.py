@@ -30,15 +30,17 @@ questions; those that the transcript answers, as in *repeat*, are left out of it
 rate is reported. *Seen* are the tasks and prompts that stage 2 may train on, *unseen prompts* other
 prompts of these tasks, *unseen tasks* all prompts of tasks that no training saw; a recipe that
 trains on a part of the tasks has not seen the others. *Repeat WER*: the word error rate of the task
-*repeat* against the true transcripts. *Ignored instruction*: answers that are the transcript, word
-for word, though another task was asked. *Anchor rate*: of the questions about an utterance that is
-itself a question or a command, the answers that do what the speech says. *Conversations*: two
-turns, of speech and text mixed, against the text LLM's own answer to the same in text. *Text
-retention*: the score of the same questions about the true transcript in text, after training; an
-LLM that is frozen answers as before. *Behavior gap*: KL between the LLM's next-token distributions
-reading the transcript and hearing the speech, over its own answer. *Attention*: share that the
-position which predicts the first token of the answer pays to the instruction and to what stands for
-the utterance, mean over layers and heads; the rest falls on the chat template."""
+*repeat* against the true transcripts. *Word accuracy on one wording*: 1 - WER of more utterances
+that are only to be repeated, in the wording that a recipe of one prompt trains on. *Ignored
+instruction*: answers that are the transcript, word for word, though another task was asked. *Anchor
+rate*: of the questions about an utterance that is itself a question or a command, the answers that
+do what the speech says. *Conversations*: two turns, of speech and text mixed, against the text
+LLM's own answer to the same in text. *Text retention*: the score of the same questions about the
+true transcript in text, after training; an LLM that is frozen answers as before. *Behavior gap*: KL
+between the LLM's next-token distributions reading the transcript and hearing the speech, over its
+own answer. *Attention*: share that the position which predicts the first token of the answer pays
+to the instruction and to what stands for the utterance, mean over layers and heads; the rest falls
+on the chat template."""
 
 
 def percent(value, digits=1):
@@ -89,6 +91,7 @@ def summarize(answers):
         "tasks": {task: over(TASK + task) for task in tasks},
         "metrics": without_nan(task_metrics(answers)).to_dict("index"),
         "repeat_wer": repeat_wer(answers),
+        "word_accuracy": over("word accuracy on one wording"),
         "ignored_instruction_rate": ignored["score"],
         "ignored_instruction_ci95": ignored["ci95"],
         "behavior_gap": over("behavior gap"),
@@ -335,9 +338,10 @@ def explain_mistakes(most):
 
 
 def inside_table(report):
-    """Beyond the cells: conversations of two turns, text retention, gap, attention."""
+    """Beyond the cells: conversations of two turns, words, text retention, gap, attention."""
     head = ["system", *(d.replace("_", " ") for d in DIALOGUES)]
-    head += ["text retention", "behavior gap, nats/token", "attention on instruction / on speech"]
+    head += ["word accuracy on one wording", "text retention", "behavior gap, nats/token"]
+    head.append("attention on instruction / on speech")
     rows = []
     for name, entry in report["recipes"].items():
         gap, attention = entry["behavior_gap"]["score"], entry["attention"]
@@ -346,7 +350,8 @@ def inside_table(report):
             means = [sum(by_layer) / len(by_layer) for by_layer in attention.values()]
             shares = " / ".join(percent(mean) for mean in means)
         row = [f"`{name}`", *(percent(entry["dialogues"][d]["score"]) for d in DIALOGUES)]
-        row += [percent(entry["text_retention"]["score"]), "–" if gap is None else f"{gap:.3f}"]
+        row += [percent(entry[of]["score"]) for of in ("word_accuracy", "text_retention")]
+        row.append("–" if gap is None else f"{gap:.3f}")
         rows.append([*row, shares])
     return markdown_table(head, rows)
 

@@ -34,7 +34,7 @@ for what in ("gain", "score", "exact"):
     }
 MEASURES |= {
     "drop from seen to unseen prompts": ("drop", "questions", ["seen", "unseen_prompt"]),
-    "word accuracy on one wording": ("word_accuracy", "repeats", CELLS),
+    "word accuracy on one wording": ("word_accuracy", "repeats", ["seen"]),
     "conversations of two turns": ("score", "dialogues", DIALOGUES),
     "gain, a second turn about speech": ("gain", "dialogues", ABOUT_SPEECH),
     "gain, a second turn after text": ("gain", "dialogues", AFTER_TEXT),

@@ -44,12 +44,12 @@ SIGNS_OF_WANT = (
 def threads_for(encoder):
     """One thread for a narrow encoder: numpy's threads and torch's, taking turns, would wait.
 
-    Of two cores the tiny one (width 192) makes 3 s of sound in 46 ms, with one thread in 22; wider
-    ones gain: whisper-tiny (384) 15 s in 109 instead of 154 ms, whisper-small (768) in 1.0 instead
-    of 1.3 s.
+    And on a GPU, where many threads make features. Of two cores the tiny one (width 192) makes 3 s
+    of sound in 46 ms, with one thread in 22; wider ones gain: whisper-tiny (384) 15 s in 109
+    instead of 154 ms, whisper-small (768) in 1.0 instead of 1.3 s.
     """
     threads = torch.get_num_threads()
-    if encoder.width < NARROW:
+    if DEVICE != "cpu" or encoder.width < NARROW:
         torch.set_num_threads(1)
     try:
         yield

@@ -23,7 +23,7 @@ from data import Response, Speech, Task, Text, Utterance, chat_parts, load_tasks
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
-from eval import first_turns, hypothesis, row_of, score, shares_of_parts
+from eval import draw_repeats, first_turns, hypothesis, row_of, score, shares_of_parts
 from lab.mistakes import MISTAKES, Mistakes, kind_of_mistake
 from lab.statistics import read_answers
 from model import SpeechLLM
@@ -201,6 +201,14 @@ def test_every_prompt_gets_its_questions_and_every_cell_is_filled(tested):
         new_prompt = c.task.split == "train" and c.prompt in c.task.unseen_prompts
         assert (c.task.split == "unseen") == (c.cell == "unseen_task")
         assert new_prompt == (c.cell == "unseen_prompt")
+
+
+def test_other_utterances_are_to_be_repeated_in_the_wording_that_a_recipe_of_one_prompt_has(tested):
+    repeat = Task("repeat", "train", "wer", ["Say it.", "Copy it.", "Do it again."], ["Again."])
+    cases = draw_repeats({"repeat": repeat}, tested, 3, 0)
+    assert {case.prompt for case in cases} == {"Copy it."}, "the first one by name, as in data.py"
+    assert len({case.utterance.id for case in cases}) == 3
+    assert len(draw_repeats({"repeat": repeat}, tested, 10**6, 0)) == len(tested)
 
 
 def test_dialogues_are_of_all_kinds_and_about_held_out_speech(cases):

@@ -29,6 +29,7 @@ from soundfile import SoundFileError as LibError
 
 import mtbi
 from app.generate import GenerateOptions
+import support.console
 import support.frames
 import train
 from data import load_audio, open_run, read_manifest, write_audio
@@ -1373,8 +1374,13 @@ def test_the_same_recipe_with_an_adapter_resumes_bit_for_bit(trained, copy_of_tr
     )
 
 
-@pytest.mark.parametrize("width, threads", [(NARROW - 1, 1), (NARROW, 2)])
-def test_a_narrow_encoder_hears_with_one_thread_and_a_wide_one_with_all(width, threads):
+@pytest.mark.parametrize(
+    "device, width, threads", [("cpu", NARROW - 1, 1), ("cpu", NARROW, 2), ("cuda", NARROW, 1)]
+)
+def test_a_narrow_encoder_hears_with_one_thread_and_a_wide_one_on_a_cpu_with_all(
+    device, width, threads, monkeypatch
+):
+    monkeypatch.setattr(support.console, "DEVICE", device)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
