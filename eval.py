@@ -49,7 +49,7 @@ SETS = ("questions", "repeats", "dialogues", "text")
 LOOKED_INTO = ("mistake", "behavior_gap", "attention_on_instruction", "attention_on_utterance")
 # one more whenever something else is asked, or answers are scored otherwise: reports are then
 # written anew
-SCORING = 3
+SCORING = 4
 
 
 # ---- options ----
@@ -477,7 +477,7 @@ def draw_dialogues(cases, answers, n, seed):
     """n conversations of two turns of each kind in DIALOGUES, made of pairs of cases.
 
     answers: the text LLM's to the cases; the first turn is answered with them. Where the second
-    brings an utterance of its own, that and the task may, by chance, be those of the first.
+    brings an utterance of its own, its words are others; the task may, by chance, be the same.
     """
     rng = random.Random(f"dialogues-{seed}")
     about = {}  # utterance id -> which cases are about it
@@ -491,6 +491,9 @@ def draw_dialogues(cases, answers, n, seed):
                 fitting.append(i)
         for i in rng.sample(fitting, min(n, len(fitting))):
             first = rng.choice(first_turns(cases, answers, i, kind, about))
+            if kind != "speech_then_text_question":
+                while says_the_same(cases[first], cases[i]):
+                    first = (first + 1) % len(cases)
             earlier, case = cases[first], cases[i]
             spoken = kind != "text_then_speech"
             again = kind == "speech_then_text_question"
@@ -500,11 +503,16 @@ def draw_dialogues(cases, answers, n, seed):
 
 
 def first_turns(cases, answers, i, kind, about):
-    """Which cases may come before case i in a conversation of this kind."""
+    """Which cases may come before case i in a conversation of this kind.
+
+    Where both turns bring an utterance, the one after them in which other words are said.
+    """
+    case = cases[i]
     if kind != "speech_then_text_question":
+        if all(says_the_same(other, case) for other in cases):
+            return []
         return [j for j in range(len(cases)) if j != i]
     # about the same speech, and with an answer from which the second could not be read
-    case = cases[i]
     fitting = []
     for j in about[case.utterance.id]:
         if cases[j].task is not case.task:
@@ -512,6 +520,11 @@ def first_turns(cases, answers, i, kind, about):
             if not (words_of(answers[i]) <= told or words_of(case.utterance.text) <= told):
                 fitting.append(j)
     return fitting
+
+
+def says_the_same(a, b):
+    """Do two cases bring the same words, be it in one recording or in two?"""
+    return normalize(a.utterance.text) == normalize(b.utterance.text)
 
 
 @lru_cache(maxsize=2**16)  # an answer is compared with all that are about its utterance

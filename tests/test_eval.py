@@ -237,6 +237,21 @@ def test_no_second_answer_can_be_read_in_the_first_turn_about_the_same_speech(te
     assert found == [[1], [], [0, 1]]
 
 
+@given(st.lists(st.sampled_from(["yes", "Yes!", "no", "maybe"]), min_size=1, max_size=12))
+def test_an_utterance_of_its_own_has_other_words_than_the_turn_before(texts):
+    task = Task("repeat", "train", "wer", ["Say it."], [])
+    cases = []
+    for i, text in enumerate(texts):
+        utterance = Utterance(Path(f"u{i}.wav"), text, 1.0, id=f"u{i}")
+        cases.append(Case(utterance, task, "Say it.", "seen"))
+    drawn = draw_dialogues(cases, texts, 3, 0)
+    for d in drawn:
+        assert d.cell in ("text_then_speech", "two_speeches")
+        assert normalize(d.earlier[1].text) != normalize(d.utterance.text)
+    several = len({normalize(text) for text in texts}) > 1
+    assert len(drawn) == (2 * min(3, len(texts)) if several else 0)
+
+
 # ---- probes ----
 
 
