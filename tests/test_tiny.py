@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data import chat_parts, dialogue, held_out, load_tasks, transcript_tokens, user_turn
 from model import SpeechLLM
 from tiny import pretrain, speech, world
-from tiny.pretrain import refuse_others_files
+from tiny.pretrain import parse_arguments, refuse_others_files
 from tiny.pretrain_data import blend_hesitations, hesitate, tokenize
 
 TASKS = load_tasks(world.TASKS_TOML)
@@ -288,6 +288,15 @@ def test_a_directive_is_obeyed_where_it_is_the_prompt(llm):
 
 
 # ---- the checkpoints ----
+
+
+def test_nobody_replaces_the_checkpoints_without_naming_their_folder(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pretrain"])
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    assert "name a folder with --out" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["pretrain", "--measure"])
+    assert parse_arguments().out == ROOT / "tiny"
 
 
 def test_the_checkpoints_are_small_and_have_a_card():

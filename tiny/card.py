@@ -8,9 +8,11 @@ from . import speech
 
 CARD = """# The tiny world's two checkpoints
 
-Made by `python -m tiny.pretrain` from seed {seed}, from nothing but `world.py`, `tasks.toml` and
-espeak-ng voices; scores below are printed by `python -m tiny.pretrain --measure`. License: MIT,
-like the rest of the project. They know a closed grammar and nothing else.
+Made by `python -m tiny.pretrain --out FOLDER` from seed {seed}, from nothing but `world.py`,
+`tasks.toml` and espeak-ng voices; scores below are printed by `python -m tiny.pretrain --measure`.
+License: MIT, like the rest of the project. They know a closed grammar and nothing else: sentences
+("the farmer sold three red apples in the market yesterday"), strings of digits, and directives
+("which is larger two or five").
 
 | | `llm/` | `encoder/` |
 |---|---|---|
@@ -25,9 +27,11 @@ from 60% of the first on with weights rounded to NF4 \
 | {encoder_steps} of 16, the latter with echoes |
 | time | {llm_time} | {encoder_time} |
 
-The encoder heard {utterances} utterances in {n_train} x {n_accents} voices, with SpecAugment.
-Held out from both, for the benchmark: one sentence in eight (by a hash of its words) and the voice
-variants {test_voices}.
+*Hesitations* are words like "uh"; *blended* are those in whose place stands a mixture of the
+neighbours' embeddings, as speech tokens are no words. The encoder heard {utterances} utterances
+in {n_train} voice variants x {n_accents} accents of espeak-ng, with SpecAugment. Held out for the
+benchmark are, from both, one sentence in eight (by a hash of its words), and from the encoder the
+voice variants {test_voices}.
 
 **Encoder**: WER {seen_wer:.2%} on new sentences in the training voices, {unseen_wer:.2%} on
 held-out sentences in held-out voices ({n_measured} utterances each). Its letters come
@@ -40,7 +44,9 @@ held-out sentences in held-out voices ({n_measured} utterances each). Its letter
 {rows}
 
 "Seen" and "unseen" are stage 2's words: the LLM itself was pre-trained on all prompts and all
-tasks, as a real LLM knows more than the connector is taught.
+tasks, as a real LLM knows more than the connector is taught. *Two turns*: the second question is
+about the same utterance; *two utterances*: about another. *Directive as prompt*: it is not spoken
+about, but asked, and answered.
 """
 
 

@@ -1,6 +1,6 @@
 """Rebuild the two checkpoints of the tiny world from a seed, and measure them.
 
-python -m tiny.pretrain makes
+python -m tiny.pretrain --out FOLDER makes in it
 
     llm/       a Qwen2 that answers every task of tasks.toml about clean transcripts and
                transcripts with hesitations
@@ -338,7 +338,10 @@ def parse_arguments():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, default=HERE, help="folder that gets llm/, encoder/ and README.md"
+        "--out",
+        type=Path,
+        help=f"folder that gets llm/, encoder/ and README.md ({HERE.name} replaces those that come "
+        "with the project); with --measure by default these",
     )
     parser.add_argument("--only", choices=["llm", "encoder"], help="build one of the two")
     parser.add_argument(
@@ -362,7 +365,12 @@ def parse_arguments():
         default=BLENDED,
         help="share of these that read like speech: blends of embeddings instead of tokens, noise",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.measure:
+        args.out = args.out or HERE
+    elif not args.out:
+        parser.error("name a folder with --out")
+    return args
 
 
 def refuse_others_files(out, names):
