@@ -216,12 +216,20 @@ def normalize(text):
     return " ".join(kept.split())
 
 
+def as_compared(text):
+    """What is the same for two texts that differ in case or punctuation alone.
+
+    Texts of signs alone, which have no words, are compared sign by sign.
+    """
+    return normalize(text) or text.strip()
+
+
 def held_out(text):
     """One transcript in eight, by a hash of its words.
 
     The same texts are held out whoever asks: the tiny LLM's pre-training, too.
     """
-    return hashlib.sha256((normalize(text) or text).encode()).digest()[0] < 32
+    return hashlib.sha256(as_compared(text).encode()).digest()[0] < 32
 
 
 # ---- tasks and recipes ----
@@ -233,7 +241,7 @@ class Task:
 
     name: str
     split: str  # "train": stage 2 may train on it; "unseen": kept for the benchmark
-    metric: str  # one of METRICS
+    metric: str  # "exact", "wer" or "chrf", of which eval.py's score() makes a number
     prompts: list
     unseen_prompts: list
     transcripts: str = ".*"  # the task applies to transcripts that match this pattern
@@ -260,8 +268,8 @@ def load_tasks(path):
     check_prompts(path, tasks.values())
     if "repeat" not in tasks or tasks["repeat"].split != "train":
         raise UserError(
-            f"{path}: there is no training task [repeat], which recipes and the "
-            "ignored-instruction rate need"
+            f"{path}: there is no training task [repeat], which recipes and the benchmark's "
+            "word accuracy need"
         )
     return tasks
 
@@ -283,11 +291,6 @@ def check_prompts(path, tasks):
                     f"{path}: task [{task.name}]: {prompt!r} is to be unseen, and task "
                     f"[{trains_on_it}] trains on it"
                 )
-
-
-def as_compared(prompt):
-    """Two prompts that differ in case or punctuation alone are one."""
-    return normalize(prompt) or prompt.strip()
 
 
 @dataclass(frozen=True)
@@ -314,8 +317,6 @@ class Recipe:
     span: float = 2.0
     # share of the task "repeat": at the start, and from half-way on
     repeat: tuple = (0.0, 0.0)
-    # times the usual peak learning rate, which train.py works out: a Q-Former wants a smaller one
-    lr: float = 1.0
     # a key of model.LOSSES
     loss: str = "ce"
     # share of examples without speech: the LLM reads the transcript, and any training task is asked
@@ -339,6 +340,14 @@ class Recipe:
             if knob.name != "about" and value != knob.default:
                 changed[knob.name] = value
         return changed
+
+    def check(self):
+        """UserError if some of its examples would train nothing."""
+        if self.text_only and not self.lora:
+            raise UserError(
+                "a recipe with text-only examples trains an adapter; with --lora 0 there is "
+                "nothing in them to train"
+            )
 
     def trains_on(self, task):
         return any(fnmatch(task, pattern) for pattern in self.tasks)
@@ -542,8 +551,8 @@ def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     parts = [Text([])]
     audio = list(audio)
-    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        inside = begin <= start < end
+    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        inside = start < end and stop > begin  # if only in part, as one that begins with a space
         if token == marks[BREAK]:
             continue
         if token == marks[AUDIO_MARK]:
@@ -744,11 +753,12 @@ class Examples:
         asked = {}  # {task: its prompts}
         for b in self.behaviors:
             asked.setdefault(b.task, set()).add(b.prompt)
-        used = {task: sorted(prompts)[: self.recipe.prompts] for task, prompts in asked.items()}
+        asked = {task: sorted(prompts) for task, prompts in asked.items()}
         for b in self.behaviors:
-            if self.recipe.prompts and b.prompt not in used[b.task]:
-                at = sorted(asked[b.task]).index(b.prompt)
-                b = replace(b, prompt=used[b.task][at % len(used[b.task])])
+            if self.recipe.prompts:
+                prompts = asked[b.task]
+                at = prompts.index(b.prompt) % self.recipe.prompts
+                b = replace(b, prompt=prompts[at])
             if self.recipe.true_transcripts and b.task == "repeat" and b.utterance in self.by_id:
                 b = replace(b, response=self.by_id[b.utterance].text, ended=True)
             yield b
@@ -756,11 +766,7 @@ class Examples:
     def check(self):
         """UserError if this recipe cannot be trained on these behaviors; says what is left out."""
         recipe = self.recipe
-        if recipe.text_only and not recipe.lora:
-            raise UserError(
-                "a recipe with text-only examples trains an adapter; with --lora 0 there is "
-                "nothing in them to train"
-            )
+        recipe.check()
         if len(self.trained_on) < self.batch_size:
             raise UserError(
                 f"{len(self.trained_on)} utterances have behaviors for this recipe, fewer than one "
@@ -788,8 +794,8 @@ class Examples:
         """BUCKET batches of an epoch: examples of similar length share one, in random order.
 
         The first batch of a training is the longest of its bucket, and the longest utterance is
-        in it unless a conversation in text or of two turns takes its place: if the memory does not
-        suffice, the first step most likely shows it.
+        in that bucket, most often in that batch: if the memory does not suffice, the first step
+        most likely shows it.
         """
         first = number * BUCKET * self.batch_size
         chosen = self.epoch_order(epoch)[first : first + BUCKET * self.batch_size]
@@ -837,6 +843,7 @@ class Examples:
     def draw(self, rng, utterance, done):
         """(behavior, parts that stand for each of its utterances) of one example.
 
+        utterance: whose turn it is in the epoch; an example that is text-only or mixed has others.
         done: how much of the training is done, from 0 to 1.
         """
         recipe = self.recipe

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,7 +21,8 @@ import support  # noqa: F401  first: torch reads what it sets
 import numpy as np
 import torch
 
-from data import Run, Speech, Task, Text, Utterance, chat_parts, dialogue, load_tasks, normalize
+from data import Run, Speech, Task, Text, Utterance, as_compared, chat_parts, dialogue, load_tasks
+from data import normalize
 from data import open_run, positions_of, read_manifest, response_tokens, transcript_tokens
 from data import user_turn
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
@@ -100,6 +101,7 @@ class BenchOptions:
     cache_features: Literal["disk", "ram", "off"] = "disk"
     """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use"""
 
+    # support/runs.py reads it: what this command may write
     MAKES: ClassVar = (
         "data.json",
         "answers.csv",
@@ -109,6 +111,7 @@ class BenchOptions:
         "bench/*.json",
         "bench/*.part-[0-9]*.jsonl",
     )
+    # plan_bench() makes the fingerprint of the answers of these
     CHANGE_ANSWERS: ClassVar = (
         "per_prompt",
         "dialogues",
@@ -132,8 +135,9 @@ class Bench:
     data: Path
     folder: Path  # where its report goes; what is measured is kept in folder/bench
     utterances: list  # the held-out ones
-    trained: dict  # {recipe: the options it was trained with}
+    trained_with: dict  # {recipe: the options it was trained with}
     settings: dict  # all that the answers depend on
+    in_ram: dict = field(default_factory=dict)  # {encoder's fingerprint: frames}
 
     @contextmanager
     def at_work(self):
@@ -151,16 +155,21 @@ class Bench:
     def encode(self, encoder):
         """{utterance id: frames (T, D_encoder)} of the held-out speech."""
         keep = self.options.cache_features
-        return encode_all(encoder, self.utterances, self.data / "features", keep)
+        if keep == "ram" and encoder.fingerprint in self.in_ram:
+            return self.in_ram[encoder.fingerprint]
+        frames = encode_all(encoder, self.utterances, self.data / "features", keep)
+        if keep == "ram":
+            self.in_ram[encoder.fingerprint] = frames
+        return frames
 
     def encoder_of(self, recipe):
         """The speech encoder with which a recipe was trained."""
-        options = self.trained[recipe]
+        options = self.trained_with[recipe]
         return load_encoder(options["encoder"], options["pad_whisper"])
 
-    def fingerprint_of(self, trained="", transcriber=""):
+    def fingerprint_of(self, weights="", transcriber=""):
         """Names what the answers of one system depend on."""
-        same = {**self.settings, "trained": trained, "asr": transcriber}
+        same = {**self.settings, "trained": weights, "asr": transcriber}
         del same["scoring"]
         return fingerprint(same)
 
@@ -230,8 +239,8 @@ def plan_bench(options, table):
 
 def held_out_of(run, utterances):
     """Those for testing whose words no training utterance of the run has."""
-    trained_on = {normalize(u.text) for u in run.utterances if u.split == "train"}
-    return [u for u in utterances if u.split == "test" and normalize(u.text) not in trained_on]
+    trained_on = {as_compared(u.text) for u in run.utterances if u.split == "train"}
+    return [u for u in utterances if u.split == "test" and as_compared(u.text) not in trained_on]
 
 
 def report_folder(run, data):
@@ -240,10 +249,11 @@ def report_folder(run, data):
         return run.folder
     whole = str(data.resolve())
     folder = run.folder / "on" / data.resolve().name
-    known = read_json_if_whole(folder / "data.json", "data")
-    is_other = known is not None and known["data"] != whole
-    if is_other or (not known and (folder / "data.json").exists()):  # of the same name, or damaged
-        folder = folder.with_name(f"{folder.name}-{fingerprint(whole)}")
+    for path in [folder / "data.json", *sorted(folder.glob("steps/*/data.json"))]:
+        known = read_json_if_whole(path, "data")
+        is_other = known is not None and known["data"] != whole
+        if is_other or (not known and path.exists()):  # of the same name, or damaged
+            return folder.with_name(f"{folder.name}-{fingerprint(whole)}")
     return folder
 
 
@@ -257,12 +267,12 @@ def measure_all(bench, look_into):
     say_device()
     if options.cache_features == "disk":
         # before the LLM, which may leave an encoder no room on a GPU; most recipes share one
-        for encoder in dict.fromkeys(map(bench.encoder_of, bench.trained)):
+        for encoder in dict.fromkeys(map(bench.encoder_of, bench.trained_with)):
             bench.encode(encoder)
     llm = shared_llm(*llm_of(run.options, options.precision))
     systems = systems_of(bench, llm)
     tasks = load_tasks(PROJECT / run.options["tasks"])
-    if bench.folder != run.folder:
+    if bench.data.resolve() != run.data.resolve():
         write_json(bench.folder / "data.json", {"data": str(bench.data.resolve())})
     if options.force:
         forget_records(bench.folder / "bench", systems)
@@ -306,7 +316,7 @@ class Copy(System):
     """The bottom line: whatever is asked, it answers with the transcript."""
 
     def __init__(self, bench):
-        super().__init__("copy", bench.fingerprint_of(trained="copy"), model=None)
+        super().__init__("copy", bench.fingerprint_of(weights="copy"), model=None)
 
 
 class Cascade(System):
@@ -334,7 +344,7 @@ class Cascade(System):
 def hypothesis(transcriber, frames, reader):
     """What a recognizer makes of frames (T, D_encoder), as the LLM of a SpeechLLM reads it."""
     text = transcriber.transcribe(frames) or "…"
-    if text == text.upper():  # as wav2vec 2.0's vocabulary has it, and no transcript of `prepare`
+    if text == text.upper():  # as wav2vec 2.0's vocabulary has it, and no corpus after `prepare`
         text = text.lower()
     heard = transcript_tokens(reader.tokenizer, text)
     # a head that writes at every frame must leave room for the rest of the conversation
@@ -345,7 +355,7 @@ class Trained(System):
     """A trained recipe: the LLM hears speech tokens."""
 
     def __init__(self, bench, recipe, llm):
-        own = bench.fingerprint_of(trained=bench.settings["trained"][recipe])
+        own = bench.fingerprint_of(weights=bench.settings["trained"][recipe])
         super().__init__(recipe, own, model=None)
         self.bench, self.llm = bench, llm
 
@@ -378,11 +388,11 @@ def systems_of(bench, llm):
     """
     reader = SpeechLLM(*llm)
     systems = {"text": System("text", bench.fingerprint_of(), reader), "copy": Copy(bench)}
-    first = next(iter(bench.trained))
+    first = next(iter(bench.trained_with))
     transcriber = transcriber_of(bench.options.asr, bench.encoder_of(first))
     if transcriber:
         systems["cascade"] = Cascade(bench, reader, transcriber)
-    for recipe in bench.trained:
+    for recipe in bench.trained_with:
         systems[recipe] = Trained(bench, recipe, llm)
     return systems
 
@@ -524,13 +534,13 @@ def first_turns(cases, answers, i, kind, about):
 
 def says_the_same(a, b):
     """Do two cases bring the same words, be it in one recording or in two?"""
-    return normalize(a.utterance.text) == normalize(b.utterance.text)
+    return as_compared(a.utterance.text) == as_compared(b.utterance.text)
 
 
 @lru_cache(maxsize=2**16)  # an answer is compared with all that are about its utterance
 def words_of(text):
     """How often each word is in a text."""
-    return Counter((normalize(text) or text).split())
+    return Counter(as_compared(text).split())
 
 
 class Questions:
@@ -544,8 +554,8 @@ class Questions:
         n = 12 * self.options.per_prompt
         repeats = draw_repeats(tasks, bench.utterances, n, self.options.seed)
         # by SETS, and "replies": to directives that are the prompt
-        self.cases = {"questions": cases, "repeats": repeats, "dialogues": [], "text": cases}
-        self.cases["replies"] = []
+        self.cases = {"questions": cases, "repeats": repeats, "text": cases}
+        self.cases |= {"dialogues": [], "replies": []}  # made of the top line's answers
 
         # the questions on which we look inside
         rng = random.Random(f"probes-{self.options.seed}")
@@ -576,7 +586,7 @@ class Questions:
         asked = self.fingerprint_of(self.top_line, which)
         kept = read_record(path, asked, "answers", "ended")
         if not kept:
-            found = self.ask(self.top_line, which) if self.cases[which] else []
+            found = self.ask(self.top_line, which)
             kept = {
                 "fingerprint": asked,
                 "answers": [answer for answer, _ in found],
@@ -712,7 +722,7 @@ def forget_records(folder, systems):
     """Delete what is kept of these systems, so that they are asked and measured anew."""
     for system in systems:
         (folder / f"{system}.json").unlink(missing_ok=True)
-        for which in SETS:
+        for which in (*SETS, "replies"):
             for path in kept_parts(folder / f"{system}-{which}"):
                 path.unlink()
     for path in folder.glob("text-*.answers.json"):
@@ -754,7 +764,7 @@ def row_of(name, which, case, reference, answer):
 
 
 def exact_match(reference, answer):
-    return float((normalize(reference) or reference) == (normalize(answer) or answer))
+    return float(as_compared(reference) == as_compared(answer))
 
 
 @lru_cache(maxsize=2**16)  # a transcript is compared with many answers, and with the right one
@@ -848,8 +858,9 @@ def behavior_gap(system, top_line, cases, responses):
 
 
 @contextmanager
-def attention_weights(llm):
-    """Let the LLM give its attention weights, which the fast kernels never hold."""
+def attention_weights(model):
+    """Let a SpeechLLM give its attention weights, which the fast kernels never hold."""
+    llm = model.llm.get_base_model() if model.lora else model.llm
     before = llm.config._attn_implementation
     llm.set_attn_implementation("eager")
     try:
@@ -868,7 +879,7 @@ def attention_shares(system, cases, responses):
     """
     model = system.model
     shares = []
-    with attention_weights(model.llm.get_base_model() if model.lora else model.llm):
+    with attention_weights(model):
         for case, response in zip(cases, responses):
             spoken = system.parts(case.utterance)
             parts = chat_parts(
@@ -887,7 +898,11 @@ def attention_from(model, parts, position):
     """
     embeds, mask, _ = model.embed([parts])
     out = model.llm(
-        inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        output_attentions=True,
+        use_cache=False,
+        logits_to_keep=1,  # they are not looked at
     )
     layers = []
     for attention in out.attentions:

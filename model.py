@@ -373,8 +373,14 @@ class HuggingFaceEncoder(nn.Module):
 
 
 class ConnectorBody(nn.Module):
-    """What connectors have in common: their defaults for k and for the hidden width."""
+    """What connectors have in common: their defaults for k, the hidden width, the learning rate.
 
+    Each is made as kind(width_in, width_out, k, hidden): the frames' width D_encoder, the LLM's D,
+    frames per speech token, and a width inside.
+    """
+
+    heads = 1  # attention heads, of which the hidden width is a multiple
+    lr_share = 1.0  # times the usual peak learning rate, which train.py works out
     k_is_a_power_of_two = False
     # Is a token made of its own k frames, and of no others? Then forward() gets windows
     # (W, k, D_encoder), those of all spans of a batch, and gives (W, D); else it gets spans of as
@@ -383,6 +389,19 @@ class ConnectorBody(nn.Module):
     widening = 4  # the hidden width: so many times the LLM's width,
     multiple_of = 1  # rounded up to a multiple of this,
     widest = 2048  # and at most this
+
+    @classmethod
+    def check(cls, k=None, hidden=None):
+        """UserError if it cannot be made with these; None: whatever is derived."""
+        if cls.k_is_a_power_of_two and k and k & (k - 1):
+            raise UserError(
+                f"the connector halves the frame rate, so --k must be a power of two, not {k}"
+            )
+        if hidden and hidden % cls.heads:
+            raise UserError(
+                f"the connector has {cls.heads} attention heads, so --hidden must be a multiple of "
+                f"{cls.heads}, not {hidden}"
+            )
 
     @classmethod
     def frames_per_token(cls, frame_rate, tokens_per_second):
@@ -437,10 +456,7 @@ class Conv(ConnectorBody):
 
     def __init__(self, width_in, width_out, k, hidden):
         super().__init__()
-        if k & (k - 1):
-            raise UserError(
-                f"the conv connector halves the frame rate, so --k must be a power of two, not {k}"
-            )
+        self.check(k, hidden)
         halvings = int(math.log2(k))
         self.convs = nn.ModuleList(
             nn.Conv1d(width_in, width_in, 5, stride=2, padding=2) for _ in range(halvings)
@@ -471,17 +487,14 @@ class QFormer(ConnectorBody):
     -> one query each, cross-attention -> (W, 1, hidden) -> (W, D)
     """
 
-    HEADS, LAYERS = 8, 2
+    heads, n_layers = 8, 2
+    lr_share = 0.25
     windows_apart = True
     widening, multiple_of, widest = 1, 64, 1024
 
     def __init__(self, width_in, width_out, k, hidden):
         super().__init__()
-        if hidden % self.HEADS:
-            raise UserError(
-                f"the qformer connector has {self.HEADS} attention heads, so --hidden must be a "
-                f"multiple of {self.HEADS}, not {hidden}"
-            )
+        self.check(k, hidden)
         self.norm = nn.LayerNorm(width_in)
         self.enter = nn.Linear(width_in, hidden)
         # of a frame in its window: attention alone knows no order
@@ -489,9 +502,9 @@ class QFormer(ConnectorBody):
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, hidden))
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
-                hidden, self.HEADS, 2 * hidden, DROPOUT, "gelu", batch_first=True, norm_first=True
+                hidden, self.heads, 2 * hidden, DROPOUT, "gelu", batch_first=True, norm_first=True
             )
-            for _ in range(self.LAYERS)
+            for _ in range(self.n_layers)
         )
         self.leave = nn.Linear(hidden, width_out)
 
@@ -537,7 +550,7 @@ class Connector(nn.Module):
         super().__init__()
         self.k = k
         self.body = connector_class(kind)(width_in, width_out, k, hidden)
-        self.scale = nn.Parameter(torch.full((width_out,), float(embedding_rms)))
+        self.scale = nn.Parameter(torch.full((width_out,), float(embedding_rms)))  # (D,)
 
     def forward(self, spans):
         """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)], N_i = T_i / k rounded up.
@@ -683,9 +696,10 @@ def has_packed_head(llm):
 
 
 def with_lora(llm, rank):
-    """The LLM with a LoRA adapter of this rank on all its linear layers; itself for rank 0.
+    """The LLM with a LoRA adapter of this rank on its linear layers; itself for rank 0.
 
-    The adapter is the only part of it that is trained (peft; LoRA, arXiv 2106.09685).
+    On all but the vocabulary projection. The adapter is the only part of it that is trained (peft;
+    LoRA, arXiv 2106.09685).
     """
     if not rank:
         return llm
@@ -792,7 +806,6 @@ class SpeechLLM(nn.Module):
     def checkpoint_gradients(self):
         """Less memory and a third more time for training."""
         self.checkpointed = checkpointed_layers(self.llm)
-        return self
 
     def trainable(self):
         """{name: parameter} of what training changes: the connector, and a LoRA adapter."""
@@ -953,12 +966,15 @@ class SpeechLLM(nn.Module):
         return [text for text, _ in self.generate_rows(batch, max_new_tokens)]
 
     def answer(self, question, audio=None, max_new_tokens=64):
-        """The answer to a question about a sound file.
+        """The answer to a question, about a sound file if there is one.
 
         Or to a whole conversation in the Hugging Face message format, whose audio entries hold a
         path.
         """
-        messages = user_turn(question, audio) if isinstance(question, str) else question
+        messages = question
+        if isinstance(question, str):
+            heard = user_turn(question, audio)
+            messages = heard if audio is not None else [{"role": "user", "content": question}]
         return self.generate([self.listen(messages)], max_new_tokens)[0]
 
     def listen(self, messages):
@@ -997,8 +1013,8 @@ class SpeechLLM(nn.Module):
     def build(cls, spec, llm=None, encoder=None, seed=0, precision="auto"):
         """A SpeechLLM from its spec.
 
-        spec: {"llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora"}, and,
-        if they are not the usual ones, "head_bits" and "embeddings". llm, encoder: loaded ones, to
+        spec: {"llm", "bits", "encoder", "pad_whisper", "connector", "k", "hidden", "lora"}, and
+        "head_bits" and "embeddings", which older ones lack. llm, encoder: loaded ones, to
         share them: (LLM, tokenizer) as load_llm returns them, and as load_encoder does.
         """
         llm, tokenizer = llm or load_llm(*llm_of(spec, precision))
@@ -1056,7 +1072,10 @@ class SpeechLLM(nn.Module):
                 )
 
     def load_trained(self, folder):
-        """Put the weights of the connector, and of the adapter, in place; ValueError if damaged."""
+        """Put the weights of the connector, and of the adapter, in place.
+
+        ValueError, RuntimeError or UserError if they are damaged.
+        """
         again = "train again with --force"
         tensors = load_tensors(folder / "connector.safetensors", again)
         self.connector.load_state_dict(tensors)

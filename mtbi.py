@@ -151,7 +151,6 @@ RECIPES = {
         repeat=(1.0, 0.2),
         connector="qformer",
         lora=8,
-        lr=0.25,
     ),
     "vanilla-it": Recipe(
         "the same model tuned on one ASR instruction and true transcripts: speech anchor bias",
@@ -161,7 +160,6 @@ RECIPES = {
         true_transcripts=True,
         connector="qformer",
         lora=8,
-        lr=0.25,
     ),
     "vtb": Recipe(
         "VoiceTextBlender: speech tasks, mixed-modal turns and text-only SFT in one stage, LoRA "

@@ -85,18 +85,19 @@ class TrainOptions:
     steps: Count = 1000
     """training steps"""
     batch_size: Count = 32
-    """utterances in a micro-batch"""
+    """conversations in a micro-batch"""
     accumulate: Count = 1
     """micro-batches in a step; several processes divide the step among them"""
     lr: Rate | None = None
-    """peak learning rate; default: by the LLM's width and the recipe's share"""
+    """peak learning rate; default: by the LLM's width and the connector's share"""
 
     # what changes no weight
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """compute activations again in the backward pass instead of keeping them; auto: from 2.5
     billion parameters on"""
     cache_features: Literal["disk", "ram", "off"] = "disk"
-    """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use"""
+    """keep encoder frames on disk (memory-mapped), in ram, or off: encode at every use, up to 24
+    batches at once, as batches are drawn together"""
     save_every: Count = 100
     """steps between two saved states; the last two are kept"""
     keep_states: bool = False
@@ -105,6 +106,8 @@ class TrainOptions:
     """also show the log in TensorBoard (RUN/tensorboard) or in Weights & Biases, which are packages
     of their own"""
 
+    # support/runs.py reads both: what this command may write, and which options may be others
+    # when it goes on
     MAKES: ClassVar = TRAINED + ON_THE_WAY
     CHANGES_NOTHING: ClassVar = (
         "run",
@@ -144,7 +147,7 @@ def train_recipe(options, row):
 
     model, spec, examples = build(run, utterances, recipe, options)
     checkpoint_if_large(model, options.gradient_checkpointing)
-    lr = peak_rate(options.lr, model, recipe.lr)
+    lr = peak_rate(options.lr, model, connector_class(recipe.connector).lr_share)
     with lock_folder(folder):
         # by another process, while this one loaded its models?
         if is_trained(folder, options, content):
@@ -195,7 +198,9 @@ def with_options(row, options):
         if getattr(options, name) is not None:
             changed[name] = getattr(options, name)
     recipe = replace(row, **changed)
-    connector_class(recipe.connector)  # UserError if there is none of this name
+    # what cannot be trained is said before all speech is encoded
+    connector_class(recipe.connector).check(options.k, options.hidden)
+    recipe.check()
     if recipe.loss not in LOSSES:
         raise UserError(f"there is no loss {recipe.loss!r}; there are {', '.join(LOSSES)}")
     return recipe
@@ -332,8 +337,8 @@ def explain(model, examples):
     )
     step = examples.batch_size * examples.accumulate
     print(
-        f"batch: {examples.batch_size} x accumulation {examples.accumulate} = {step} utterances a "
-        f"step; {examples.steps} steps = {examples.steps * step / n:.1f} epochs"
+        f"batch: {examples.batch_size} x accumulation {examples.accumulate} = {step} conversations "
+        f"a step; {examples.steps} steps = {examples.steps * step / n:.1f} for each utterance"
     )
     trainable = sum(p.numel() for p in model.trainable().values())
     adapter = ", LoRA" if model.lora else ""
@@ -477,7 +482,8 @@ def steps_ahead(examples, first):
 def accumulate_gradients(model, pieces, tokens, loss="ce", scale=1.0):
     """Forward and backward of this process's share of a step of so many response tokens.
 
-    The loss is a mean over them, however the step is divided.
+    Adds its gradients up in the parameters, and returns its share of the loss, which is a mean over
+    the tokens of the whole step, however that is divided.
     """
     mean = 0.0
     for piece in pieces:

@@ -63,7 +63,7 @@ def attention_on_speech(model, heard, prompt):
     parts = chat_parts(
         model.tokenizer, user_turn(prompt), [[Speech(heard.frames)]], instruction=prompt
     )
-    with attention_weights(model.llm.get_base_model() if model.lora else model.llm):
+    with attention_weights(model):
         shares = attention_from(model, parts, -1).cpu()  # (layers, L)
     on_speech, on_prompt = None, torch.zeros(len(shares))
     at = 0

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 from corpora.joining import join_words, parse_join
 from corpora.readers import download_librispeech, find_rows
 from corpora.rendering import render_tiny
-from data import held_out, normalize, read_manifest
+from data import as_compared, held_out, read_manifest
 from support.console import timed
 from support.files import UserError, fingerprint, relative, write_jsonl
 from support.options import Between, Count, Positional, Seed, called
@@ -339,8 +339,8 @@ def leave_out_tested(utterances):
     UserError if that leaves no training rows; a test set has none from the start.
     """
     training = [u for u in utterances if u.split == "train"]
-    tested = {normalize(u.text) for u in utterances if u.split == "test"}
-    left_out = [u for u in training if normalize(u.text) in tested]
+    tested = {as_compared(u.text) for u in utterances if u.split == "test"}
+    left_out = [u for u in training if as_compared(u.text) in tested]
     if not left_out:
         return utterances
     print(f"{len(left_out)} training rows left out, because their transcript is tested")
@@ -348,4 +348,4 @@ def leave_out_tested(utterances):
         raise UserError(
             "no training rows are left: every transcript is also spoken by a held-out speaker"
         )
-    return [u for u in utterances if u.split == "test" or normalize(u.text) not in tested]
+    return [u for u in utterances if u.split == "test" or as_compared(u.text) not in tested]

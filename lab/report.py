@@ -143,7 +143,7 @@ def write_report(measured):
     folder, run = measured.bench.folder, measured.bench.run.folder
     answers = pandas.DataFrame(measured.rows)
     write_table(folder / "answers.csv", answers)
-    logs = {name: read_log(run / name / "log.jsonl") for name in measured.bench.trained}
+    logs = {name: read_log(run / name / "log.jsonl") for name in measured.bench.trained_with}
     recipes = {}
     for name, rows in answers.groupby("system", sort=False):
         training = logs[name][-1]["seconds"] if name in logs else 0
@@ -163,7 +163,7 @@ def write_report(measured):
             "llm_is_4_bit": measured.llm_is_4_bit,
             "settings": as_json(measured.bench.settings),
             "answers": fingerprint_of_file(folder / "answers.csv"),
-            "training": measured.bench.trained,
+            "training": measured.bench.trained_with,
             **where_it_ran(),
         },
     }

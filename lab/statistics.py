@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 import numpy as np
 import pandas
 
-from data import normalize
+from data import as_compared, normalize
 from eval import CELLS, DIALOGUES, word_error_rate
 
 LINES = ("text", "copy", "cascade")  # the systems that every recipe is held against
@@ -204,8 +204,8 @@ def task_metrics(answers):
     rows = []
     questions = answers[answers["set"] == "questions"]
     for task, asked in questions.groupby("task", sort=False):
-        references = [normalize(text) or text for text in asked["reference"]]
-        found = [normalize(text) or text for text in asked["answer"]]
+        references = [as_compared(text) for text in asked["reference"]]
+        found = [as_compared(text) for text in asked["answer"]]
         rows.append(
             {
                 "task": task,

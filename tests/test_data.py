@@ -1,5 +1,6 @@
 """From sound files to batches; what is bad is refused in one line, and nothing is half-written."""
 
+import copy
 import json
 import math
 import os
@@ -834,6 +835,15 @@ def test_what_is_said_never_becomes_a_control_token(name, tokenizer):
         if name != "tiny":  # which knows no < and no |
             assert tokenizer.decode(part.ids).split() == HOSTILE.split()
             assert "im_start" in tokenizer.decode(part.ids)
+
+
+def test_the_first_token_of_an_instruction_may_begin_with_the_space_before_it(tokenizer):
+    spaced = copy.deepcopy(tokenizer)
+    spaced.chat_template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    transcript = [transcript_tokens(spaced, "three red apples")]
+    parts = chat_parts(spaced, user_turn("Who?"), [transcript], instruction="Who?")
+    marked = [p for p in parts if isinstance(p, Text) and p.is_instruction]
+    assert spaced.decode([i for p in marked for i in p.ids]).strip() == "Who?"
 
 
 def test_an_instruction_is_marked_where_the_user_gives_it_and_nowhere_else():

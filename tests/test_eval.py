@@ -659,7 +659,8 @@ def test_what_is_kept_of_a_system_is_not_taken_for_that_of_one_with_a_longer_nam
     kept = [f"{system}-questions.part-0.jsonl" for system in ("mtbi", "mtbi-1")]
     for name in kept:
         (tmp_path / name).touch()
-    eval_module.forget_records(tmp_path, ["mtbi"])
+    (tmp_path / "text-replies.part-0.jsonl").touch()
+    eval_module.forget_records(tmp_path, ["mtbi", "text"])
     assert [path.name for path in tmp_path.iterdir()] == kept[1:]
 
 
@@ -829,6 +830,15 @@ def test_two_data_folders_of_one_name_get_two_reports(own, elsewhere, tmp_path):
     (run / "on" / "heard-elsewhere" / "data.json").write_text("{")
     assert bench(run, "--data", other, "--recipes", "mtbi") == 0
     assert (run / "on" / "heard-elsewhere" / "report.md").read_bytes() == first
+
+
+def test_two_data_folders_of_one_name_are_told_apart_by_a_saved_state_alone(tmp_path):
+    run = SimpleNamespace(folder=tmp_path / "run", data=tmp_path / "data")
+    first, second = tmp_path / "a" / "test", tmp_path / "b" / "test"
+    folder = eval_module.report_folder(run, first)
+    write_json(folder / "steps" / "100" / "data.json", {"data": str(first.resolve())})
+    assert eval_module.report_folder(run, first) == folder
+    assert eval_module.report_folder(run, second) != folder
 
 
 def test_naming_the_runs_own_data_is_the_same_as_naming_none(own, capsys):

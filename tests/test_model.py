@@ -558,6 +558,7 @@ def test_the_real_tokenizers_on_small_random_models(name, family, encoder, tmp_p
     model = SpeechLLM.build({**SMALL, "connector": "qformer"}, llm, encoder)
     soundfile.write(tmp_path / "a.wav", noise(1), ONE_SECOND)
     assert isinstance(model.answer(PROMPT, tmp_path / "a.wav", 4), str)
+    assert isinstance(model.answer("Who are you?", max_new_tokens=4), str)
     assert model.tokenizer.convert_ids_to_tokens(model.eot) == "<|im_end|>"
 
 

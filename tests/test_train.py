@@ -22,14 +22,15 @@ import support.states
 import train as train_module
 from data import Example, Examples, Recipe, Speech, chat_parts, read_behaviors, response_tokens
 from data import user_turn
-from model import SpeechLLM, load_llm
+from model import CONNECTORS, SpeechLLM, connector_class, load_llm
 from mtbi import RECIPES, main
 from support.files import UserError, read_json, write_json
 from support.hub import fingerprint_of_weights
 from support.logs import read_log
 from support.states import ON_THE_WAY, saved_states
-from train import Piece, Progress, accumulate_gradients, halve_pieces, learning_rate, peak_rate
-from train import pieces_of_step, split_to_fit, step_gradients, train, update
+from train import Piece, Progress, TrainOptions, accumulate_gradients, halve_pieces, learning_rate
+from train import peak_rate, pieces_of_step, split_to_fit, step_gradients, train, update
+from train import with_options
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--hidden", "16"]
 
@@ -672,8 +673,26 @@ def test_a_step_undoes_the_scale_of_the_loss_and_clips(scale, gradient, norm, mo
     assert -p.item() == pytest.approx(moved, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"recipe": "blsp", "k": 6},
+        {"recipe": "mtbi", "connector": "qformer", "hidden": 20},
+        {"recipe": "vtb", "lora": 0},
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_loaded(words):
+    with pytest.raises(UserError):
+        with_options(RECIPES[words["recipe"]], TrainOptions("run", **words))
+
+
+def test_a_q_former_learns_at_a_quarter_of_the_rate_in_whatever_recipe():
+    shares = {name: connector_class(name).lr_share for name in CONNECTORS}
+    assert shares == {"stack-mlp": 1, "conv": 1, "qformer": 0.25}
+
+
 @pytest.mark.parametrize("width, share", [(3584, 0.25), (64, 1.0)])
-def test_the_peak_rate_follows_from_the_llms_width_and_the_recipes_share(width, share, capsys):
+def test_the_peak_rate_follows_from_the_llms_width_and_the_connectors_share(width, share, capsys):
     table = SimpleNamespace(weight=torch.empty(9, width))
     model = SimpleNamespace(llm=SimpleNamespace(get_input_embeddings=lambda: table))
     expected = share * 4e-3 * 192 / max(192, width)
