@@ -841,9 +841,9 @@ def test_the_first_token_of_an_instruction_may_begin_with_the_space_before_it(to
     spaced = copy.deepcopy(tokenizer)
     spaced.chat_template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
     transcript = [transcript_tokens(spaced, "three red apples")]
-    parts = chat_parts(spaced, user_turn("Who?"), [transcript], instruction="Who?")
-    marked = [p for p in parts if isinstance(p, Text) and p.is_instruction]
-    assert spaced.decode([i for p in marked for i in p.ids]).strip() == "Who?"
+    parts = chat_parts(spaced, user_turn("three?"), [transcript], instruction="three?")
+    marked = next(p for p in parts if isinstance(p, Text) and p.is_instruction)
+    assert spaced.decode(marked.ids) == " three?"
 
 
 def test_an_instruction_is_marked_where_the_user_gives_it_and_nowhere_else():
