@@ -38,7 +38,7 @@ from support.hub import PackedHead, check_frames, check_row_widths, check_tokeni
 from support.hub import check_vocabulary, checkpoint_path, fingerprint_of_tensors
 from support.hub import fingerprint_of_weights, free_memory, keep_embeddings_on_host, load_adapter
 from support.hub import load_in_places, load_or_explain, load_speech_model, load_tensors
-from support.hub import local_or_fetched, pack_head, save_adapter
+from support.hub import local_or_fetched, pack_head, save_adapter, stay_on_the_card
 from support.processes import DEVICE, first_process
 from support.recognizer import Recognizer, encoder_behind, fingerprint_of_recognizer
 from support.recognizer import is_recognizer, open_recognizer
@@ -168,6 +168,7 @@ class HuggingFaceEncoder(nn.Module):
 
     def __init__(self, name, pad_whisper=False):
         super().__init__()
+        stay_on_the_card()
         self.name = str(name)
         self.pad_whisper = pad_whisper
         where = checkpoint_path(name, "encoder")
@@ -617,6 +618,7 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
     their table is, "gpu" or "host", which changes no result.
     """
     free_memory()  # of an LLM that was there before
+    stay_on_the_card()
     where = checkpoint_path(name, "llm")
     compute = PRECISIONS[compute_precision(precision, name)]
     tokenizer = load_or_explain(AutoTokenizer, where, "LLM")

@@ -590,6 +590,7 @@ def train(
     optimizer = adam_w(parameters, lr)
     fp16 = model.llm.get_input_embeddings().weight.dtype == torch.float16
     progress = where_it_was(folder, parameters, optimizer, fp16, made_with)
+    optimizer.prepare()
     log = Log(folder / "log.jsonl", progress.step, track)
     bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
 

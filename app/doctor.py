@@ -70,8 +70,7 @@ def verdict(findings):
     if DEVICE == "cpu":
         yield "real LLMs train on a GPU; `plan --vram GB`   says which card trains which"
     else:
-        total = torch.cuda.get_device_properties(0).total_memory / 1e9
-        yield f"python mtbi.py plan --vram {total:<16.0f} says which LLM trains on this card"
+        yield "python mtbi.py plan --llm NAME               says whether an LLM trains on this card"
         yield "python -m lab.gpu --smoke                    tries every path that only a GPU takes"
 
 

@@ -67,6 +67,7 @@ ANSWERED = ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct")
 ANSWERS_AT_ONCE = 32
 SMALLEST = ("tiny", "openai/whisper-tiny")  # without a GPU
 STEPS = 8  # timed ones
+AT_MOST = 1200  # seconds for the demo
 
 
 @dataclass
@@ -325,7 +326,12 @@ def time_demo(folder):
             words.append("--short")
         start = time.perf_counter()
         command = [sys.executable, str(PROJECT / "mtbi.py"), *words]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                command, cwd=PROJECT, capture_output=True, text=True, timeout=AT_MOST
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"the demo was not done after {AT_MOST} s") from None
         seconds = time.perf_counter() - start
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]

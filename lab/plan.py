@@ -5,16 +5,20 @@
 model_shapes.py says what the models look like, memory.py counts the bytes, here they are weighed.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
+
+import torch
 
 from lab.memory import CONTEXT, GB, TRANSCRIPT_RATE, behaviors_bytes, estimate
 from lab.model_shapes import encoder_shape, find_config, full_name
 from model import PRECISIONS
 from support.hub import parameters_of
 from support.options import Count, Rank, Size
+from support.processes import DEVICE
 from train import CHECKPOINT_FROM
 
 
@@ -25,13 +29,13 @@ class PlanOptions:
     download"""
     encoder: str = "openai/whisper-large-v3"
     """likewise"""
-    vram: Size = 8.0
-    """GPU memory, GB"""
+    vram: Size | None = None
+    """GPU memory, GB; default: what is free of this machine's, or 8 without one"""
     bits: Literal[4, 8, 16] = 4
     """the LLM's weights in 4 (NF4), 8 or 16 (not quantized) bits; the vocabulary projection and
     the table of embeddings stay in 16 on the GPU, unless it fits only otherwise"""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """what the LLM computes in"""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """what the LLM computes in; auto: bf16, or fp16 on a GPU without it"""
     seconds: Size = 15.0
     """length of the longest clips, seconds"""
     prompt_tokens: Count = 48
@@ -56,6 +60,7 @@ def plan(options):
         options,
         llm=full_name(options.llm, "llm"),
         encoder=full_name(options.encoder, "encoder"),
+        vram=options.vram or free_vram(),
     )
     llm_config = find_config(options.llm, "llm").get_text_config()
     encoder_config = find_config(options.encoder, "encoder")
@@ -76,6 +81,23 @@ def plan(options):
         f"checkpointing: {needed:.1f} GB are needed. A smaller LLM, shorter clips, {packed}or a "
         "larger card."
     )
+
+
+def free_vram():
+    """GB of this machine's GPU that a training can have, the share of CUDA itself included."""
+    if DEVICE == "cpu":
+        print("GPU memory: 8 GB are assumed; --vram says otherwise\n")
+        return 8.0
+    free, total = torch.cuda.mem_get_info(DEVICE)
+    # CUDA has its share already, in this process
+    found = math.floor(min(total, free + CONTEXT) / GB * 10) / 10
+    print(f"GPU memory: {found:g} GB, what is free of the {torch.cuda.get_device_name(DEVICE)}\n")
+    return found
+
+
+def bytes_of(precision):
+    """The type in which the LLM computes; bf16 and fp16 have as many bytes."""
+    return PRECISIONS["bf16" if precision == "auto" else precision]
 
 
 # ---- the search ----
@@ -99,8 +121,8 @@ FRUGAL = {"head_bits": 4, "embeddings": "host"}
 def best_fit(options, llm_config, encoder, room):
     """The Fit with the largest micro-batch within `room` bytes, or one of a single conversation.
 
-    Without checkpointing, where that costs no more than half of the micro-batch and the LLM is
-    small. Only where nothing fits otherwise, with FRUGAL.
+    Without checkpointing, where the whole step goes through at once, or where the LLM is small and
+    that costs no more than half of the micro-batch. Only where nothing fits otherwise, with FRUGAL.
     """
     estimated = partial(
         estimate,
@@ -108,7 +130,7 @@ def best_fit(options, llm_config, encoder, room):
         encoder.width,
         encoder.frame_rate,
         bits=options.bits,
-        dtype=PRECISIONS[options.precision],
+        dtype=bytes_of(options.precision),
         seconds=options.seconds,
         prompt=options.prompt_tokens,
         answer=options.answer_tokens,
@@ -121,6 +143,10 @@ def best_fit(options, llm_config, encoder, room):
         fast = largest_fit(estimated, options.batch_size, False, room)
         if fast.fits and 2 * fast.micro_batch >= frugal.micro_batch:
             return fast
+    elif frugal.micro_batch == options.batch_size:
+        whole = estimated(batch=options.batch_size, checkpointing=False)
+        if whole["peak"] <= room:
+            return Fit(options.batch_size, False, False, whole, True)
     if frugal.fits or options.bits == 16:
         return frugal
     return largest_fit(estimated, options.batch_size, True, room, True)
@@ -153,8 +179,8 @@ def answers_at_once(options, llm_config, weights, room):
     transcript = round(options.seconds * TRANSCRIPT_RATE)  # tokens
     # a second turn is about another transcript, after the first one's answer
     tokens = options.prompt_tokens + 2 * (transcript + options.answer_tokens)
-    dtype = PRECISIONS[options.precision]
-    for batch in (128, 64, 32, 16, 8, 4, 2, 1):
+    dtype = bytes_of(options.precision)
+    for batch in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
         if behaviors_bytes(llm_config, weights, dtype, batch, tokens) <= room:
             return batch
     return 0
@@ -167,7 +193,7 @@ def print_table(options, config, best, more):
     """What takes how much memory, and why; more: rows beside the step's own."""
     parts = best.parts
     shape = f"{config.num_hidden_layers} layers of {config.hidden_size}"
-    packed = f"{options.bits} bits, the embeddings in {options.precision}"
+    packed = f"{options.bits} bits, the embeddings in {8 * bytes_of(options.precision).itemsize}"
     if best.frugal:
         packed = f"{options.bits} bits, the vocabulary projection in 4; the embeddings on the host"
     if options.bits == 16:
@@ -221,7 +247,7 @@ def print_commands(options, best, answered):
     """The two stages, with the settings that fit."""
     behaviors = [
         f"python mtbi.py behaviors DATA --out RUN --llm {options.llm} --bits {options.bits}",
-        f"--precision {options.precision} --batch-size {answered}",
+        f"--batch-size {answered}",
     ]
     if best.frugal:
         behaviors.append("--head-bits 4 --embeddings host")
@@ -230,8 +256,11 @@ def print_commands(options, best, answered):
         f"python mtbi.py train RUN --encoder {options.encoder}",
         f"--batch-size {best.micro_batch} --accumulate {accumulate}",
         f"--gradient-checkpointing {'on' if best.checkpointing else 'off'}",
-        f"--precision {options.precision} --cache-features disk",
+        "--cache-features disk",
     ]
+    if options.precision != "auto":
+        behaviors.append(f"--precision {options.precision}")
+        train.append(f"--precision {options.precision}")
     if options.connector != "stack-mlp":
         train.append(f"--connector {options.connector}")
     if options.loss != "ce":
@@ -241,4 +270,4 @@ def print_commands(options, best, answered):
     print(f"\nIt fits {options.vram:g} GB, with")
     print(f"  {' '.join(behaviors)}")
     print(f"  {' '.join(train)}")
-    print("Estimated, on shapes alone; no GPU was asked.")
+    print("Estimated, on shapes alone; nothing was loaded.")

@@ -33,7 +33,7 @@ from model import load_encoder, load_llm
 from support.answers import answer_in_memory
 from support.files import PROJECT, UserError, first_line, read_jsonl
 from support.hub import free_memory
-from support.processes import DEVICE
+from support.processes import DEVICE, WHY_DEVICE
 from support.states import read_state, saved_states
 from train import FIRST_SCALE, Piece, Progress, accumulate_gradients, adam_w, pieces_of_step
 from train import step_gradients, train, update
@@ -49,6 +49,7 @@ SPEC = {
     "lora": 0,
 }
 STEPS = 50  # of the demo's training, on the GPU and on the CPU
+AT_MOST = 300  # seconds for a command
 WEIGHTS = 5_000_000  # of a tensor: 20 MB, and twice that for the moments
 
 
@@ -121,11 +122,12 @@ def allowed(n_bytes):
     """Within it torch may take so many bytes of the GPU, and is out of memory beyond that."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, n_bytes / total))
+    before = torch.cuda.get_per_process_memory_fraction()
+    torch.cuda.set_per_process_memory_fraction(min(before, n_bytes / total))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.set_per_process_memory_fraction(before)
         torch.cuda.empty_cache()
 
 
@@ -311,19 +313,43 @@ def padding_changes_nothing(_):
 
 def heads_may_share_keys(_):
     """The same of an LLM in which several heads share keys and values, as in most large ones."""
+    return same_alone_and_on_a_cpu(with_shared_heads("fp32"))
+
+
+def wide_heads_are_close(_):
+    """Attention with the heads of large LLMs, in the precision of training, is near fp32.
+
+    Padded and not, forward and backward: each has a kernel of its own.
+    """
+    precision = compute_precision() if ON_GPU else "bf16"
+    said = []
+    for what in ("padded", "of one length"):
+        found = []
+        for name in ("fp32", precision):
+            model = with_shared_heads(name, width=512, heads=4)
+            examples = conversations(model)
+            if what == "of one length":
+                examples = len(examples) * examples[:1]
+            found.append(gradients(model, examples)[1])
+        said.append(within(found[1], found[0], 0.1, f"gradients {what} in {precision}"))
+    return "; ".join(said)
+
+
+def with_shared_heads(precision, width=256, heads=8):
+    """A SpeechLLM of random weights, in which two heads and more share keys and values."""
     tiny = tiny_model()
     config = transformers.Qwen2Config(
         vocab_size=len(tiny.llm.get_input_embeddings().weight),
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
-        num_attention_heads=8,
+        num_attention_heads=heads,
         num_key_value_heads=2,
     )
     torch.manual_seed(0)
-    llm = transformers.Qwen2ForCausalLM(config).to(DEVICE).eval().requires_grad_(False)
-    model = SpeechLLM.build(SPEC, (llm, tiny.tokenizer), tiny.encoder)
-    return same_alone_and_on_a_cpu(model.train(False))
+    llm = transformers.Qwen2ForCausalLM(config).to(DEVICE, PRECISIONS[precision])
+    llm = llm.eval().requires_grad_(False)
+    return SpeechLLM.build(SPEC, (llm, tiny.tokenizer), tiny.encoder).train(False)
 
 
 def same_alone_and_on_a_cpu(model):
@@ -549,7 +575,7 @@ def mtbi(*words, on_cpu=False, wait=True):
     """A command of mtbi.py as a program of its own: what it said, or, not waited for, itself."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if on_cpu:
-        env["CUDA_VISIBLE_DEVICES"] = ""
+        env["CUDA_VISIBLE_DEVICES"] = "-1"  # an empty one counts as none on Windows
     process = subprocess.Popen(
         [sys.executable, str(PROJECT / "mtbi.py"), *map(str, words)],
         cwd=PROJECT,
@@ -563,7 +589,12 @@ def mtbi(*words, on_cpu=False, wait=True):
 
 def ended(process):
     """Waits for a program: what it said; AssertionError with its last line if it failed."""
-    said = process.communicate()[0]
+    try:
+        said = process.communicate(timeout=AT_MOST)[0]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"a command was not done after {AT_MOST} s") from None
+    finally:
+        process.kill()  # which has ended, if all is well
     last = said.strip().splitlines()[-1:] or ["nothing"]
     assert process.returncode == 0, f"a command ended with {process.returncode}: {last[0]}"
     return said
@@ -602,12 +633,14 @@ def resumes_where_it_was_killed(folder):
     mtbi(*train_words(run))
     process = mtbi(*train_words(killed), wait=False)
     deadline = time.monotonic() + 120
-    while not list((killed / "mtbi" / "state").glob("[0-9]*")):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline, "no state was saved in two minutes"
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    try:
+        while not list((killed / "mtbi" / "state").glob("[0-9]*")):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, "no state was saved in two minutes"
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
     was_whole = (killed / "mtbi" / "connector.safetensors").exists()
     assert not was_whole, "it had ended before it was killed"
     step = resumed_at(mtbi(*train_words(killed)))
@@ -625,7 +658,8 @@ def loss_is_that_of_a_cpu(folder):
     run, _, on_cpu = small_run(folder)
     if not (run / "mtbi" / "log.jsonl").exists():
         mtbi(*train_words(run))
-    mtbi(*train_words(on_cpu), on_cpu=True)
+    told = mtbi(*train_words(on_cpu), on_cpu=True)
+    assert "device: cpu" in told, "the other training was not on the CPU"
     said = []
     for what, part, tolerance in (("at first", slice(1), 0.03), ("at last", slice(-10, None), 0.2)):
         means = []
@@ -662,6 +696,7 @@ CHECKS = [
     Check(fp16_with_embeddings_on_the_host_scales_its_loss, "leave --embeddings at gpu"),
     Check(padding_changes_nothing, UPDATE),
     Check(heads_may_share_keys, UPDATE),
+    Check(wide_heads_are_close, f"{UPDATE}, or use --precision fp32"),
     Check(checkpointing_changes_nothing, "use --gradient-checkpointing off"),
     Check(frames_are_the_same_from_disk, "use --cache-features ram"),
     Check(clips_heard_together, UPDATE),
@@ -679,13 +714,14 @@ CHECKS = [
 
 def smoke():
     """Run every check and say what came of it; returns how many failed."""
-    device = "no GPU: what can be tried on a CPU"
+    device = f"no GPU ({WHY_DEVICE}): what can be tried on a CPU"
     if ON_GPU:
         device = torch.cuda.get_device_name()
     print(f"{device}; torch {torch.__version__}, bitsandbytes {version_of('bitsandbytes')}\n")
     failed = 0
     start = time.monotonic()
-    with TemporaryDirectory(prefix="mtbi-smoke-") as folder:
+    # Windows deletes no file that is mapped, as frames are: then the folder stays
+    with TemporaryDirectory(prefix="mtbi-smoke-", ignore_cleanup_errors=True) as folder:
         for check in CHECKS:
             failed += not run_check(check, Path(folder))
     took = time.monotonic() - start

@@ -77,8 +77,8 @@ class StepOptions:
     loss: Literal["ce", "kl"] = "ce"
     """the LLM's answer, or its whole distribution: one more forward pass, of the transcripts"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """compute activations again in the backward pass instead of keeping them; auto: from 3B
-    parameters on"""
+    """compute activations again in the backward pass instead of keeping them; auto: from 2.5
+    billion parameters on"""
     steps: Count = 10
     """timed steps; the faster half counts"""
     ours_only: bool = False
@@ -132,7 +132,8 @@ def begin_anew(llm, module):
     if missing:
         llm._init_weights(module)
     for name, tensor in missing.items():
-        if not torch.isfinite(tensor).all():
+        # the largest number is none if any is none, and needs no copy of the tensor
+        if tensor.numel() and not torch.isfinite(tensor.amax()):
             what = f"{type(module).__name__}.{name}"
             raise UserError(
                 f"--llm: {what} of a model of type {llm.config.model_type} cannot be made without "

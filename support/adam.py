@@ -25,6 +25,21 @@ class RoomyAdamW(torch.optim.AdamW):
     on_host = False
 
     @torch.no_grad()
+    def prepare(self):
+        """Make every parameter's moments before the first step.
+
+        So that a GPU which has no room for them and a step says so at once, and not later, when a
+        longer step than the first is halved for it.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("step", torch.tensor(0.0))
+                moments = self.moments_of(p, state)
+                if moments:
+                    state.update(zip(MOMENTS, moments))
+
+    @torch.no_grad()
     def step(self):
         """Change every parameter that has a gradient."""
         for group in self.param_groups:
@@ -36,23 +51,28 @@ class RoomyAdamW(torch.optim.AdamW):
         """Change one parameter; an error of torch if not even a piece of it finds room."""
         state = self.state[p]
         state.setdefault("step", torch.tensor(0.0))
-        why = None
-        if not self.on_host:
-            try:
-                moments = [moment_on_device(state, name, p) for name in MOMENTS]
-                make_room(p)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                why = first_line(error)
-        if why:
-            moments = None  # of which one may be on the GPU
-            self.leave_gpu(why)
-        if self.on_host:
+        moments = self.moments_of(p, state)
+        if not moments:
             self.change_in_pieces(p, state, group)
             return
         adam_step(p, p.grad, moments, state["step"], group)
         state.update(zip(MOMENTS, moments))
+
+    def moments_of(self, p, state):
+        """The moments of a parameter on its device; none if they are to be on the host."""
+        if self.on_host:
+            return []
+        try:
+            moments = [moment_on_device(state, name, p) for name in MOMENTS]
+            make_room(p)
+            return moments
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            why = first_line(error)
+        moments = None  # of which one may be on the GPU
+        self.leave_gpu(why)
+        return []
 
     def leave_gpu(self, why):
         """All moments to host memory, for good."""

@@ -31,7 +31,8 @@ MAIN = RANK == 0
 def choose_device():
     """(the device of this process, the reason)."""
     if not torch.cuda.is_available():
-        return "cpu", "there is no CUDA"
+        built = torch.version.cuda or torch.version.hip
+        return "cpu", "no GPU is found" if built else "this torch was built without CUDA"
     n_gpus, index = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if index >= n_gpus:
         print(

@@ -109,7 +109,8 @@ def load_weights(path, parameters):
 def read_state(path):
     """(tensors, what is said about them) of a state file; ValueError if its checksum is wrong."""
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        # copies: Windows deletes no file of which a tensor is still a part
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         about = file.metadata()
     if about["checksum"] != checksum_of_state(tensors, about):
         raise ValueError("it is damaged: its checksum does not fit")

@@ -1,5 +1,6 @@
 """What only a GPU does, by stand-ins on a CPU: the smoke test's own checks, and want of memory."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ import support.hub
 import train
 from app.systems import Systems, Turn
 from data import Example, Recipe, Text, load_audio, read_manifest
+from lab.memory import LiveBytes
 from lab.model_shapes import find_config, llm_shape
 from lab.programs import run_program
 from model import HuggingFaceEncoder, SpeechLLM, encode_all
@@ -750,6 +752,24 @@ def test_an_optimizer_that_finds_no_room_at_any_parameter_goes_on_to_the_same_we
             assert torch.equal(optimizer.state[p][name], usual.state[q][name])
 
 
+def test_moments_made_beforehand_change_no_weight_and_go_to_the_host_at_once(monkeypatch, capsys):
+    found = []
+    for room in ("none said", "enough", "too little"):
+        weights = some_weights()
+        optimizer = train.adam_w(dict(enumerate(weights)), 1e-2)
+        if room == "too little":
+            monkeypatch.setattr(support.adam, "make_room", no_room_for_cublas)
+        if room != "none said":
+            optimizer.prepare()
+        assert optimizer.on_host == (room == "too little")
+        there = [set(support.adam.MOMENTS) <= set(optimizer.state[p]) for p in weights]
+        assert all(there) == (room == "enough")
+        found.append(steps_of(optimizer, weights))
+    assert all(map(torch.equal, found[0], found[1]))
+    assert all(map(torch.equal, found[0], found[2]))
+    assert capsys.readouterr().err.count("from here on they are in host memory") == 1
+
+
 def test_the_check_of_the_optimizer_fails_where_the_memory_did_not_run_out(tmp_path, monkeypatch):
     limits = []
 
@@ -771,6 +791,51 @@ def test_the_check_of_the_optimizer_fails_where_the_memory_did_not_run_out(tmp_p
     limits.clear()
     enough = False
     assert lab.smoke.optimizer_goes_on(tmp_path) == "the same to the bit"
+
+
+# ---- a GPU of Windows, whose driver lends host memory ----
+
+
+@pytest.mark.parametrize("system, limits", [("win32", [0.6]), ("linux", [])])
+def test_under_windows_torch_takes_what_is_free_of_the_card_and_no_more(
+    system, limits, monkeypatch, capsys
+):
+    found = []
+    monkeypatch.setattr(support.hub, "DEVICE", "cuda:0")
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4.0e9, 8e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1.0e9)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, _: found.append(share)
+    )
+    support.hub.stay_on_the_card.__wrapped__()
+    assert found == pytest.approx(limits)
+    assert ("up to 4.8 GB" in capsys.readouterr().out) == bool(limits)
+
+
+@pytest.mark.parametrize("before", [1.0, 0.5])
+def test_a_limit_of_the_smoke_test_leaves_the_one_that_was_there(before, monkeypatch):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8e9)
+    )
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: before)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    with lab.smoke.allowed(2e9):
+        pass
+    with lab.smoke.allowed(2**40):
+        pass
+    assert shares == [0.25, before, before, before]
+
+
+def test_a_command_of_the_smoke_test_that_does_not_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(lab.smoke, "AT_MOST", 0.1)
+    words = [sys.executable, "-c", "import time; time.sleep(60)"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    with pytest.raises(AssertionError, match="not done after 0.1 s"):
+        lab.smoke.ended(process)
+    assert process.wait(10) != 0
 
 
 # ---- random weights of a real size, and how many weights there are ----
@@ -798,6 +863,15 @@ def test_an_llm_of_random_weights_is_whole_and_scales_its_embeddings(family, shr
     if not shrunk:
         assert (table.weight is head.weight) == config.tie_word_embeddings
     assert llm(torch.arange(10, 30)[None]).logits.isfinite().all()
+
+
+def test_a_random_table_takes_no_memory_beside_its_own():
+    table = torch.nn.Embedding(50_000, 128, device="meta")
+    llm = SimpleNamespace(_init_weights=lambda module: module.weight.data.normal_())
+    with LiveBytes() as live:
+        lab.step.begin_anew(llm, table)
+    assert table.weight.isfinite().all()
+    assert live.peak < 1.1 * 50_000 * 128 * 4
 
 
 def test_an_llm_that_cannot_be_made_without_its_checkpoint_is_one_line(monkeypatch):

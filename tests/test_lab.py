@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lab.gpu
+import lab.plan
 import lab.plots
 import lab.smoke
 import lab.step
@@ -1004,7 +1005,7 @@ def test_what_is_said_to_fit_is_a_command_that_runs_and_more_memory_never_fits_l
         assert commands["behaviors"].llm == "Qwen/Qwen2.5-7B-Instruct"
         train = commands["train"]
         assert train.batch_size * train.accumulate == 32
-        assert train.gradient_checkpointing == "on"
+        assert train.gradient_checkpointing == ("off" if vram == 80 else "on")
         micro_batches.append(train.batch_size)
         # 750 frames in 94 tokens of 8, a prompt of 48 tokens and an answer of 64
         assert f"{train.batch_size} x 206 positions at once" in said
@@ -1032,6 +1033,17 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_estimates(batch_size,
     assert not any(10 * size <= room for size in larger)
     if found.fits and found.micro_batch < batch_size:
         assert 10 * min(larger) > room, "the next larger one was tried"
+
+
+def test_plan_takes_what_is_free_of_the_gpu_that_is_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5.85e9, 8.585e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "card")
+    assert lab.plan.free_vram() == 8.0 and "8 GB are assumed" in capsys.readouterr().out
+    monkeypatch.setattr(lab.plan, "DEVICE", "cuda:0")
+    assert lab.plan.free_vram() == 6.6, "CUDA's own 0.8 GB are this program's"
+    assert "GPU memory: 6.6 GB, what is free of the card" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8.5e9, 8.585e9))
+    assert lab.plan.free_vram() == 8.5, "never more than the card has"
 
 
 def test_what_does_not_fit_is_said_with_what_would_help(capsys):

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -296,6 +297,15 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_resumes(
     assert saved_states(tmp_path)[0].stem == "00000003"
     assert signal.getsignal(number) == before
     assert are_equal(go(fresh(), steps_of_two, tmp_path), never_stopped[0])
+
+
+def test_nothing_of_a_state_file_stays_mapped_after_it_was_read(never_stopped):
+    path = saved_states(never_stopped[1])[0]
+    tensors, _ = support.states.read_state(path)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc here, which tells what is mapped")
+    assert tensors and str(path) not in maps.read_text()
 
 
 @pytest.mark.parametrize("how", ["cut off", "a flipped bit"])
