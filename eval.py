@@ -586,7 +586,7 @@ class Questions:
         asked = self.fingerprint_of(self.top_line, which)
         kept = read_record(path, asked, "answers", "ended")
         if not kept:
-            found = self.ask(self.top_line, which)
+            found = self.ask(self.top_line, which) if self.cases[which] else []
             kept = {
                 "fingerprint": asked,
                 "answers": [answer for answer, _ in found],

@@ -209,8 +209,12 @@ def with_options(row, options):
 def made_from(run, utterances, recipe, options):
     """Fingerprints of all that a training depends on beside its options."""
     run.check_llm()
+    changed = recipe.changed()  # so that a field added to Recipe changes no earlier training
+    share = connector_class(recipe.connector).lr_share
+    if share != 1:
+        changed["lr"] = share
     return {
-        "recipe": recipe.changed(),  # so that a field added to Recipe changes no earlier training
+        "recipe": changed,
         "llm": run.content["llm"],
         **run.packing(),
         "encoder": fingerprint_of_encoder(options.encoder),

@@ -46,7 +46,7 @@ class CompareOptions:
     steps: Count = 1000
     """training steps of every recipe"""
     batch_size: Count = 32
-    """utterances in a micro-batch"""
+    """conversations in a micro-batch"""
     accumulate: Count = 1
     """micro-batches in a step"""
     k: FramesPerToken | None = None

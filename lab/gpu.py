@@ -320,22 +320,24 @@ def speed_of_encoder(name):
 
 def time_demo(folder):
     """Wall time of the tiny world's demo; its short form where there is no GPU."""
-    with TemporaryDirectory(dir=folder) as anew:  # or it would go on where an earlier one stopped
+    # or it would go on where an earlier one stopped
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as anew:
         words = ["demo", "--out", str(Path(anew).resolve() / "demo")]
         if not ON_GPU:
             words.append("--short")
         start = time.perf_counter()
         command = [sys.executable, str(PROJECT / "mtbi.py"), *words]
-        try:
-            done = subprocess.run(
-                command, cwd=PROJECT, capture_output=True, text=True, timeout=AT_MOST
-            )
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"the demo was not done after {AT_MOST} s") from None
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=PROJECT, **pipes) as process:
+            try:
+                said, _ = process.communicate(timeout=AT_MOST)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # it ends its trainings, too
+                raise ValueError(f"the demo was not done after {AT_MOST} s") from None
         seconds = time.perf_counter() - start
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise ValueError(f"the demo ended with {done.returncode}: {' '.join(last)}")
+    if process.returncode:
+        last = said.strip().splitlines()[-1:]
+        raise ValueError(f"the demo ended with {process.returncode}: {' '.join(last)}")
     return {"short": not ON_GPU, "seconds": seconds}
 
 

@@ -56,7 +56,9 @@ def examples_of(run, folder):
     kinds = {"steps": int, "batch_size": int, "accumulate": int, "seed": int}
     trained, content, _ = read_config(folder, "train", **kinds)
     with explained(f"{folder / 'config.json'}: its recipe is none", TypeError):
-        recipe = Recipe(about="", **content["recipe"])
+        changed = {**content["recipe"]}
+        changed.pop("lr", None)  # the connector's
+        recipe = Recipe(about="", **changed)
     behaviors = run.folder / "behaviors.jsonl"
     if content.get("behaviors") != fingerprint_of_file(behaviors):
         raise UserError(f"{behaviors}: is not what {folder} was trained on; train it again")

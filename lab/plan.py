@@ -16,7 +16,7 @@ import torch
 from lab.memory import CONTEXT, GB, TRANSCRIPT_RATE, behaviors_bytes, estimate
 from lab.model_shapes import encoder_shape, find_config, full_name
 from model import PRECISIONS
-from support.hub import parameters_of
+from support.hub import bytes_left_free, parameters_of
 from support.options import Count, Rank, Size
 from support.processes import DEVICE
 from train import CHECKPOINT_FROM
@@ -49,7 +49,7 @@ class PlanOptions:
     loss: Literal["ce", "kl"] = "ce"
     """the LLM's answer, or its whole distribution, whose second pass needs more memory"""
     batch_size: Count = 32
-    """utterances in a step; how many go through at once is what the plan finds"""
+    """conversations in a step; how many go through at once is what the plan finds"""
     hours: Size = 100.0
     """hours of speech, for the size of the features"""
 
@@ -90,7 +90,7 @@ def free_vram():
         return 8.0
     free, total = torch.cuda.mem_get_info(DEVICE)
     # CUDA has its share already, in this process
-    found = math.floor(min(total, free + CONTEXT) / GB * 10) / 10
+    found = math.floor(min(total, free + CONTEXT - bytes_left_free()) / GB * 10) / 10
     print(f"GPU memory: {found:g} GB, what is free of the {torch.cuda.get_device_name(DEVICE)}\n")
     return found
 

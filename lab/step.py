@@ -37,6 +37,7 @@ from model import embedding_rms
 from support.console import is_out_of_memory
 from support.files import UserError, write_json
 from support.hub import TINY, keep_embeddings_on_host, pack_head, pack_linear, parameters_of
+from support.hub import stay_on_the_card
 from support.options import Count, Rank, Size
 from support.processes import DEVICE
 from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, adam_w, update
@@ -96,6 +97,7 @@ def random_llm(config, bits, dtype, head_bits=16, embeddings="gpu"):
     bits: 4 = all linear layers but the head in NF4, 16 = not quantized. head_bits, embeddings: as
     in model.load_llm.
     """
+    stay_on_the_card()
     llm, _ = llm_shape(config, dtype)
     head = llm.get_output_embeddings()
     for name, module in list(llm.named_modules()):
@@ -481,6 +483,7 @@ def measure_step(options, model, examples, length, best_seconds, step, encoder):
     """
     optimizer = adam_w(model.trainable(), lr=1e-4)
     try:
+        optimizer.prepare()
         seconds = seconds_a_step(step, model, optimizer, examples, encoder, options.steps)
         peak = peak_bytes(step, model, optimizer, examples, encoder)
     except RuntimeError as error:

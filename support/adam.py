@@ -31,11 +31,12 @@ class RoomyAdamW(torch.optim.AdamW):
         So that a GPU which has no room for them and a step says so at once, and not later, when a
         longer step than the first is halved for it.
         """
+        gradients = []  # as large as those that a step has beside the moments
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
                 state.setdefault("step", torch.tensor(0.0))
-                moments = self.moments_of(p, state)
+                moments = self.moments_of(p, state, gradients)
                 if moments:
                     state.update(zip(MOMENTS, moments))
 
@@ -58,11 +59,16 @@ class RoomyAdamW(torch.optim.AdamW):
         adam_step(p, p.grad, moments, state["step"], group)
         state.update(zip(MOMENTS, moments))
 
-    def moments_of(self, p, state):
-        """The moments of a parameter on its device; none if they are to be on the host."""
+    def moments_of(self, p, state, gradients=None):
+        """The moments of a parameter on its device; none if they are to be on the host.
+
+        gradients: a list that gets room for the parameter's, if it has none yet.
+        """
         if self.on_host:
             return []
         try:
+            if gradients is not None:
+                gradients.append(torch.empty_like(p))
             moments = [moment_on_device(state, name, p) for name in MOMENTS]
             make_room(p)
             return moments

@@ -30,8 +30,6 @@ from support.console import is_out_of_memory
 from support.files import HALF_WRITTEN, PROJECT, UserError, ceil_div, first_line, writing
 from support.processes import DEVICE
 
-LEFT_FREE = 0.2e9  # bytes of a GPU under Windows, where others draw the screen
-
 # bitsandbytes warns of an optional kernel package that it would load from the network
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # and accelerate of weights that load_in_places takes back from it
@@ -148,22 +146,28 @@ def free_memory():
         torch.cuda.empty_cache()
 
 
-@lru_cache(maxsize=1)
-def stay_on_the_card():
-    """Have torch be out of memory where the GPU's own ends, and not use the host's instead.
+def bytes_left_free():
+    """Of a GPU that also draws a screen; on Windows, and in its Linux, WSL.
 
-    On Windows (and in its Linux, WSL) the driver lends a program host memory through PCIe, many
-    times slower, and no error says that fewer conversations should go through at once.
+    There the driver lends a program host memory through PCIe, many times slower, and no error says
+    that fewer conversations should go through at once.
     """
     is_windows = sys.platform == "win32" or "microsoft" in platform.release().lower()
-    if DEVICE == "cpu" or not is_windows:
+    return 0.2e9 if is_windows else 0
+
+
+@lru_cache(maxsize=1)
+def stay_on_the_card():
+    """Have torch be out of memory where the GPU's own ends, where it would get the host's."""
+    if DEVICE == "cpu" or not bytes_left_free():
         return
     free, total = torch.cuda.mem_get_info(DEVICE)
-    ours = free + torch.cuda.memory_reserved(DEVICE) - LEFT_FREE
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, ours / total)), DEVICE)
+    ours = max(0.0, free + torch.cuda.memory_reserved(DEVICE) - bytes_left_free())
+    torch.cuda.set_per_process_memory_fraction(min(1.0, ours / total), DEVICE)
     print(
         f"GPU memory: up to {ours / 1e9:.1f} GB, what is free: beyond that Windows would lend "
-        "host memory, which is many times slower"
+        "host memory, which is many times slower",
+        file=sys.stderr,
     )
 
 

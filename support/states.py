@@ -127,7 +127,7 @@ def restore(path, parameters, optimizer, start, made_with):
     for name, p in parameters.items():
         if tensors[f"weight.{name}"].shape != p.shape:
             raise ValueError(f"{name} has another shape")
-        moments[p] = {}  # none, if every step so far was skipped
+        moments[p] = {}
         for moment in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors.get(f"{moment}.{name}")
             if value is not None:

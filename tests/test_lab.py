@@ -1036,6 +1036,8 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_estimates(batch_size,
 
 
 def test_plan_takes_what_is_free_of_the_gpu_that_is_there(monkeypatch, capsys):
+    monkeypatch.setattr(lab.plan, "DEVICE", "cpu")
+    monkeypatch.setattr(lab.plan, "bytes_left_free", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5.85e9, 8.585e9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "card")
     assert lab.plan.free_vram() == 8.0 and "8 GB are assumed" in capsys.readouterr().out
