@@ -1,5 +1,6 @@
 """What only a GPU does, by stand-ins on a CPU: the smoke test's own checks, and want of memory."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ import mtbi
 import support.adam
 import support.frames
 import support.hub
+import support.states
 import train
 from app.systems import Systems, Turn
 from data import Example, Recipe, Text, load_audio, read_manifest
@@ -655,9 +657,9 @@ class FewSteps(lab.smoke.OneStep):
         return self.examples[step : step + 4]
 
 
-def weights_after(folder, steps, stop_at=None):
+def weights_after(folder, steps, stop_at=None, precision="fp32"):
     """The weights after a training of the tiny model from one and the same start."""
-    llm = lab.smoke.tiny_model()
+    llm = lab.smoke.tiny_model(16, precision)
     real = train.update
 
     def update(*args):
@@ -696,6 +698,25 @@ def test_steps_made_ahead_and_pinned_give_the_same_weights_resumed_or_not(tmp_pa
     steps = FewSteps(examples)
     assert torch.equal(weights_after(tmp_path / "stopped", steps), expected)
     assert steps.made[0] == (2, True), "it goes on from the state of step 2"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_the_precisions_of_a_gpu_a_stopped_training_goes_on_to_the_same_weights(
+    precision, tmp_path, capsys
+):
+    steps = FewSteps(lab.smoke.conversations(lab.smoke.tiny_model(), 9))
+    expected = weights_after(tmp_path / "whole", steps, precision=precision)
+    with pytest.raises(KeyboardInterrupt):
+        weights_after(tmp_path / "stopped", steps, stop_at=3, precision=precision)
+    assert torch.equal(weights_after(tmp_path / "stopped", steps, precision=precision), expected)
+    assert "resuming at step 2" in capsys.readouterr().out
+    if precision == "fp16":
+        states = [support.states.saved_states(tmp_path / name)[0] for name in ("whole", "stopped")]
+        scales = []
+        for state in states:
+            about = support.states.read_state(state)[1]
+            scales.append(json.loads(about["progress"])["loss_scale"])
+        assert scales[0] == scales[1] > 1
 
 
 def test_where_the_encoder_hears_at_every_use_no_step_is_made_ahead(monkeypatch):
