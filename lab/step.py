@@ -44,6 +44,7 @@ from train import CHECKPOINT_FROM, Piece, Progress, accumulate_gradients, adam_w
 
 FRAME_RATE = 50.0  # encoder frames a second, of Whisper
 PADDED_MEL_FRAMES = 3000  # 30 s, as Whisper pads
+SHORTER = 16  # frames by which every other clip is shorter
 CONNECTOR = "stack-mlp"
 PLAN_IS_CLOSE = 0.15  # plan's estimate of the peak should be within this share of the measured one
 
@@ -152,15 +153,20 @@ def random_ids(n):
 
 
 def random_conversations(options, width, n_frames):
-    """One micro-batch: [Example] of random speech, frames (n_frames, width), and random tokens."""
+    """One micro-batch: [Example] of random speech, frames (n_frames, width), and random tokens.
+
+    Every other clip is a little shorter: a batch of one length has no padding, needs no mask, and
+    gets other kernels than those of a training.
+    """
     before = options.prompt_tokens // 2
     after = options.prompt_tokens - before
     transcript = round(options.seconds * TRANSCRIPT_RATE)
     examples = []
-    for _ in range(options.batch_size):
+    for i in range(options.batch_size):
+        n = max(1, n_frames - SHORTER * (i % 2))
         parts = [
             Text(random_ids(before)),
-            Speech(torch.randn(n_frames, width).half()),
+            Speech(torch.randn(n, width).half()),
             Text(random_ids(after)),
             Response(random_ids(options.answer_tokens)),
         ]
@@ -194,6 +200,7 @@ def build_random(options, llm, encoder_config):
 
 def random_whisper(config):
     """A Whisper encoder in the precision in which model.py loads one."""
+    stay_on_the_card()
     with torch.device(DEVICE):
         encoder = WhisperEncoder(config)
     encoder = encoder.to(torch.float32 if DEVICE == "cpu" else torch.float16)

@@ -1105,6 +1105,20 @@ def test_the_benchmark_of_a_step_runs_beside_the_baseline(tmp_path, capsys, monk
     assert 0 < result["ours"]["share_of_flop_limit"] < 1
 
 
+def test_the_step_that_is_timed_is_padded_as_those_of_a_training_are(llm):
+    model, masks = lab.smoke.tiny_model(), []
+    layer = model.llm.model.layers[0]
+    layer.register_forward_pre_hook(
+        lambda *call: masks.append(call[2]["attention_mask"]), with_kwargs=True
+    )
+    options = lab.step.StepOptions(seconds=2.0, batch_size=2)
+    uneven = lab.step.random_conversations(options, model.encoder.width, 100)
+    for examples in (uneven, 2 * uneven[:1]):
+        optimizer = lab.step.adam_w(model.trainable(), 1e-4)
+        lab.step.our_step(model, optimizer, examples, None, "ce")
+    assert masks[0] is not None and masks[1] is None, "kernels for no mask are others"
+
+
 def test_a_step_whose_moments_found_no_room_says_so(monkeypatch, capsys):
     monkeypatch.setattr(RoomyAdamW, "on_host", True)
     options = lab.step.StepOptions("tiny", "openai/whisper-tiny", seconds=1, batch_size=1)
