@@ -315,11 +315,11 @@ def test_a_microphone_is_heard_in_a_browser(url, browser_page):
     answered(tab, "mtbi", 2)
 
 
-def test_more_clients_than_may_wait_are_answered_or_told_so_again_and_again(url, wav):
+def test_more_clients_than_may_wait_are_answered_or_told_so_for_a_minute(url, wav):
     """Every client gets an answer or a message, again and again; none gets another one's."""
     client_of = pytest.importorskip("gradio_client")
     outcomes, lock = [], threading.Lock()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
 
     def visit(i):
         n = 0
@@ -346,6 +346,6 @@ def test_more_clients_than_may_wait_are_answered_or_told_so_again_and_again(url,
         client.join(timeout=180)
     assert not any(client.is_alive() for client in clients)
     counts = Counter(outcomes)
-    print(f"{CLIENTS} clients: {dict(counts)}")
-    assert set(counts) == {"answered", "full"} and counts["answered"] >= 10
+    print(f"{CLIENTS} clients in a minute: {dict(counts)}")
+    assert set(counts) == {"answered", "full"} and counts["answered"] >= 20
     assert urllib.request.urlopen(url, timeout=10).status == 200

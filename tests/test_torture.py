@@ -8,7 +8,7 @@ import re
 
 from programs import program
 
-SHORT = 60  # cases; thousands, by hand: see tests/torture.py
+SHORT = 120  # cases; thousands, by hand: see tests/torture.py
 
 
 def test_a_short_attack_finds_nothing():
