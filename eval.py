@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 from data import Run, Speech, Task, Text, Utterance, as_compared, chat_parts, dialogue, load_tasks
-from data import normalize
-from data import open_run, positions_of, read_manifest, response_tokens, transcript_tokens
-from data import user_turn
+from data import normalize, open_run, positions_of, read_manifest, response_tokens
+from data import transcript_tokens, user_turn
 from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import llm_of, load_encoder, shared_llm
 from support.answers import answer_all, answer_in_memory, keep_record, kept_parts
@@ -154,12 +153,12 @@ class Bench:
 
     def encode(self, encoder):
         """{utterance id: frames (T, D_encoder)} of the held-out speech."""
-        keep = self.options.cache_features
-        if keep == "ram" and encoder.fingerprint in self.in_ram:
-            return self.in_ram[encoder.fingerprint]
+        keep, own = self.options.cache_features, encoder.fingerprint
+        if own in self.in_ram:
+            return self.in_ram[own]
         frames = encode_all(encoder, self.utterances, self.data / "features", keep)
         if keep == "ram":
-            self.in_ram[encoder.fingerprint] = frames
+            self.in_ram[own] = frames
         return frames
 
     def encoder_of(self, recipe):
@@ -515,7 +514,8 @@ def draw_dialogues(cases, answers, n, seed):
 def first_turns(cases, answers, i, kind, about):
     """Which cases may come before case i in a conversation of this kind.
 
-    Where both turns bring an utterance, the one after them in which other words are said.
+    Where both turns bring an utterance any other may, and draw_dialogues goes on from it to the
+    next one in which other words are said.
     """
     case = cases[i]
     if kind != "speech_then_text_question":

@@ -975,8 +975,9 @@ class SpeechLLM(nn.Module):
         """
         messages = question
         if isinstance(question, str):
-            heard = user_turn(question, audio)
-            messages = heard if audio is not None else [{"role": "user", "content": question}]
+            messages = [{"role": "user", "content": question}]
+            if audio is not None:
+                messages = user_turn(question, audio)
         return self.generate([self.listen(messages)], max_new_tokens)[0]
 
     def listen(self, messages):

@@ -29,12 +29,12 @@ from lab.model_shapes import find_config
 from lab.plan import FRUGAL
 from lab.programs import run_program
 from lab.report import markdown_table
-from lab.smoke import smoke
+from lab.smoke import ended, mtbi, smoke
 from lab.step import StepOptions, build_random, compare_steps, describe_device, random_conversations
 from lab.step import random_llm, random_whisper, seconds_of, wait_for_device
 from model import PRECISIONS, HuggingFaceEncoder, compute_precision
 from support.ahead import READERS, ahead
-from support.files import PROJECT, UserError, first_line, read_json, whole_file, write_json
+from support.files import UserError, first_line, read_json, whole_file, write_json
 from support.hub import free_memory
 from support.options import Count
 from support.processes import DEVICE
@@ -67,7 +67,7 @@ ANSWERED = ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct")
 ANSWERS_AT_ONCE = 32
 SMALLEST = ("tiny", "openai/whisper-tiny")  # without a GPU
 STEPS = 8  # timed ones
-AT_MOST = 1200  # seconds for the demo
+DEMO_AT_MOST = 1200  # seconds
 
 
 @dataclass
@@ -326,18 +326,8 @@ def time_demo(folder):
         if not ON_GPU:
             words.append("--short")
         start = time.perf_counter()
-        command = [sys.executable, str(PROJECT / "mtbi.py"), *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command, cwd=PROJECT, **pipes) as process:
-            try:
-                said, _ = process.communicate(timeout=AT_MOST)
-            except subprocess.TimeoutExpired:
-                process.terminate()  # it ends its trainings, too
-                raise ValueError(f"the demo was not done after {AT_MOST} s") from None
+        ended(mtbi(*words, wait=False), DEMO_AT_MOST)
         seconds = time.perf_counter() - start
-    if process.returncode:
-        last = said.strip().splitlines()[-1:]
-        raise ValueError(f"the demo ended with {process.returncode}: {' '.join(last)}")
     return {"short": not ON_GPU, "seconds": seconds}
 
 

@@ -95,7 +95,7 @@ def free_vram():
     return found
 
 
-def bytes_of(precision):
+def type_for(precision):
     """The type in which the LLM computes; bf16 and fp16 have as many bytes."""
     return PRECISIONS["bf16" if precision == "auto" else precision]
 
@@ -130,7 +130,7 @@ def best_fit(options, llm_config, encoder, room):
         encoder.width,
         encoder.frame_rate,
         bits=options.bits,
-        dtype=bytes_of(options.precision),
+        dtype=type_for(options.precision),
         seconds=options.seconds,
         prompt=options.prompt_tokens,
         answer=options.answer_tokens,
@@ -179,7 +179,7 @@ def answers_at_once(options, llm_config, weights, room):
     transcript = round(options.seconds * TRANSCRIPT_RATE)  # tokens
     # a second turn is about another transcript, after the first one's answer
     tokens = options.prompt_tokens + 2 * (transcript + options.answer_tokens)
-    dtype = bytes_of(options.precision)
+    dtype = type_for(options.precision)
     for batch in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
         if behaviors_bytes(llm_config, weights, dtype, batch, tokens) <= room:
             return batch
@@ -193,7 +193,7 @@ def print_table(options, config, best, more):
     """What takes how much memory, and why; more: rows beside the step's own."""
     parts = best.parts
     shape = f"{config.num_hidden_layers} layers of {config.hidden_size}"
-    packed = f"{options.bits} bits, the embeddings in {8 * bytes_of(options.precision).itemsize}"
+    packed = f"{options.bits} bits, the embeddings in {8 * type_for(options.precision).itemsize}"
     if best.frugal:
         packed = f"{options.bits} bits, the vocabulary projection in 4; the embeddings on the host"
     if options.bits == 16:

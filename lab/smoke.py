@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -322,16 +322,12 @@ def wide_heads_are_close(_):
     Padded and not, forward and backward: each has a kernel of its own.
     """
     precision = compute_precision() if ON_GPU else "bf16"
+    models = [with_shared_heads(name, width=512, heads=4) for name in ("fp32", precision)]
+    uneven = conversations(models[0])
     said = []
-    for what in ("padded", "of one length"):
-        found = []
-        for name in ("fp32", precision):
-            model = with_shared_heads(name, width=512, heads=4)
-            examples = conversations(model)
-            if what == "of one length":
-                examples = len(examples) * examples[:1]
-            found.append(gradients(model, examples)[1])
-        said.append(within(found[1], found[0], 0.1, f"gradients {what} in {precision}"))
+    for what, examples in (("padded", uneven), ("of one length", len(uneven) * uneven[:1])):
+        expected, found = (gradients(model, examples)[1] for model in models)
+        said.append(within(found, expected, 0.1, f"gradients {what} in {precision}"))
     return "; ".join(said)
 
 
@@ -587,12 +583,19 @@ def mtbi(*words, on_cpu=False, wait=True):
     return ended(process) if wait else process
 
 
-def ended(process):
-    """Waits for a program: what it said; AssertionError with its last line if it failed."""
+def ended(process, seconds=None):
+    """Waits for a program: what it said; AssertionError with its last line if it failed.
+
+    After so many seconds, or AT_MOST, it is stopped, and a little later killed.
+    """
+    seconds = seconds or AT_MOST
     try:
-        said = process.communicate(timeout=AT_MOST)[0]
+        said = process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"a command was not done after {AT_MOST} s") from None
+        process.terminate()  # which ends what it started, too
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=30)
+        raise AssertionError(f"a command was not done after {seconds} s") from None
     finally:
         process.kill()  # which has ended, if all is well
     last = said.strip().splitlines()[-1:] or ["nothing"]

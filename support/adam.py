@@ -34,11 +34,8 @@ class RoomyAdamW(torch.optim.AdamW):
         gradients = []  # as large as those that a step has beside the moments
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                state.setdefault("step", torch.tensor(0.0))
-                moments = self.moments_of(p, state, gradients)
-                if moments:
-                    state.update(zip(MOMENTS, moments))
+                moments = self.moments_of(p, gradients)  # none, if they are to be on the host
+                self.state[p].update(zip(MOMENTS, moments))
 
     @torch.no_grad()
     def step(self):
@@ -50,20 +47,20 @@ class RoomyAdamW(torch.optim.AdamW):
 
     def change(self, p, group):
         """Change one parameter; an error of torch if not even a piece of it finds room."""
-        state = self.state[p]
-        state.setdefault("step", torch.tensor(0.0))
-        moments = self.moments_of(p, state)
+        moments, state = self.moments_of(p), self.state[p]
         if not moments:
             self.change_in_pieces(p, state, group)
             return
         adam_step(p, p.grad, moments, state["step"], group)
         state.update(zip(MOMENTS, moments))
 
-    def moments_of(self, p, state, gradients=None):
+    def moments_of(self, p, gradients=None):
         """The moments of a parameter on its device; none if they are to be on the host.
 
-        gradients: a list that gets room for the parameter's, if it has none yet.
+        gradients: a list that gets room for the parameter's gradient, where it has none yet.
         """
+        state = self.state[p]
+        state.setdefault("step", torch.tensor(0.0))
         if self.on_host:
             return []
         try:
