@@ -293,6 +293,9 @@ def check_prompts(path, tasks):
                 )
 
 
+FULL = "full"  # in place of the rank of an adapter: all of the LLM is trained
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One row of the recipe table: what makes one paper's system differ from another's.
@@ -307,8 +310,8 @@ class Recipe:
     connector: str = "stack-mlp"
     # speech tokens per second; with the encoder's frame rate it says how many frames make one
     tokens_per_second: float = 6.6
-    # rank of a LoRA adapter on the LLM; 0: the LLM is frozen
-    lora: int = 0
+    # rank of a LoRA adapter on the LLM; 0: the LLM is frozen; or FULL
+    lora: int | str = 0
     # share of examples in which spans of words enter as text
     interleave: float = 0.0
     # share of the words that are text in such an example

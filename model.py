@@ -28,7 +28,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import SAMPLE_RATE, Response, Speech, chat_parts, end_of_turn, load_audio, user_turn
+from data import FULL, SAMPLE_RATE, Response, Speech, chat_parts, end_of_turn, load_audio
+from data import user_turn
 from support.checks import check_messages
 from support.console import is_out_of_memory, timed
 from support.files import UserError, ceil_div, explained, first_line
@@ -697,25 +698,43 @@ def has_packed_head(llm):
     return isinstance(llm.get_output_embeddings(), PackedHead)
 
 
-def with_lora(llm, rank):
-    """The LLM with a LoRA adapter of this rank on its linear layers; itself for rank 0.
+def with_adapter(llm, lora):
+    """The LLM with an adapter, which is the only part of it that is trained (peft).
 
-    On all but the vocabulary projection. The adapter is the only part of it that is trained (peft;
-    LoRA, arXiv 2106.09685).
+    lora: rank of a LoRA adapter (arXiv 2106.09685) on its linear layers, all but the vocabulary
+    projection; 0: the LLM itself. FULL: a second copy of all its weights is trained in their
+    place; so it must not be quantized.
     """
-    if not rank:
+    if not lora:
         return llm
     from peft import LoraConfig, get_peft_model
 
+    if lora == FULL:
+        config = LoraConfig(
+            target_modules="dummy-target-modules",  # as peft calls none
+            modules_to_save=modules_with_weights(llm),
+            ensure_weight_tying=llm.config.get_text_config().tie_word_embeddings,
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(llm, config)
     config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
+        r=lora,
+        lora_alpha=2 * lora,
         lora_dropout=0.0,
         target_modules="all-linear",  # but the vocabulary projection, whole or in slices
         exclude_modules=PackedHead.PARTS if has_packed_head(llm) else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(llm, config)
+
+
+def modules_with_weights(llm):
+    """The names of all modules that have parameters of their own."""
+    names = []
+    for name, module in llm.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            names.append(name)
+    return names
 
 
 def checkpointed_layers(llm):
@@ -781,7 +800,7 @@ class SpeechLLM(nn.Module):
     def __init__(self, llm, tokenizer, encoder=None, connector=None, lora=0):
         super().__init__()
         self.fingerprint = fingerprint_of_llm(llm, tokenizer)  # before it has an adapter
-        self.llm = with_lora(llm, lora)
+        self.llm = with_adapter(llm, lora)
         self.tokenizer = tokenizer
         self.encoder, self.connector = encoder, connector
         self.lora = lora
@@ -820,6 +839,7 @@ class SpeechLLM(nn.Module):
     def take_off_adapter(self):
         """For good: whoever shares the LLM has it as it was before."""
         if self.lora:
+            self.llm.delete_adapter("default")  # or a copy that was trained would stay
             self.llm, self.lora = self.llm.unload(), 0
 
     def embed(self, batch):

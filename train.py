@@ -17,7 +17,7 @@ import support  # noqa: F401  first: torch reads what it sets
 import torch
 from tqdm import tqdm
 
-from data import Examples, Speech, open_run, read_behaviors
+from data import FULL, Examples, Speech, open_run, read_behaviors
 from model import LOSSES, SpeechLLM, check_size, compute_precision, connector_class
 from model import embedding_width, encode_all, fingerprint_of_encoder, llm_of, load_encoder
 from model import load_llm, shared_llm
@@ -28,7 +28,8 @@ from support.files import UserError, explained, fingerprint, fingerprint_of_file
 from support.frames import FramesAtEveryUse, fingerprint_of_audio
 from support.hub import absolute_if_local, parameters_of
 from support.logs import Log
-from support.options import Count, FramesPerToken, Rank, Rate, RunFolder, Seed, check
+from support.options import Count, FramesPerToken, RankOrFull, Rate, RunFolder, Seed
+from support.options import as_option, check
 from support.processes import DEVICE, RANK, WORLD, add_up, add_up_gradients, anyone, my_share
 from support.runs import begin, finish, is_done, lock_folder, read_config, settings_of
 from support.states import ON_THE_WAY, TRAINED, clear, load_state, save_state, saved_states
@@ -73,8 +74,9 @@ class TrainOptions:
     loss: str | None = None
     """a key of LOSSES in model.py, like ce (the LLM's answer) or kl (its whole distribution);
     default: the recipe's"""
-    lora: Rank | None = None
-    """rank of a LoRA adapter on the LLM, 0 for none; default: the recipe's"""
+    lora: RankOrFull | None = None
+    """rank of a LoRA adapter on the LLM, 0 for none; full: all of the LLM is trained, which needs a
+    run whose `behaviors` were made with --bits 16; default: the recipe's"""
     k: FramesPerToken | None = None
     """encoder frames per speech token; default: by the encoder's frame rate and the recipe's speech
     tokens a second"""
@@ -132,12 +134,15 @@ def train_recipe(options, row):
     if options.resume:
         options = options_as_before(options, folder)
     run = open_run(options.run)
+    recipe = with_options(row, options)
+    if recipe.lora == FULL:
+        check_all_trainable(run, options)
+        options = replace(options, precision="fp32")  # as all that is trained
     options = replace(
         options,
         encoder=absolute_if_local(options.encoder),
         precision=compute_precision(options.precision, run.options["llm"]),
     )
-    recipe = with_options(row, options)
     utterances = [u for u in run.utterances if u.split == "train"]
     content = made_from(run, utterances, recipe, options)
     if is_trained(folder, options, content):
@@ -204,6 +209,23 @@ def with_options(row, options):
     if recipe.loss not in LOSSES:
         raise UserError(f"there is no loss {recipe.loss!r}; there are {', '.join(LOSSES)}")
     return recipe
+
+
+def check_all_trainable(run, options):
+    """UserError unless the LLM of a run can be trained as a whole."""
+    whole = {"bits": 16, "head_bits": 16, "embeddings": "gpu"}
+    for name, wanted in whole.items():
+        if run.options[name] != wanted:
+            raise UserError(
+                f"{run.folder}: all of the LLM is to be trained (--lora {FULL}), and this run has "
+                f"its LLM with {as_option(name)} {run.options[name]}; make another RUN: "
+                f"`behaviors` with {as_option(name)} {wanted}"
+            )
+    if options.precision not in ("auto", "fp32"):
+        raise UserError(
+            f"--precision {options.precision}: with --lora {FULL} the LLM is trained, and what is "
+            "trained is in fp32; leave --precision out"
+        )
 
 
 def made_from(run, utterances, recipe, options):
@@ -345,11 +367,13 @@ def explain(model, examples):
         f"a step; {examples.steps} steps = {examples.steps * step / n:.1f} for each utterance"
     )
     trainable = sum(p.numel() for p in model.trainable().values())
-    adapter = ", LoRA" if model.lora else ""
     bits = "NF4" if getattr(model.llm, "is_loaded_in_4bit", False) else "not 4-bit"
+    adapter, frozen = ", LoRA" if model.lora else "", f"the LLM ({bits}) and the encoder are frozen"
+    if model.lora == FULL:
+        adapter, frozen = ", all of the LLM", "the encoder is frozen"
     print(
         f"trainable: {trainable / 1e6:.2f}M parameters in fp32 (connector "
-        f"{examples.recipe.connector}{adapter}); the LLM ({bits}) and the encoder are frozen"
+        f"{examples.recipe.connector}{adapter}); {frozen}"
     )
 
 

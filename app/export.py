@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.generate import chosen_recipe
-from data import open_run
+from data import FULL, open_run
 from model import ENCODERS
 from lab.report import is_of, markdown_table, percent
 from support.files import HALF_WRITTEN, UserError, read_json, read_json_if_whole, unused
@@ -45,8 +45,8 @@ CARD = """---
 # {recipe}: ears for {llm}
 
 A connector of {parameters:.2f} million parameters{adapter}, trained by the recipe `{recipe}`
-({about}): it lets the frozen LLM **{llm}** ({bits}) hear what the frozen speech encoder
-**{encoder}** makes of speech. The LLM and the encoder are not in this folder; `model.json` names
+({about}): it lets the LLM **{llm}** ({bits}) hear what the frozen speech encoder **{encoder}**
+makes of speech. The LLM and the encoder are not in this folder; `model.json` names
 them, with fingerprints of the weights that it was trained for.
 
 ## Use it
@@ -125,6 +125,13 @@ def local_parts(spec):
     return [part for part in ("llm", "encoder") if Path(spec[part]).is_absolute()]
 
 
+def trained_of_llm(lora):
+    """What a card says of it."""
+    if lora == FULL:
+        return " and a copy of all the LLM's weights"
+    return f" and a LoRA adapter of rank {lora}" if lora else ""
+
+
 def is_on_hub(name):
     """Is it a name of the hub: neither the tiny world's, nor a folder, nor one of ENCODERS?"""
     return name != "tiny" and name not in ENCODERS and not Path(name).is_absolute()
@@ -141,7 +148,7 @@ def model_card(folder, name, spec, options):
         llm=public_name(spec, "llm"),
         encoder=public_name(spec, "encoder"),
         parameters=spec["trained_parameters"] / 1e6,
-        adapter=f" and a LoRA adapter of rank {spec['lora']}" if spec["lora"] else "",
+        adapter=trained_of_llm(spec["lora"]),
         about=about,
         bits="NF4" if spec["bits"] == 4 else f"{spec['bits']} bits",
         name=name,

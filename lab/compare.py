@@ -22,7 +22,7 @@ from lab.statistics import AT, LINES, MEASURES, NAMES, TASK, mean_or_none, read_
 from lab.statistics import task_metrics
 from support.files import UserError, fingerprint, read_json, read_json_if_whole, write_json
 from support.logs import read_log
-from support.options import Between, Count, FramesPerToken, command_words
+from support.options import Between, Count, FramesPerToken, RankOrFull, command_words
 from support.recordings import speakers_of
 from support.runs import begin, finish, is_done, lock_folder, read_spec
 from support.states import saved_states
@@ -52,6 +52,8 @@ class CompareOptions:
     k: FramesPerToken | None = None
     """encoder frames per speech token, of every recipe (blsp needs a power of two); default: by the
     encoder's frame rate and the recipe's speech tokens a second"""
+    lora: RankOrFull | None = None
+    """as of `train`, for every recipe; default: the recipe's"""
 
     # benchmark
     per_prompt: Count = 8
@@ -267,7 +269,8 @@ class RunAll:
     def train(self, pair):
         """Train one recipe in one run; returns whether it is trained."""
         run, recipe = pair
-        how = command_words(self.options, "encoder", "k", "steps", "batch_size", "accumulate")
+        how = command_words(self.options, "encoder", "k", "lora")
+        how += command_words(self.options, "steps", "batch_size", "accumulate")
         words = ["train", str(self.out / run.name), "--recipe", recipe, *how]
         if self.is_followed(recipe):
             words += ["--keep-states", "--save-every", str(STEPS[0])]

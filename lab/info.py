@@ -1,6 +1,6 @@
 """What `info` says of a run folder; it loads no model."""
 
-from data import Recipe, read_behaviors
+from data import FULL, Recipe, read_behaviors
 from lab.report import is_of, percent
 from support.files import UserError, read_json
 from support.logs import read_log
@@ -62,6 +62,7 @@ def describe_recipe(folder, scored):
     lora = recipe.get("lora")
     connector = recipe.get("connector", Recipe.connector)
     adapter = f", LoRA of rank {lora}" if lora else ", LLM frozen"
+    adapter = ", all of the LLM trained" if lora == FULL else adapter
     yield f"encoder {options['encoder']}, connector {connector}{size}{adapter}"
 
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []

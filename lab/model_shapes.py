@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from data import SAMPLE_RATE
-from model import checkpointed_layers, with_lora
+from model import checkpointed_layers, with_adapter
 from support.files import UserError, first_line
 from support.hub import KINDS, checkpoint_path, load_or_explain
 
@@ -123,7 +123,7 @@ def llm_shape(config, dtype, checkpointing=False, lora=0):
         with torch.device("meta"):
             llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
             llm = llm.eval().requires_grad_(False)
-            adapted = with_lora(llm, lora)
+            adapted = with_adapter(llm, lora)
     except ValueError as error:
         raise UserError(
             f"--llm: a model of type {config.model_type} is no causal LLM ({first_line(error)})"

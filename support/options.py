@@ -41,6 +41,7 @@ class Between:
 Count = Annotated[int, Between(1, 2**20)]
 Seed = Annotated[int, Between(0, 2**31 - 1)]
 Rank = Annotated[int, Between(0, 1024)]
+RankOrFull = Rank | Literal["full"]
 FramesPerToken = Annotated[int, Between(1, 256)]
 Rate = Annotated[float, Between(1e-12, 1)]
 Size = Annotated[float, Between(1e-6, 1e6)]

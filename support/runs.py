@@ -182,7 +182,7 @@ SPEC = {  # what a trained recipe's model.json says
     "connector": str,
     "k": int,
     "hidden": int,
-    "lora": int,
+    "lora": (int, str),
     "llm_fingerprint": str,
     "encoder_fingerprint": str,
     "weights_fingerprint": str,

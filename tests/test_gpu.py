@@ -95,7 +95,7 @@ def test_the_check_of_an_adapter_fails_where_it_adapts_the_projection(
     said = failing(lab.smoke.adapter_leaves_the_projection_alone, tmp_path, capsys)
     assert "weights of the adapter are on the projection" in said
     monkeypatch.undo()
-    monkeypatch.setattr(model, "with_lora", lambda llm, rank: llm)
+    monkeypatch.setattr(model, "with_adapter", lambda llm, rank: llm)
     said = failing(lab.smoke.adapter_leaves_the_projection_alone, tmp_path / "again", capsys)
     assert "nothing is adapted" in said
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 import transformers
 from checkpoints import save_encoder
-from conftest import FEW_TASKS, ROOT, made_once, mtbi
+from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT, made_once, mtbi
+from programs import begun_anew, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -583,6 +584,26 @@ def test_every_command_of_a_comparison_is_told_what_concerns_it(compared_once):
     trained = read_json(compared_once / "seed-0" / "mtbi" / "config.json")["options"]
     assert (asked["bits"], asked["tasks"]) == (16, "tests/few_tasks.toml")
     assert (trained["batch_size"], trained["accumulate"], trained["k"]) == (8, 2, 6)
+
+
+def test_all_of_an_unquantized_llm_can_be_trained_measured_and_exported(
+    compared_once, tmp_path, capsys
+):
+    run = begun_anew(compared_once / "seed-0", tmp_path)
+    words = ["train", str(run), "--recipe", "asr", "--lora", "full", "--hidden", "16"]
+    words += ["--steps", "2", "--batch-size", "8"]
+    assert main([*words, "--precision", "bf16"]) == 2
+    one_line(capsys, "--precision bf16", "what is trained is in fp32")
+    assert main(words) == 0
+    assert "all of the LLM); the encoder is frozen" in capsys.readouterr().out
+    assert main(["bench", str(run), *A_SMALL_BENCH]) == 0
+    capsys.readouterr()
+    assert main(["info", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "all of the LLM trained" in said and "gains seen" in said
+    assert main(["export", str(run / "asr"), "--out", str(tmp_path / "card")]) == 0
+    card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert "and a copy of all the LLM's weights, trained by the recipe `asr`" in card
 
 
 def test_a_recipe_that_fails_is_reported_and_the_others_go_on(compared_once, comparison):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as models
-from data import Recipe, Response, Speech, Text, Utterance, chat_parts, interleave, load_audio
+from data import FULL, Recipe, Response, Speech, Text, Utterance, chat_parts, interleave, load_audio
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from lab.model_shapes import find_config
 from model import CONNECTORS, ENCODERS, IGNORE, LOSSES, Connector, ConnectorBody, SpeechLLM
@@ -794,6 +794,53 @@ def test_an_adapter_on_a_shared_llm_is_taken_off_without_a_trace(model, spec, ut
         assert torch.equal(model.logits(rows)[0], alone)
     assert [name for name, _ in model.llm.named_modules()] == modules
     assert not hasattr(model.llm, "peft_config"), "another one may follow"
+
+
+def test_a_whole_llm_trains_as_a_copy_and_leaves_the_first_one_as_it_was(
+    encoder, utterances, frames, tmp_path
+):
+    spec = {**SMALL, "llm": "tiny", "bits": 16, "encoder": "tiny", "pad_whisper": False}
+    spec["lora"] = FULL
+    shared = load_llm("tiny", 16)
+    alone = SpeechLLM(*shared)
+    modules = [name for name, _ in shared[0].named_modules()]
+    weights = {name: w.clone() for name, w in shared[0].state_dict().items()}
+    rows = read(alone, [u.text for u in utterances[:3]])
+    with torch.no_grad():
+        before = alone.logits(rows)[0]
+
+    tuned = SpeechLLM.build(spec, shared, encoder)
+    trained = sum(p.numel() for n, p in tuned.trainable().items() if n.startswith("llm."))
+    assert trained == sum(w.numel() for w in weights.values())
+    assert abs(tuned(rows, rows, "kl").item()) < 1e-3, "it begins as what it is a copy of"
+    spoken = heard(tuned, frames, utterances[:3])
+    optimizer = torch.optim.SGD(tuned.trainable().values(), lr=1e-2)
+    for _ in range(2):
+        tuned(spoken).backward()
+        assert all(p.grad is not None for p in tuned.trainable().values())
+        optimizer.step()
+    with torch.no_grad():
+        after = tuned.logits(rows)[0]
+        with tuned.without_adapter():
+            assert torch.equal(tuned.logits(rows)[0], before)
+    assert not torch.allclose(after, before)
+
+    tuned.save(tmp_path, spec)
+    again = SpeechLLM.from_pretrained(tmp_path, None, encoder)
+    with torch.no_grad():
+        assert torch.equal(again.logits(rows)[0], after)
+    tuned.take_off_adapter()
+    assert [name for name, _ in shared[0].named_modules()] == modules
+    left = shared[0].state_dict()
+    assert all(torch.equal(left[name], w) for name, w in weights.items())
+
+
+def test_tied_embeddings_stay_tied_in_a_whole_llm_that_trains(tmp_path):
+    llm, tokenizer = load_llm(save_llm(tmp_path, "qwen2", tie_word_embeddings=True), 16)
+    tuned = SpeechLLM(llm, tokenizer, lora=FULL)
+    table = llm.get_input_embeddings().weight
+    assert llm.get_output_embeddings().weight is table
+    assert any(p is table for p in tuned.trainable().values())
 
 
 def test_an_adapter_that_cannot_be_loaded_does_not_stay_on_a_shared_llm(

@@ -334,6 +334,7 @@ def test_options_become_the_words_of_a_command_and_options_again():
         ("train {run} --recipe blsp --k 6", "power of two"),
         ("train {run} --recipe vanilla-it --hidden 20", "multiple of 8"),
         ("train {run} --recipe vtb --lora 0", "text-only examples trains an adapter"),
+        ("train {run} --lora full", "its LLM with --bits 4; make another RUN"),
         ("train {run} --encoder {tmp}", "speech encoder"),
         ("train {run} --recipe mtbi-kl --batch-size 4000", "lower --batch-size"),
         ("behaviors {data} --out {tmp}/r --llm {tmp}", "LLM"),
