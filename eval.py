@@ -849,9 +849,10 @@ def behavior_gap(system, top_line, cases, responses):
     """
     gaps = []
     for case, ids in zip(cases, responses):
-        hears = system.model.logits([case.parts(system, ids)])[0].log_softmax(-1)  # (R, V)
+        hears, _ = system.model.logits([case.parts(system, ids)])  # (R, V)
         with system.model.without_adapter():  # which may be on the LLM that they share
-            reads = top_line.model.logits([case.parts(top_line, ids)])[0].log_softmax(-1)  # (R, V)
+            reads, _ = top_line.model.logits([case.parts(top_line, ids)])  # (R, V)
+        hears, reads = hears.float().log_softmax(-1), reads.float().log_softmax(-1)
         kl = (reads.exp() * (reads - hears)).sum(-1)  # (R,)
         gaps.append(kl.mean().item())
     return gaps

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -757,18 +758,18 @@ def checkpointed_layers(llm):
 
 # ---- losses: how an answer to speech is held against the LLM's own ----
 #
-# A loss is one class here and one entry of LOSSES. It is summed over response tokens; train.py
-# divides by how many there are in the whole step.
+# A loss is one class here and one entry of LOSSES. It is called with logits in fp32 and with what
+# they are held against, and sums over response tokens; train.py divides by how many there are in
+# the whole step.
 
 
 class CrossEntropy:
     """-log p of the LLM's own answer, token by token (MTBI, arXiv 2505.18644, by its abstract)."""
 
-    has_teacher = False  # does it need the same conversations with the transcripts as text?
+    has_teacher = False  # is it held against the logits of the frozen LLM, which reads the same?
 
-    def __call__(self, model, batch, teacher):
-        logits, answers = model.logits(batch)  # (R, V), (R)
-        return F.cross_entropy(logits, answers, reduction="sum")
+    def __call__(self, logits, answers):
+        return F.cross_entropy(logits, answers, reduction="sum")  # of (R, V) and (R)
 
 
 class DistributionKL:
@@ -779,14 +780,33 @@ class DistributionKL:
 
     has_teacher = True
 
-    def __call__(self, model, batch, teacher):
-        with torch.no_grad(), model.without_adapter():
-            target = model.logits(teacher)[0].log_softmax(-1)  # (R, V)
-        found = model.logits(batch)[0].log_softmax(-1)  # (R, V)
+    def __call__(self, logits, teacher):
+        found, target = logits.log_softmax(-1), teacher.float().log_softmax(-1)  # (R, V) each
         return F.kl_div(found, target, reduction="sum", log_target=True)
 
 
 LOSSES = {"ce": CrossEntropy(), "kl": DistributionKL()}
+AT_ONCE = 2**23  # logits that are in fp32 at once: 32 MB
+
+
+def loss_in_slices(loss, logits, target):
+    """loss(logits (R, V), target (R or (R, V))), a slice of the R positions after the other.
+
+    One position of a vocabulary of 150,000 takes 0.6 MB in fp32, and a loss and its gradient hold
+    it several times over. So the logits stay in the LLM's precision; a slice in fp32 is gone
+    before the next one comes, and is made again in the backward pass. The gradient is the same.
+    """
+
+    def of_slice(logits, target):
+        return loss(logits.float(), target)
+
+    # nothing draws random numbers, whose states need no keeping then
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    size = max(1, AT_ONCE // logits.shape[-1])
+    total = 0.0
+    for rows, their_target in zip(logits.split(size), target.split(size)):
+        total = total + checkpoint(of_slice, rows, their_target, **options)
+    return total
 
 
 # ---- the speech LLM ----
@@ -907,6 +927,8 @@ class SpeechLLM(nn.Module):
     def logits(self, batch):
         """(logits (R, V) that predict the R response tokens of the batch, those tokens (R)).
 
+        In the precision of the LLM.
+
         The vocabulary projection runs at no other position.
         """
         embeds, mask, labels = self.embed(batch)
@@ -926,14 +948,19 @@ class SpeechLLM(nn.Module):
             logits_to_keep=predicts,
             use_cache=False,
         )
-        return out.logits.float(), labels[labels != IGNORE]  # (R, V), (R)
+        return out.logits, labels[labels != IGNORE]  # (R, V), (R)
 
     def forward(self, batch, teacher=None, loss="ce"):
         """The loss of conversations that end in a Response, summed over response tokens.
 
         teacher: the same conversations with the transcripts as text, for a loss that has one.
         """
-        return LOSSES[loss](self, batch, teacher)
+        loss, target = LOSSES[loss], None
+        if loss.has_teacher:
+            with torch.no_grad(), self.without_adapter():
+                target, _ = self.logits(teacher)  # (R, V)
+        logits, answers = self.logits(batch)  # (R, V), (R)
+        return loss_in_slices(loss, logits, answers if target is None else target)
 
     @torch.no_grad()
     def check_finite(self, parts):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from data import Recipe
 from lab.model_shapes import llm_shape
-from model import LOSSES, Connector, connector_class, embedding_width
+from model import LOSSES, Connector, connector_class, embedding_width, loss_in_slices
 from support.files import ceil_div
 from support.hub import PackedHead
 
@@ -143,10 +143,10 @@ class MicroBatch:
         return ceil_div(self.frames, k) + self.prompt + self.answer
 
 
-def activation_bytes(llm, adapted, connector, batch, width):
+def activation_bytes(llm, adapted, connector, batch, width, loss):
     """The peak of what the forward and backward pass of a MicroBatch keeps.
 
-    The pass of SpeechLLM.forward on shapes; width: D_encoder.
+    The pass of SpeechLLM.forward on shapes; width: D_encoder; loss: of LOSSES.
     """
     table = llm.get_input_embeddings().weight  # (V, D)
     length = batch.positions(connector.k)
@@ -166,41 +166,31 @@ def activation_bytes(llm, adapted, connector, batch, width):
 
     hook = llm.get_output_embeddings().register_forward_pre_hook(responses_alone)
     with fused_attention(), LiveBytes(there) as live:
-        target = None
-        if batch.read:
+        target = torch.zeros(batch.size * batch.answer, dtype=torch.long, device="meta")  # (R)
+        if loss.has_teacher:
             with torch.no_grad():
                 embeds = torch.empty(
                     batch.size, batch.read, table.shape[1], device="meta", dtype=table.dtype
                 )
-                target = logits_on_shapes(adapted, embeds).log_softmax(-1)  # (R, V)
+                target = logits_on_shapes(adapted, embeds)  # (R, V)
                 del embeds
         frames = []
         for _ in range(batch.size):
             frames.append(torch.empty(batch.frames, width, device="meta", dtype=torch.float16))
         embeds = embed_on_shapes(connector, frames, table, length)  # (B, L, D)
-        loss_on_shapes(logits_on_shapes(adapted, embeds), target).backward()
+        loss_in_slices(loss, logits_on_shapes(adapted, embeds), target).backward()
     hook.remove()
     return live.peak
 
 
 def logits_on_shapes(llm, embeds):
-    """embeddings (B, L, D) -> logits (R, V) in fp32."""
+    """embeddings (B, L, D) -> logits (R, V)."""
     size, length, _ = embeds.shape
     mask = torch.ones(size, 1, length, length, dtype=torch.bool, device="meta")
     positions = torch.arange(length, device="meta")[None].expand(size, length)  # (B, L)
     return llm(
         inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-    ).logits.float()
-
-
-def loss_on_shapes(logits, target):
-    """The loss of logits (R, V); target: log-probabilities (R, V) of the teacher, if any."""
-    if target is not None:
-        found = logits.log_softmax(-1)  # (R, V)
-        del logits
-        return F.kl_div(found, target, reduction="sum", log_target=True)
-    answers = torch.zeros(len(logits), dtype=torch.long, device="meta")  # (R)
-    return F.cross_entropy(logits, answers, reduction="sum")
+    ).logits
 
 
 def embed_on_shapes(connector, frames, table, length):
@@ -251,7 +241,7 @@ def estimate(
     parts = {
         "weights": weights,
         "trained": trained * 4 * 4,  # fp32: weight, gradient, and AdamW's two moments
-        "activations": activation_bytes(llm, adapted, body, micro_batch, width),
+        "activations": activation_bytes(llm, adapted, body, micro_batch, width, LOSSES[loss]),
         "unpacked": unpacked,
     }
     if bits == 8:  # LLM.int8 keeps the inputs of its layers, with checkpointing, too

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 import model as models
 from data import FULL, Recipe, Response, Speech, Text, Utterance, chat_parts, interleave, load_audio
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
+from lab.memory import LiveBytes
 from lab.model_shapes import find_config
 from model import CONNECTORS, ENCODERS, IGNORE, LOSSES, Connector, ConnectorBody, SpeechLLM
 from model import HuggingFaceEncoder, embedding_rms, encode_all, fingerprint_of_encoder
-from model import fingerprint_of_llm
-from model import load_encoder, load_llm, shared_encoder
+from model import fingerprint_of_llm, load_encoder, load_llm, loss_in_slices, shared_encoder
 from support.chat_template import render_chat
 from support.files import UserError, read_json, write_json
 from support.runs import read_spec
@@ -722,8 +722,8 @@ def test_losses_are_a_table(model, frames, utterances, monkeypatch):
     class WrongTokens:
         has_teacher = True
 
-        def __call__(self, model, batch, teacher):
-            return len(teacher) * model.logits(batch)[0].sum()
+        def __call__(self, logits, teacher):
+            return (logits + teacher).sum()
 
     monkeypatch.setitem(LOSSES, "wrong-tokens", WrongTokens())
     rows = heard(model, frames, utterances[:2])
@@ -741,6 +741,28 @@ def test_cross_entropy_is_summed_over_response_tokens(model, frames, utterances)
             model(rows).item() == model(rows, None, "ce").item() == pytest.approx(each.sum().item())
         )
     assert len(each) == sum(len(row[-1].ids) for row in rows)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_in_slices_has_the_gradient_of_one_in_one_piece(name, monkeypatch):
+    """To the bit, in the precision of the LLM; and less memory is alive at once."""
+    torch.manual_seed(0)
+    logits = torch.randn(50, 700, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(700, (50,))
+    if LOSSES[name].has_teacher:
+        target = torch.randn(50, 700, dtype=torch.bfloat16)
+    found = []
+    for at_once in (10**9, 700 * 7 + 1):
+        monkeypatch.setattr(models, "AT_ONCE", at_once)
+        logits.grad = None
+        with LiveBytes([logits, target]) as live:
+            loss = loss_in_slices(LOSSES[name], logits, target)
+            (loss / 8).backward()
+        found.append((loss.item(), logits.grad, live.peak))
+    (whole, gradient, most), (sum_of_slices, same, least) = found
+    assert sum_of_slices == pytest.approx(whole, rel=1e-5)
+    assert torch.equal(gradient, same) and gradient.abs().sum() > 0
+    assert least < 0.6 * most
 
 
 def test_kl_is_zero_when_the_model_hears_what_the_teacher_reads(model, utterances):
