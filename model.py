@@ -699,6 +699,9 @@ def has_packed_head(llm):
     return isinstance(llm.get_output_embeddings(), PackedHead)
 
 
+COPY = "modules_to_save"  # in the name of every parameter that FULL trains
+
+
 def with_adapter(llm, lora):
     """The LLM with an adapter, which is the only part of it that is trained (peft).
 
@@ -711,6 +714,8 @@ def with_adapter(llm, lora):
     from peft import LoraConfig, get_peft_model
 
     if lora == FULL:
+        if getattr(llm.config, "quantization_config", None) or has_packed_head(llm):
+            raise UserError("an LLM whose weights are packed cannot be trained as a whole")
         config = LoraConfig(
             target_modules="dummy-target-modules",  # as peft calls none
             modules_to_save=modules_with_weights(llm),
@@ -730,10 +735,11 @@ def with_adapter(llm, lora):
 
 
 def modules_with_weights(llm):
-    """The names of all modules that have parameters of their own."""
+    """The names of modules that have all parameters of an LLM, each of them once."""
     names = []
-    for name, module in llm.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
+    for name, module in llm.named_modules():  # what is around comes before what is in it
+        is_inside = any(name.startswith(f"{around}.") for around in names)
+        if not is_inside and next(module.parameters(recurse=False), None) is not None:
             names.append(name)
     return names
 
@@ -758,18 +764,19 @@ def checkpointed_layers(llm):
 
 # ---- losses: how an answer to speech is held against the LLM's own ----
 #
-# A loss is one class here and one entry of LOSSES. It is called with logits in fp32 and with what
-# they are held against, and sums over response tokens; train.py divides by how many there are in
-# the whole step.
+# A loss is one class here and one entry of LOSSES. It is called with logits in fp32 (R, V) and with
+# what they are held against: the R response tokens, and, if it has a teacher, the logits (R, V) of
+# the frozen LLM reading the transcripts. It is summed over the tokens; train.py divides by how many
+# there are in the whole step.
 
 
 class CrossEntropy:
     """-log p of the LLM's own answer, token by token (MTBI, arXiv 2505.18644, by its abstract)."""
 
-    has_teacher = False  # is it held against the logits of the frozen LLM, which reads the same?
+    has_teacher = False
 
-    def __call__(self, logits, answers):
-        return F.cross_entropy(logits, answers, reduction="sum")  # of (R, V) and (R)
+    def __call__(self, logits, answers, teacher):
+        return F.cross_entropy(logits, answers, reduction="sum")
 
 
 class DistributionKL:
@@ -780,8 +787,8 @@ class DistributionKL:
 
     has_teacher = True
 
-    def __call__(self, logits, teacher):
-        found, target = logits.log_softmax(-1), teacher.float().log_softmax(-1)  # (R, V) each
+    def __call__(self, logits, answers, teacher):
+        found, target = logits.log_softmax(-1), teacher.log_softmax(-1)  # (R, V) each
         return F.kl_div(found, target, reduction="sum", log_target=True)
 
 
@@ -789,23 +796,25 @@ LOSSES = {"ce": CrossEntropy(), "kl": DistributionKL()}
 AT_ONCE = 2**23  # logits that are in fp32 at once: 32 MB
 
 
-def loss_in_slices(loss, logits, target):
-    """loss(logits (R, V), target (R or (R, V))), a slice of the R positions after the other.
+def loss_in_slices(loss, logits, answers, teacher=None):
+    """loss(logits (R, V), answers (R), teacher (R, V)), a slice of the R tokens after the other.
 
     One position of a vocabulary of 150,000 takes 0.6 MB in fp32, and a loss and its gradient hold
     it several times over. So the logits stay in the LLM's precision; a slice in fp32 is gone
     before the next one comes, and is made again in the backward pass. The gradient is the same.
     """
 
-    def of_slice(logits, target):
-        return loss(logits.float(), target)
+    def of_slice(logits, answers, teacher):
+        return loss(logits.float(), answers, None if teacher is None else teacher.float())
 
     # nothing draws random numbers, whose states need no keeping then
     options = {"use_reentrant": False, "preserve_rng_state": False}
     size = max(1, AT_ONCE // logits.shape[-1])
+    slices = [logits.split(size), answers.split(size)]
+    slices.append([None] * len(slices[0]) if teacher is None else teacher.split(size))
     total = 0.0
-    for rows, their_target in zip(logits.split(size), target.split(size)):
-        total = total + checkpoint(of_slice, rows, their_target, **options)
+    for one in zip(*slices, strict=True):
+        total = total + checkpoint(of_slice, *one, **options)
     return total
 
 
@@ -960,7 +969,7 @@ class SpeechLLM(nn.Module):
             with torch.no_grad(), self.without_adapter():
                 target, _ = self.logits(teacher)  # (R, V)
         logits, answers = self.logits(batch)  # (R, V), (R)
-        return loss_in_slices(loss, logits, answers if target is None else target)
+        return loss_in_slices(loss, logits, answers, target)
 
     @torch.no_grad()
     def check_finite(self, parts):

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import FULL, Examples, Speech, open_run, read_behaviors
-from model import LOSSES, SpeechLLM, check_size, compute_precision, connector_class
+from model import COPY, LOSSES, SpeechLLM, check_size, compute_precision, connector_class
 from model import embedding_width, encode_all, fingerprint_of_encoder, llm_of, load_encoder
 from model import load_llm, shared_llm
 from support.adam import RoomyAdamW
@@ -36,6 +36,7 @@ from support.states import ON_THE_WAY, TRAINED, clear, load_state, save_state, s
 from support.tracking import TRACKERS, Tracker
 
 PEAK_AT_192 = 4e-3  # the best peak learning rate for the tiny LLM; see docs/notes.md
+SHARE_OF_COPY = 0.1  # of the learning rate, for all of an LLM that is trained: a guess
 CHECKPOINT_FROM = 2.5e9  # parameters; "3B" models count 3.1e9
 FIRST_SCALE = 2.0**14  # of the loss in fp16
 SKIPS_ALLOWED = 20  # steps in a row without a finite gradient; after them the training stops
@@ -213,13 +214,14 @@ def with_options(row, options):
 
 def check_all_trainable(run, options):
     """UserError unless the LLM of a run can be trained as a whole."""
-    whole = {"bits": 16, "head_bits": 16, "embeddings": "gpu"}
-    for name, wanted in whole.items():
+    another, same = "make another RUN:", "this run can change that:"
+    whole = {"bits": (16, another), "head_bits": (16, another), "embeddings": ("gpu", same)}
+    for name, (wanted, advice) in whole.items():
         if run.options[name] != wanted:
             raise UserError(
                 f"{run.folder}: all of the LLM is to be trained (--lora {FULL}), and this run has "
-                f"its LLM with {as_option(name)} {run.options[name]}; make another RUN: "
-                f"`behaviors` with {as_option(name)} {wanted}"
+                f"its LLM with {as_option(name)} {run.options[name]}; {advice} `behaviors` with "
+                f"{as_option(name)} {wanted}"
             )
     if options.precision not in ("auto", "fp32"):
         raise UserError(
@@ -332,6 +334,8 @@ def peak_rate(asked, model, share):
             f"{share:g} times {PEAK_AT_192}, which was best for `mtbi` and an LLM of width 192; "
             f"this one's is {width}, and the wider, the smaller"
         )
+    if model.lora == FULL:
+        why += f"; {SHARE_OF_COPY:g} times that for the LLM, which has learnt before"
     print(f"learning rate: {lr:.2g} at its peak, {why}")
     return lr
 
@@ -628,7 +632,7 @@ def train(
             # The rate follows from the step alone, so that it need not be saved.
             rate = learning_rate(progress.step, steps, lr, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
 
             # Forward and backward over all pieces: the gradients of the token-weighted mean loss.
             loss, tokens, frames = step_gradients(model, pieces, progress, examples.recipe.loss)
@@ -675,8 +679,16 @@ def leave_if_it_stops(folder, progress, steps, stop):
 
 
 def adam_w(parameters, lr):
-    """AdamW with the momenta that Transformers are usually trained with, and little decay."""
-    return RoomyAdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    """AdamW with the momenta that Transformers are usually trained with, and little decay.
+
+    `share` of a group: of the learning rate.
+    """
+    copied = [p for name, p in parameters.items() if COPY in name]
+    others = [p for name, p in parameters.items() if COPY not in name]
+    groups = [{"params": others, "share": 1.0}]
+    if copied:
+        groups.append({"params": copied, "lr": lr * SHARE_OF_COPY, "share": SHARE_OF_COPY})
+    return RoomyAdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def say_skipped(progress):

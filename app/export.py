@@ -44,10 +44,10 @@ CARD = """---
 
 # {recipe}: ears for {llm}
 
-A connector of {parameters:.2f} million parameters{adapter}, trained by the recipe `{recipe}`
+A connector{adapter}, {parameters:.2f} million parameters, trained by the recipe `{recipe}`
 ({about}): it lets the LLM **{llm}** ({bits}) hear what the frozen speech encoder **{encoder}**
-makes of speech. The LLM and the encoder are not in this folder; `model.json` names
-them, with fingerprints of the weights that it was trained for.
+makes of speech. The LLM itself and the encoder are not in this folder; `model.json` names them,
+with fingerprints of the weights that it was trained for.
 
 ## Use it
 
@@ -128,7 +128,7 @@ def local_parts(spec):
 def trained_of_llm(lora):
     """What a card says of it."""
     if lora == FULL:
-        return " and a copy of all the LLM's weights"
+        return " and, in `adapter/`, a changed copy of all the LLM's weights"
     return f" and a LoRA adapter of rank {lora}" if lora else ""
 
 
@@ -192,6 +192,8 @@ def licences_for_card(spec, options):
         elif is_on_hub(spec[part]):
             stands = f"as huggingface.co/{spec[part]} says"
         lines.append(f"- the {what}, which is not in here ({public_name(spec, part)}): {stands}")
+    if spec["lora"] == FULL:
+        lines.append("- that copy of the LLM: as the LLM")
     lines.append(f"- the speech it was made from: {options.speech or 'not said'}")
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import pandas
 
+from data import FULL
 from eval import DIALOGUES
 from lab.claims import BAR, CLAIMS, CURVE, RULE, STEPS, Results, all_differences, decide
 from lab.compare_report import COMPARISON, claims_table, write_comparison
@@ -121,6 +122,8 @@ def compare(options, run_command, chosen):
     """
     options = shortened(options) if options.quick else options
     out = Path(options.out)
+    if options.lora == FULL and options.bits != 16:
+        raise UserError(f"--lora {FULL} trains all of the LLM, which must not be packed: --bits 16")
     names = chosen if options.no_curve else with_curve(chosen)
     runs = runs_of(options)
     is_done(  # refuses a folder of other settings; recipes and seeds may be added later

@@ -141,7 +141,8 @@ def bar_table(report):
     meta, scores = report["meta"], Scores(report)
     if {meta[key] for key in ("speech", "llm", "encoder")} != {"tiny"} or meta["tasks"]:
         return "It is of the tiny world, and this is another."
-    if meta["quick"] or meta["k"] or meta["steps"] < TrainOptions.steps:
+    others = meta["quick"] or meta["k"] or meta["lora"] is not None
+    if others or meta["steps"] < TrainOptions.steps:
         return "It is of trainings with the defaults, and these are others."
     if not {"mtbi", "cascade"} <= set(scores.systems):
         return "Not measured: it needs `mtbi` and `cascade`."

@@ -166,7 +166,8 @@ def activation_bytes(llm, adapted, connector, batch, width, loss):
 
     hook = llm.get_output_embeddings().register_forward_pre_hook(responses_alone)
     with fused_attention(), LiveBytes(there) as live:
-        target = torch.zeros(batch.size * batch.answer, dtype=torch.long, device="meta")  # (R)
+        answers = torch.zeros(batch.size * batch.answer, dtype=torch.long, device="meta")  # (R)
+        target = None
         if loss.has_teacher:
             with torch.no_grad():
                 embeds = torch.empty(
@@ -178,7 +179,7 @@ def activation_bytes(llm, adapted, connector, batch, width, loss):
         for _ in range(batch.size):
             frames.append(torch.empty(batch.frames, width, device="meta", dtype=torch.float16))
         embeds = embed_on_shapes(connector, frames, table, length)  # (B, L, D)
-        loss_in_slices(loss, logits_on_shapes(adapted, embeds), target).backward()
+        loss_in_slices(loss, logits_on_shapes(adapted, embeds), answers, target).backward()
     hook.remove()
     return live.peak
 

@@ -748,6 +748,10 @@ def some_weights():
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
+def named(weights):
+    return {f"weight {i}": w for i, w in enumerate(weights)}
+
+
 @pytest.mark.parametrize("when", [0, 1, 2, 6, 11, 99])
 def test_an_optimizer_that_finds_no_room_at_any_parameter_goes_on_to_the_same_weights(
     when, monkeypatch, capsys
@@ -763,7 +767,7 @@ def test_an_optimizer_that_finds_no_room_at_any_parameter_goes_on_to_the_same_we
 
     monkeypatch.setattr(support.adam, "make_room", make_room)
     monkeypatch.setattr(support.adam, "PIECE", 64)
-    optimizer = train.adam_w(dict(enumerate(weights)), 1e-2)
+    optimizer = train.adam_w(named(weights), 1e-2)
     found = steps_of(optimizer, weights)
     assert optimizer.on_host == (when < 12)
     assert len(calls) == min(when + 1, 12), "it tries once, and then never again"
@@ -778,7 +782,7 @@ def test_moments_made_beforehand_change_no_weight_and_go_to_the_host_at_once(mon
     found = []
     for room in ("none said", "enough", "too little"):
         weights = some_weights()
-        optimizer = train.adam_w(dict(enumerate(weights)), 1e-2)
+        optimizer = train.adam_w(named(weights), 1e-2)
         if room == "too little":
             monkeypatch.setattr(support.adam, "make_room", no_room_for_cublas)
         if room != "none said":
@@ -948,9 +952,9 @@ def as_when_measured(monkeypatch):
         logits = of_llm(llm, embeds).float()  # (R, V)
         return logits if torch.is_grad_enabled() else logits.log_softmax(-1)
 
-    def loss_in_one_piece(loss, logits, target):
+    def loss_in_one_piece(loss, logits, answers, target):
         if not loss.has_teacher:
-            return loss(logits, target)
+            return loss(logits, answers, target)
         found = logits.log_softmax(-1)  # (R, V)
         del logits
         return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)

@@ -405,13 +405,13 @@ def test_the_quality_bar_is_of_the_tiny_world():
     values = {"mtbi": always(0.92), "cascade": always(0.93)}
     found = score_rows(results_of(values), list(values), list(MEASURES))
     meta = {"speech": "tiny", "llm": "tiny", "encoder": "tiny", "tasks": None}
-    meta |= {"quick": False, "k": None, "steps": 1000}
+    meta |= {"quick": False, "k": None, "lora": None, "steps": 1000}
     report = {"scores": found, "bar": BAR, "meta": meta}
     seen = next(line for line in bar_table(report).splitlines() if "| seen |" in line)
     assert seen.split(" | ")[1:] == ["92.0%", "93%", "no", "98.9%", "yes |"]
     another = {**report, "meta": {**meta, "tasks": "tasks.toml"}}
     assert "this is another" in bar_table(another)
-    for other in ({"quick": True}, {"steps": 300}, {"k": 12}):
+    for other in ({"quick": True}, {"steps": 300}, {"k": 12}, {"lora": 0}, {"lora": "full"}):
         assert "these are others" in bar_table({**report, "meta": {**meta, **other}})
 
 
@@ -603,7 +603,20 @@ def test_all_of_an_unquantized_llm_can_be_trained_measured_and_exported(
     assert "all of the LLM trained" in said and "gains seen" in said
     assert main(["export", str(run / "asr"), "--out", str(tmp_path / "card")]) == 0
     card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
-    assert "and a copy of all the LLM's weights, trained by the recipe `asr`" in card
+    assert "A connector and, in `adapter/`, a changed copy of all the LLM's weights" in card
+    assert "- that copy of the LLM: as the LLM" in card
+
+
+def test_a_comparison_trains_what_it_is_told_of_the_llm(tmp_path, capsys):
+    attempted = []
+    jobs = SimpleNamespace(attempt=lambda words, *_: attempted.append(words))
+    options = CompareOptions(out=str(tmp_path), lora="full", bits=16)
+    RunAll(options, jobs).train((OneRun("seed-0", (), 0), "vanilla-it"))
+    [words] = attempted
+    assert words[words.index("--lora") + 1] == "full"
+    assert main(["compare", "--out", str(tmp_path / "new"), "--lora", "full"]) == 2
+    one_line(capsys, "which must not be packed: --bits 16")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_recipe_that_fails_is_reported_and_the_others_go_on(compared_once, comparison):
@@ -924,10 +937,13 @@ SMALL_QWEN = {
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision, loss", [("fp32", "ce"), ("bf16", "ce"), ("bf16", "kl")])
+@pytest.mark.parametrize("slices", [1, 9])
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(
-    bits, frugal, checkpointing, precision, loss
+    bits, frugal, checkpointing, precision, loss, slices, monkeypatch
 ):
     """On a CPU: the tensors that are alive in a real step, on real weights."""
+    if slices > 1:
+        monkeypatch.setattr("model.AT_ONCE", 20 * SMALL_QWEN["vocab_size"])
     config, dtype = transformers.Qwen2Config(**SMALL_QWEN), PRECISIONS[precision]
     llm = lab.step.random_llm(config, bits, dtype, **frugal)
     measured = peak_of_step(llm, checkpointing, loss)

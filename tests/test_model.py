@@ -23,7 +23,8 @@ from lab.memory import LiveBytes
 from lab.model_shapes import find_config
 from model import CONNECTORS, ENCODERS, IGNORE, LOSSES, Connector, ConnectorBody, SpeechLLM
 from model import HuggingFaceEncoder, embedding_rms, encode_all, fingerprint_of_encoder
-from model import fingerprint_of_llm, load_encoder, load_llm, loss_in_slices, shared_encoder
+from model import fingerprint_of_llm, load_encoder, load_llm, loss_in_slices
+from model import modules_with_weights, shared_encoder
 from support.chat_template import render_chat
 from support.files import UserError, read_json, write_json
 from support.runs import read_spec
@@ -722,7 +723,7 @@ def test_losses_are_a_table(model, frames, utterances, monkeypatch):
     class WrongTokens:
         has_teacher = True
 
-        def __call__(self, logits, teacher):
+        def __call__(self, logits, answers, teacher):
             return (logits + teacher).sum()
 
     monkeypatch.setitem(LOSSES, "wrong-tokens", WrongTokens())
@@ -747,16 +748,19 @@ def test_cross_entropy_is_summed_over_response_tokens(model, frames, utterances)
 def test_a_loss_in_slices_has_the_gradient_of_one_in_one_piece(name, monkeypatch):
     """To the bit, in the precision of the LLM; and less memory is alive at once."""
     torch.manual_seed(0)
-    logits = torch.randn(50, 700, dtype=torch.bfloat16, requires_grad=True)
-    target = torch.randint(700, (50,))
-    if LOSSES[name].has_teacher:
-        target = torch.randn(50, 700, dtype=torch.bfloat16)
+    logits, teacher = torch.randn(2, 50, 700).bfloat16()
+    logits.requires_grad_()
+    answers = torch.randint(700, (50,))
+    monkeypatch.setattr(models, "AT_ONCE", 700 * 7 + 1)
+
+    def in_one_piece(loss, logits, answers, teacher):
+        return loss(logits.float(), answers, teacher.float())
+
     found = []
-    for at_once in (10**9, 700 * 7 + 1):
-        monkeypatch.setattr(models, "AT_ONCE", at_once)
+    for way in (in_one_piece, loss_in_slices):
         logits.grad = None
-        with LiveBytes([logits, target]) as live:
-            loss = loss_in_slices(LOSSES[name], logits, target)
+        with LiveBytes([logits, answers, teacher]) as live:
+            loss = way(LOSSES[name], logits, answers, teacher)
             (loss / 8).backward()
         found.append((loss.item(), logits.grad, live.peak))
     (whole, gradient, most), (sum_of_slices, same, least) = found
@@ -851,18 +855,44 @@ def test_a_whole_llm_trains_as_a_copy_and_leaves_the_first_one_as_it_was(
     again = SpeechLLM.from_pretrained(tmp_path, None, encoder)
     with torch.no_grad():
         assert torch.equal(again.logits(rows)[0], after)
+    rounded = SpeechLLM.from_pretrained(tmp_path, None, encoder, "bf16").trainable()
+    for name, p in tuned.trainable().items():
+        assert torch.equal(rounded[name].float(), p.to(rounded[name].dtype).float())
     tuned.take_off_adapter()
     assert [name for name, _ in shared[0].named_modules()] == modules
     left = shared[0].state_dict()
     assert all(torch.equal(left[name], w) for name, w in weights.items())
 
 
-def test_tied_embeddings_stay_tied_in_a_whole_llm_that_trains(tmp_path):
-    llm, tokenizer = load_llm(save_llm(tmp_path, "qwen2", tie_word_embeddings=True), 16)
-    tuned = SpeechLLM(llm, tokenizer, lora=FULL)
-    table = llm.get_input_embeddings().weight
-    assert llm.get_output_embeddings().weight is table
+def test_tied_embeddings_stay_tied_in_a_whole_llm_that_trains(encoder, tmp_path):
+    checkpoint = str(save_llm(tmp_path / "llm", "qwen2", tie_word_embeddings=True))
+    spec = {**SMALL, "llm": checkpoint, "bits": 16, "encoder": "tiny", "pad_whisper": False}
+    spec["lora"] = FULL
+    tuned = SpeechLLM.build(spec, None, encoder)
+    table = tuned.llm.get_input_embeddings().weight
     assert any(p is table for p in tuned.trainable().values())
+    with torch.no_grad():
+        for p in tuned.trainable().values():
+            p.add_(0.01)
+    tuned.save(tmp_path / "run", spec)
+    again = SpeechLLM.from_pretrained(tmp_path / "run", None, encoder)
+    assert torch.equal(again.llm.get_input_embeddings().weight, table)
+    assert again.llm.get_output_embeddings().weight is again.llm.get_input_embeddings().weight
+
+
+def test_a_weight_of_a_module_with_others_inside_is_copied_once():
+    inside = torch.nn.Linear(2, 2)
+    around = torch.nn.Module()
+    around.sinks, around.q_proj = torch.nn.Parameter(torch.zeros(2)), inside
+    llm = torch.nn.ModuleDict({"attention": around, "norm": torch.nn.LayerNorm(2)})
+    assert modules_with_weights(llm) == ["attention", "norm"]
+
+
+@pytest.mark.parametrize("bits, head_bits", [(4, 16), (16, 4)])
+def test_an_llm_that_is_packed_is_not_trained_as_a_whole(bits, head_bits):
+    llm, tokenizer = load_llm("tiny", bits, "auto", head_bits)
+    with pytest.raises(UserError, match="packed cannot be trained as a whole"):
+        SpeechLLM(llm, tokenizer, lora=FULL)
 
 
 def test_an_adapter_that_cannot_be_loaded_does_not_stay_on_a_shared_llm(
