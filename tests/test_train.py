@@ -21,8 +21,8 @@ import support.adam
 import support.processes
 import support.states
 import train as train_module
-from data import Example, Examples, Recipe, Speech, chat_parts, read_behaviors, response_tokens
-from data import user_turn
+from data import FULL, Example, Examples, Recipe, Speech, chat_parts, read_behaviors
+from data import response_tokens, user_turn
 from model import CONNECTORS, SpeechLLM, connector_class, load_llm
 from mtbi import RECIPES, main
 from support.files import UserError, read_json, write_json
@@ -704,11 +704,28 @@ def test_a_q_former_learns_at_a_quarter_of_the_rate_in_whatever_recipe():
 @pytest.mark.parametrize("width, share", [(3584, 0.25), (64, 1.0)])
 def test_the_peak_rate_follows_from_the_llms_width_and_the_connectors_share(width, share, capsys):
     table = SimpleNamespace(weight=torch.empty(9, width))
-    model = SimpleNamespace(llm=SimpleNamespace(get_input_embeddings=lambda: table))
+    model = SimpleNamespace(llm=SimpleNamespace(get_input_embeddings=lambda: table), lora=0)
     expected = share * 4e-3 * 192 / max(192, width)
     assert peak_rate(None, model, share) == pytest.approx(expected)
     assert peak_rate(1e-5, model, share) == 1e-5
-    assert "as asked by --lr" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "as asked by --lr" in said and "for the LLM" not in said
+
+
+def test_all_of_an_llm_learns_at_a_tenth_of_the_connectors_rate(
+    spec, encoder, examples_of, tmp_path, capsys
+):
+    """Adam's first step is as long as the rate says, whatever the gradient."""
+    tuned = SpeechLLM.build({**spec, "lora": FULL}, load_llm("tiny", 16), encoder)
+    before = {name: p.detach().clone() for name, p in tuned.trainable().items()}
+    lr = peak_rate(None, tuned, 1.0)
+    assert "; 0.1 times that for the LLM" in capsys.readouterr().out
+    train(tuned, examples_of(RECIPES["mtbi"], steps=1), tmp_path, lr=lr)
+    moved = {True: 0.0, False: 0.0}  # the furthest that a weight of the LLM, or another, went
+    for name, p in tuned.trainable().items():
+        of_llm = name.startswith("llm.")
+        moved[of_llm] = max(moved[of_llm], (p - before[name]).abs().max().item())
+    assert moved[True] == pytest.approx(0.1 * moved[False], rel=0.1) and moved[False] > 0
 
 
 def test_after_a_spike_of_the_loss_the_weights_move_no_further_than_otherwise(
