@@ -61,7 +61,7 @@ def measure_doses(options):
     """Pre-train an LLM for each dose, train the recipes on each, and draw what became of them.
 
     What is there already is not made again: to measure an LLM that you have, put it into
-    OUT/HESITANT-BLENDED/llm, and its measured.json beside it. Pre-training takes an hour and a half
+    OUT/HESITANT-BLENDED/llm, and its measured.json beside it. Pre-training takes 95 to 105 minutes
     of one core for each.
     """
     out, doses = Path(options.out), parse_doses(options.doses)
