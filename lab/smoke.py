@@ -515,9 +515,9 @@ def two_steps(room):
     """(weights, the optimizer) after two steps of eight tensors, with so many bytes to spare."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for i in range(8):
-        weights[i] = nn.Parameter(torch.randn(WEIGHTS, generator=generator).to(DEVICE))
-        weights[i].grad = torch.randn(WEIGHTS, generator=generator).to(DEVICE)
+    for name in "abcdefgh":
+        weights[name] = nn.Parameter(torch.randn(WEIGHTS, generator=generator).to(DEVICE))
+        weights[name].grad = torch.randn(WEIGHTS, generator=generator).to(DEVICE)
     optimizer = adam_w(weights, 1e-3)
     with allowed(torch.cuda.memory_allocated() + room):
         optimizer.step()
