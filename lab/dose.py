@@ -207,7 +207,7 @@ def write_doses(out, rows):
     write_text(out / "dose.md", page + "\n")
     print(f"\n{page}\n")
     title = "What the LLM read before it heard"
-    groups = [row["dose"].replace(", ", ",\n") for row in rows]
+    groups = [row["dose"].replace(", ", ",\n").replace(" blended", "\nblended") for row in rows]
     plots.bars(out / "dose.png", groups, cells_of_doses(rows), title, "gain, %")
     print(f"drawn: {out / 'dose.png'}")
 
