@@ -744,16 +744,18 @@ def modules_with_weights(llm):
     return names
 
 
+# of torch's checkpointing: nothing draws random numbers, whose states need no keeping then
+COMPUTE_AGAIN = {"use_reentrant": False, "preserve_rng_state": False}
+
+
 def checkpointed_layers(llm):
     """Let each layer keep only its input, and compute the rest again in the backward pass.
 
     Returns the layers that do so while their own flag `training` is set; what is inside them stays
     in eval mode.
     """
-    # in eval mode nothing draws random numbers, whose states need no keeping then
-    options = {"use_reentrant": False, "preserve_rng_state": False}
     try:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=COMPUTE_AGAIN)
     except ValueError as error:
         raise UserError(
             "this LLM has no gradient checkpointing; say --gradient-checkpointing off "
@@ -807,14 +809,12 @@ def loss_in_slices(loss, logits, answers, teacher=None):
     def of_slice(logits, answers, teacher):
         return loss(logits.float(), answers, None if teacher is None else teacher.float())
 
-    # nothing draws random numbers, whose states need no keeping then
-    options = {"use_reentrant": False, "preserve_rng_state": False}
     size = max(1, AT_ONCE // logits.shape[-1])
     slices = [logits.split(size), answers.split(size)]
     slices.append([None] * len(slices[0]) if teacher is None else teacher.split(size))
     total = 0.0
     for one in zip(*slices, strict=True):
-        total = total + checkpoint(of_slice, *one, **options)
+        total = total + checkpoint(of_slice, *one, **COMPUTE_AGAIN)
     return total
 
 
