@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from data import Recipe
-from lab.model_shapes import llm_shape
+from lab.model_shapes import adapted_shape, llm_shape
 from model import LOSSES, Connector, connector_class, embedding_width, loss_in_slices
 from support.files import ceil_div
 from support.hub import PackedHead
@@ -227,8 +227,9 @@ def estimate(
     rate: D_encoder, and encoder frames a second; batch: conversations in a micro-batch, each of so
     many `seconds` of speech and tokens of `prompt` and `answer`.
     """
-    llm, adapted = llm_shape(llm_config, dtype, checkpointing, lora)
+    llm = llm_shape(llm_config, dtype)
     weights, unpacked = weight_bytes(llm, bits, dtype, head_bits, embeddings)
+    adapted = adapted_shape(llm, lora, checkpointing)
 
     kind, dim = connector_class(connector), embedding_width(llm)
     k, hidden = kind.frames_per_token(rate, Recipe.tokens_per_second), kind.hidden_width(dim)[0]

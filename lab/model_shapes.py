@@ -111,8 +111,8 @@ def owner_and_model(name):
 # ---- from a configuration to shapes ----
 
 
-def llm_shape(config, dtype, checkpointing=False, lora=0):
-    """The LLM on the meta device, as training has it: (the LLM, the LLM with its adapter).
+def llm_shape(config, dtype):
+    """The LLM on the meta device, before it has an adapter.
 
     UserError if the configuration is that of no causal LLM.
     """
@@ -122,16 +122,21 @@ def llm_shape(config, dtype, checkpointing=False, lora=0):
                 raise ValueError(f"its configuration has no {key}")
         with torch.device("meta"):
             llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-            llm = llm.eval().requires_grad_(False)
-            adapted = with_adapter(llm, lora)
     except ValueError as error:
         raise UserError(
             f"--llm: a model of type {config.model_type} is no causal LLM ({first_line(error)})"
         ) from None
+    return llm.eval().requires_grad_(False)
+
+
+def adapted_shape(llm, lora, checkpointing):
+    """The same LLM as training has it; lora: see model.with_adapter."""
+    with torch.device("meta"):
+        adapted = with_adapter(llm, lora)
     if checkpointing:
         for layer in checkpointed_layers(adapted):
             layer.training = True
-    return llm, adapted
+    return adapted
 
 
 class EncoderShape(NamedTuple):

@@ -13,11 +13,13 @@ from typing import Literal
 
 import torch
 
+from data import FULL
 from lab.memory import CONTEXT, GB, TRANSCRIPT_RATE, behaviors_bytes, estimate
 from lab.model_shapes import encoder_shape, find_config, full_name
 from model import PRECISIONS
+from support.files import UserError
 from support.hub import bytes_left_free, parameters_of
-from support.options import Count, Rank, Size
+from support.options import Count, RankOrFull, Size
 from support.processes import DEVICE
 from train import CHECKPOINT_FROM
 
@@ -44,8 +46,8 @@ class PlanOptions:
     """tokens of the longest answers"""
     connector: str = "stack-mlp"
     """stack-mlp, conv or qformer"""
-    lora: Rank = 0
-    """rank of a LoRA adapter on the LLM, 0 for none"""
+    lora: RankOrFull = 0
+    """rank of a LoRA adapter on the LLM, 0 for none; full: all of the LLM, which needs --bits 16"""
     loss: Literal["ce", "kl"] = "ce"
     """the LLM's answer, or its whole distribution, whose second pass needs more memory"""
     batch_size: Count = 32
@@ -56,6 +58,8 @@ class PlanOptions:
 
 def plan(options):
     """Say whether a training fits a GPU, and with which settings, before anything is loaded."""
+    if options.lora == FULL:
+        options = trained_as_a_whole(options)
     options = replace(
         options,
         llm=full_name(options.llm, "llm"),
@@ -76,11 +80,23 @@ def plan(options):
         return
     needed = (best.parts["peak"] + CONTEXT) / GB
     packed = "" if options.bits == 4 else "--bits 4, "
+    if options.lora == FULL:
+        packed = "an adapter (--lora 16) and --bits 4, "
     print(
         f"\nIt does not fit {options.vram:g} GB, even with one utterance at a time and gradient "
         f"checkpointing: {needed:.1f} GB are needed. A smaller LLM, shorter clips, {packed}or a "
         "larger card."
     )
+
+
+def trained_as_a_whole(options):
+    """The options with the precision that train.py has for all of an LLM."""
+    if options.bits != 16 or options.precision not in ("auto", "fp32"):
+        raise UserError(
+            f"--lora {FULL} trains all of the LLM, in fp32, and it must not be packed: say "
+            "--bits 16, and no --precision"
+        )
+    return replace(options, precision="fp32")
 
 
 def free_vram():
@@ -201,6 +217,9 @@ def print_table(options, config, best, more):
     llm = f"{options.llm}: {shape}, vocabulary of {config.vocab_size}; {packed}"
 
     trained = f"{parts['trained_parameters'] / 1e6:.1f}M parameters x 16 bytes"
+    also = ""
+    if options.lora:
+        also = ", of the second copy of the LLM, too" if options.lora == FULL else ", LoRA's, too"
     checkpointing = f"gradient checkpointing {'on' if best.checkpointing else 'off'}"
     step = f"{best.micro_batch} x {parts['positions']} positions at once, {checkpointing}"
 
@@ -209,7 +228,7 @@ def print_table(options, config, best, more):
         (
             "connector and optimizer",
             parts["trained"],
-            f"{trained}: weight, gradient, two moments, all fp32",
+            f"{trained}: weight, gradient, two moments, all fp32{also}",
         ),
         ("activations", parts["activations"], step),
         (

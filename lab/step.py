@@ -99,7 +99,7 @@ def random_llm(config, bits, dtype, head_bits=16, embeddings="gpu"):
     in model.load_llm.
     """
     stay_on_the_card()
-    llm, _ = llm_shape(config, dtype)
+    llm = llm_shape(config, dtype)
     head = llm.get_output_embeddings()
     for name, module in list(llm.named_modules()):
         if bits == 4 and isinstance(module, nn.Linear) and module is not head:

@@ -494,7 +494,7 @@ def test_what_is_shrunk_is_loaded_to_host_memory(tied, head_bits, embeddings, on
     if not on_host:
         assert found == {"": "cuda:0"}
         return
-    llm, _ = llm_shape(config, torch.float32)
+    llm = llm_shape(config, torch.float32)
     for name, _ in (*llm.named_parameters(remove_duplicate=False), *llm.named_buffers()):
         above = [part for part in found if name == part or name.startswith(f"{part}.")]
         assert len(above) == 1, f"{name} is in {above}: each has one place"

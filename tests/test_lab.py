@@ -30,6 +30,7 @@ import lab.plan
 import lab.plots
 import lab.smoke
 import lab.step
+from data import FULL
 from eval import CELLS, DIALOGUES
 from lab.claims import (
     BOTH_TRAINED_ON,
@@ -888,7 +889,7 @@ def test_a_training_of_which_every_step_was_skipped_has_no_curve():
     ],
 )
 def test_the_shapes_have_as_many_parameters_as_the_published_models(name, billions):
-    llm, _ = llm_shape(find_config(name, "llm"), torch.bfloat16)
+    llm = llm_shape(find_config(name, "llm"), torch.bfloat16)
     assert llm.num_parameters() / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
@@ -968,17 +969,28 @@ def test_the_estimate_knows_what_int8_keeps_of_a_step(checkpointing, tmp_path):
     assert plans[8] - plans[4] == pytest.approx(steps[8] - steps[4], rel=0.3)
 
 
+@pytest.mark.parametrize("bits, lora", [(4, 16), (16, FULL)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_knows_what_training_the_llm_takes(bits, lora, checkpointing):
+    config = transformers.Qwen2Config(**SMALL_QWEN)
+    llm = lab.step.random_llm(config, bits, torch.float32)
+    planned = planned_step(config, bits, torch.float32, checkpointing, lora=lora)
+    measured = peak_of_step(llm, checkpointing, lora=lora)
+    megabytes = {name: round(value / 1e6, 1) for name, value in planned.items()}
+    assert planned["peak"] == pytest.approx(measured, rel=0.15), megabytes
+
+
 def bytes_of(llm):
     """What its weights take."""
     storages = [tensor.untyped_storage() for tensor in lab.step.tensors_of(llm)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def peak_of_step(llm, checkpointing, loss="ce"):
+def peak_of_step(llm, checkpointing, loss="ce", lora=0):
     """Bytes of the tensors that are alive in a step, at most."""
     options = SimpleNamespace(batch_size=6, prompt_tokens=40, answer_tokens=30, seconds=6.0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "llm")
-    model = SpeechLLM(llm, tokenizer, None, Connector("stack-mlp", 128, 256, 9, 1024))
+    model = SpeechLLM(llm, tokenizer, None, Connector("stack-mlp", 128, 256, 9, 1024), lora)
     if checkpointing:
         model.checkpoint_gradients()
     model.train()
@@ -989,7 +1001,7 @@ def peak_of_step(llm, checkpointing, loss="ce"):
     return 1e9 * lab.step.peak_bytes(step, model, optimizer, examples, None)["peak_gb"]
 
 
-def planned_step(config, bits, dtype, checkpointing, loss="ce", **frugal):
+def planned_step(config, bits, dtype, checkpointing, loss="ce", **more):
     """What `estimate` says of the same."""
     return estimate(
         config,
@@ -1003,12 +1015,12 @@ def planned_step(config, bits, dtype, checkpointing, loss="ce", **frugal):
         batch=6,
         checkpointing=checkpointing,
         loss=loss,
-        **frugal,
+        **more,
     )
 
 
 def test_the_weights_are_estimated_to_the_percent(llm):
-    shape, _ = llm_shape(llm[0].config, torch.float32)
+    shape = llm_shape(llm[0].config, torch.float32)
     real = bytes_of(load_llm("tiny", 4)[0])
     assert weight_bytes(shape, 4, torch.float32)[0] == pytest.approx(real, rel=0.02)
 
@@ -1100,7 +1112,7 @@ def test_what_is_no_llm_and_no_memory_is_refused(tmp_path, capsys):
 
 
 def test_a_lora_adapter_and_other_connectors_are_counted(capsys):
-    models = ("--llm", "qwen2.5-0.5b", "--encoder", "whisper-small")
+    models = ("--llm", "qwen2.5-0.5b", "--encoder", "whisper-small", "--batch-size", "1")
 
     def trained(*words):
         return planned(capsys, *models, *words)[1]["connector and optimizer"]
@@ -1109,6 +1121,33 @@ def test_a_lora_adapter_and_other_connectors_are_counted(capsys):
     with_adapter = trained("--lora", "16")
     assert with_adapter == pytest.approx(plain + 8.8e6 * 16 / 1e9, abs=0.02)  # 8.8M, says PEFT
     assert trained("--connector", "qformer") > plain
+
+
+def test_all_of_an_llm_is_planned_as_a_second_copy_of_its_weights_in_fp32(capsys):
+    words = (
+        "--llm",
+        "qwen2.5-0.5b",
+        "--encoder",
+        "whisper-small",
+        "--batch-size",
+        "1",
+        "--vram",
+        "24",
+    )
+    _, plain = planned(capsys, *words, "--bits", "16", "--precision", "fp32")
+    said, full = planned(capsys, *words, "--bits", "16", "--lora", "full")
+    assert full["LLM weights"] == plain["LLM weights"], "the first copy, frozen"
+    weights = full["connector and optimizer"] - plain["connector and optimizer"]
+    assert weights == pytest.approx(4 * plain["LLM weights"], rel=0.01)
+    commands = commands_in(said)
+    assert commands["train"].lora == "full"
+    assert (commands["behaviors"].bits, commands["behaviors"].precision) == (16, "fp32")
+
+
+@pytest.mark.parametrize("words", [("--bits", "4"), ("--bits", "16", "--precision", "bf16")])
+def test_all_of_a_packed_or_rounded_llm_is_not_planned(capsys, words):
+    assert main(["plan", "--lora", "full", *words]) == 2
+    assert "--lora full" in capsys.readouterr().err
 
 
 def test_a_prompt_about_dollars_is_drawn_as_it_is_written(tmp_path):
