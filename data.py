@@ -19,6 +19,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from fractions import Fraction
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import support  # noqa: F401  first: torch reads what it sets
@@ -506,8 +507,8 @@ class Speech:
 
 @dataclass
 class Response:
-    # token ids to be answered and, unless the answer was cut off, the end-of-turn token: the only
-    # part that carries loss
+    # token ids of the answer and, unless it was cut off, the end-of-turn token: the only part that
+    # carries loss
     ids: list
 
 
@@ -517,6 +518,7 @@ def positions_of(part, k):
 
 
 def transcript_tokens(tokenizer, text):
+    """The Text of a transcript that is read in place of the speech."""
     return Text(tokenize_in_context(tokenizer, text)[0])
 
 
@@ -612,6 +614,7 @@ def dialogue(earlier, prompt, again=False):
 def random_spans(rng, n, share, mean):
     """n flags, a share of them True in runs of `mean` words on average.
 
+    That speech and text are interleaved is MTBI's (arXiv 2505.18644); how spans are drawn is ours.
     A two-state Markov chain: a run of True ends with probability 1 / mean. Between two runs is a
     word at least, so that a large share makes them longer.
     """
@@ -634,19 +637,17 @@ def interleave(tokenizer, utterance, frames, as_text):
     (T, D_encoder) are cut midway between two words. All True gives exactly the transcript's
     tokens, all False exactly the utterance's frames.
     """
-    ids, words = tokens_and_words(tokenizer, utterance.text)
+    ids, word_of = tokens_and_words(tokenizer, utterance.text)
     cuts = frame_cuts(utterance, len(frames))
     parts = []
-    first = 0
-    for last in range(1, len(as_text) + 1):
-        if last < len(as_text) and as_text[last] == as_text[first]:
-            continue
-        # the words from `first` up to `last` are of one kind
-        if as_text[first]:
-            parts.append(Text([i for i, word in zip(ids, words) if first <= word < last]))
+    begin = 0
+    for is_text, flags in groupby(as_text):
+        end = begin + len(list(flags))  # the words from `begin` up to `end` are of one kind
+        if is_text:
+            parts.append(Text([i for i, word in zip(ids, word_of) if begin <= word < end]))
         else:
-            parts.append(Speech(frames[cuts[first] : cuts[last]]))  # (T_span, D_encoder)
-        first = last
+            parts.append(Speech(frames[cuts[begin] : cuts[end]]))  # (T_span, D_encoder)
+        begin = end
     return parts
 
 
@@ -654,11 +655,11 @@ def tokens_and_words(tokenizer, text):
     """(token ids of the whole text, for each the number of the word it belongs to)."""
     ids, starts = tokenize_in_context(tokenizer, text)
     ends = [match.end() for match in re.finditer(r"\S+", text)]
-    words = []
+    word_of = []
     for start in starts:
         # how many words (but the last) have ended: a space belongs to the word that it precedes
-        words.append(sum(end <= start for end in ends[:-1]))
-    return ids, words
+        word_of.append(sum(end <= start for end in ends[:-1]))
+    return ids, word_of
 
 
 def frame_cuts(utterance, n_frames):
@@ -769,7 +770,6 @@ class Examples:
     def check(self):
         """UserError if this recipe cannot be trained on these behaviors; says what is left out."""
         recipe = self.recipe
-        recipe.check()
         if len(self.trained_on) < self.batch_size:
             raise UserError(
                 f"{len(self.trained_on)} utterances have behaviors for this recipe, fewer than one "
@@ -935,6 +935,10 @@ class Run:
                 f"{llm}: is not the LLM any more that gave the behaviors of {self.folder}; run "
                 "`behaviors` again with --force"
             )
+
+    def is_own(self, data):
+        """Is it the data folder that the run was made from?"""
+        return Path(data).resolve() == self.data.resolve()
 
     def packing(self):
         """{name: value}: how the LLM's weights are packed, which is part of what the LLM is."""

@@ -24,7 +24,7 @@ import torch
 from data import Run, Speech, Task, Text, Utterance, as_compared, chat_parts, dialogue, load_tasks
 from data import normalize, open_run, positions_of, read_manifest, response_tokens
 from data import transcript_tokens, user_turn
-from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
+from model import LOSSES, SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import llm_of, load_encoder, shared_llm
 from support.answers import answer_all, answer_in_memory, keep_record, kept_parts
 from support.console import say_device, timed
@@ -135,7 +135,7 @@ class Bench:
     folder: Path  # where its report goes; what is measured is kept in folder/bench
     utterances: list  # the held-out ones
     trained_with: dict  # {recipe: the options it was trained with}
-    settings: dict  # all that the answers depend on
+    settings: dict  # all that the report depends on
     in_ram: dict = field(default_factory=dict)  # {encoder's fingerprint: frames}
 
     @contextmanager
@@ -169,7 +169,7 @@ class Bench:
     def fingerprint_of(self, weights="", transcriber=""):
         """Names what the answers of one system depend on."""
         same = {**self.settings, "trained": weights, "asr": transcriber}
-        del same["scoring"]
+        del same["scoring"]  # answers that are kept are scored anew
         return fingerprint(same)
 
 
@@ -194,7 +194,7 @@ def plan_bench(options, table):
     precision = compute_precision(options.precision, run.options["llm"])
     options = replace(options, precision=precision)
     data, utterances = run.data, run.utterances
-    if options.data and Path(options.data).resolve() != run.data.resolve():
+    if options.data and not run.is_own(options.data):
         data = Path(options.data)
         utterances = read_manifest(data / "manifest.jsonl")
     tested = held_out_of(run, utterances)
@@ -244,7 +244,7 @@ def held_out_of(run, utterances):
 
 def report_folder(run, data):
     """Where the report goes: the run folder for its own data, a place of its own for any other."""
-    if data.resolve() == run.data.resolve():
+    if run.is_own(data):
         return run.folder
     whole = str(data.resolve())
     folder = run.folder / "on" / data.resolve().name
@@ -264,19 +264,20 @@ def measure_all(bench, look_into):
     """
     options, run = bench.options, bench.run
     say_device()
+    encoders = [bench.encoder_of(recipe) for recipe in bench.trained_with]
+    transcriber = transcriber_of(options.asr, encoders[0])
     if options.cache_features == "disk":
         # before the LLM, which may leave an encoder no room on a GPU; most recipes share one
-        for encoder in dict.fromkeys(map(bench.encoder_of, bench.trained_with)):
+        for encoder in dict.fromkeys([*encoders, transcriber] if transcriber else encoders):
             bench.encode(encoder)
     llm = shared_llm(*llm_of(run.options, options.precision))
-    systems = systems_of(bench, llm)
+    systems = systems_of(bench, llm, transcriber)
     tasks = load_tasks(PROJECT / run.options["tasks"])
-    if bench.data.resolve() != run.data.resolve():
+    if not run.is_own(bench.data):
         write_json(bench.folder / "data.json", {"data": str(bench.data.resolve())})
     if options.force:
         forget_records(bench.folder / "bench", systems)
-    questions = Questions(bench, tasks)
-    questions.ask_top_line(systems["text"])
+    questions = Questions(bench, tasks, systems["text"])
     mistakes = look_into(questions)
     records = {name: questions.record(system, mistakes) for name, system in systems.items()}
     rows = []
@@ -355,7 +356,7 @@ class Trained(System):
 
     def __init__(self, bench, recipe, llm):
         own = bench.fingerprint_of(weights=bench.settings["trained"][recipe])
-        super().__init__(recipe, own, model=None)
+        super().__init__(recipe, own, model=None)  # which is there within ready() alone
         self.bench, self.llm = bench, llm
 
     @contextmanager
@@ -380,15 +381,13 @@ class Trained(System):
         return [Speech(self.frames[utterance.id])]
 
 
-def systems_of(bench, llm):
+def systems_of(bench, llm, transcriber):
     """{name: System}: top and bottom line, the cascade if something transcribes, the recipes.
 
-    llm: the (LLM, tokenizer) that the frozen recipes share.
+    llm: the (LLM, tokenizer) that all share; a recipe's adapter is on it within ready() alone.
     """
     reader = SpeechLLM(*llm)
     systems = {"text": System("text", bench.fingerprint_of(), reader), "copy": Copy(bench)}
-    first = next(iter(bench.trained_with))
-    transcriber = transcriber_of(bench.options.asr, bench.encoder_of(first))
     if transcriber:
         systems["cascade"] = Cascade(bench, reader, transcriber)
     for recipe in bench.trained_with:
@@ -499,10 +498,7 @@ def draw_dialogues(cases, answers, n, seed):
             if first_turns(cases, answers, i, kind, about):
                 fitting.append(i)
         for i in rng.sample(fitting, min(n, len(fitting))):
-            first = rng.choice(first_turns(cases, answers, i, kind, about))
-            if kind != "speech_then_text_question":
-                while says_the_same(cases[first], cases[i]):
-                    first = (first + 1) % len(cases)
+            first = draw_first_turn(rng, cases, answers, i, kind, about)
             earlier, case = cases[first], cases[i]
             spoken = kind != "text_then_speech"
             again = kind == "speech_then_text_question"
@@ -511,11 +507,19 @@ def draw_dialogues(cases, answers, n, seed):
     return drawn
 
 
-def first_turns(cases, answers, i, kind, about):
-    """Which cases may come before case i in a conversation of this kind.
+def draw_first_turn(rng, cases, answers, i, kind, about):
+    """Which case comes before case i: one of first_turns, or the next that brings other words."""
+    first = rng.choice(first_turns(cases, answers, i, kind, about))
+    if kind != "speech_then_text_question":
+        while says_the_same(cases[first], cases[i]):
+            first = (first + 1) % len(cases)
+    return first
 
-    Where both turns bring an utterance any other may, and draw_dialogues goes on from it to the
-    next one in which other words are said.
+
+def first_turns(cases, answers, i, kind, about):
+    """Among which cases the one before case i is drawn, in a conversation of this kind.
+
+    None: no case can come before it.
     """
     case = cases[i]
     if kind != "speech_then_text_question":
@@ -546,25 +550,24 @@ def words_of(text):
 class Questions:
     """The questions, the top line's answers to them, and the record of each system."""
 
-    def __init__(self, bench, tasks):
+    def __init__(self, bench, tasks, top_line):
         self.options = bench.options
         self.kept = bench.folder / "bench"
-        self.tasks = tasks
+        self.tasks, self.top_line = tasks, top_line
         cases = draw_cases(tasks, bench.utterances, self.options.per_prompt, self.options.seed)
         n = 12 * self.options.per_prompt
         repeats = draw_repeats(tasks, bench.utterances, n, self.options.seed)
         # by SETS, and "replies": to directives that are the prompt
         self.cases = {"questions": cases, "repeats": repeats, "text": cases}
-        self.cases |= {"dialogues": [], "replies": []}  # made of the top line's answers
+        self.ask_top_line()
 
         # the questions on which we look inside
         rng = random.Random(f"probes-{self.options.seed}")
         n = min(self.options.probes, len(cases))
         self.probes = sorted(rng.sample(range(len(cases)), n))
 
-    def ask_top_line(self, system):
+    def ask_top_line(self):
         """The text LLM's own answers: the references, and the first turns of the dialogues."""
-        self.top_line = system
         cases = self.cases["questions"]
         answers, self.ended = self.answers_of_text("questions")
         drawn = draw_dialogues(cases, answers, self.options.dialogues, self.options.seed)
@@ -764,6 +767,7 @@ def row_of(name, which, case, reference, answer):
 
 
 def exact_match(reference, answer):
+    """1.0 if they differ in case and punctuation at most, else 0.0."""
     return float(as_compared(reference) == as_compared(answer))
 
 
@@ -777,14 +781,14 @@ def word_error_rate(reference, answer):
 
 
 def chrf(reference, answer):
-    """sacrebleu; chrF of Popović 2015."""
+    """From 0 to 1, by sacrebleu; chrF of Popović 2015."""
     from sacrebleu import sentence_chrf
 
     return sentence_chrf(answer, [reference]).score / 100 if reference else float(not answer)
 
 
 def bleu(reference, answer):
-    """sacrebleu, of one sentence."""
+    """From 0 to 1, by sacrebleu, of one sentence."""
     from sacrebleu import sentence_bleu
 
     return sentence_bleu(answer, [reference]).score / 100 if reference else float(not answer)
@@ -852,9 +856,8 @@ def behavior_gap(system, top_line, cases, responses):
         hears, _ = system.model.logits([case.parts(system, ids)])  # (R, V)
         with system.model.without_adapter():  # which may be on the LLM that they share
             reads, _ = top_line.model.logits([case.parts(top_line, ids)])  # (R, V)
-        hears, reads = hears.float().log_softmax(-1), reads.float().log_softmax(-1)
-        kl = (reads.exp() * (reads - hears)).sum(-1)  # (R,)
-        gaps.append(kl.mean().item())
+        kl = LOSSES["kl"](hears.float(), ids, reads.float())  # summed over the R tokens
+        gaps.append((kl / len(hears)).item())
     return gaps
 
 
@@ -909,7 +912,7 @@ def attention_from(model, parts, position):
     for attention in out.attentions:
         if attention is not None:  # (1, heads, L, L)
             layers.append(attention[0, :, position].float().mean(0))  # (heads, L) -> (L,)
-    return torch.stack(layers)
+    return torch.stack(layers)  # (layers, L)
 
 
 def shares_of_parts(attention, parts, spoken, model):
@@ -929,7 +932,7 @@ def shares_of_parts(attention, parts, spoken, model):
 
 
 def mean_by_layer(shares):
-    """{"instruction": [mean by layer], "utterance": [mean by layer]} over the cases."""
+    """{"instruction": [mean by layer], "utterance": [mean by layer]} over the cases, or None."""
     if not shares:
         return None
     means = {}

@@ -80,7 +80,7 @@ class SpeechEncoder(Protocol):
 
 
 class CTCEncoder(SpeechEncoder, Protocol):
-    """What the cascade and `word-times` ask of an encoder beside."""
+    """What the cascade and `word-times` ask of an encoder in addition."""
 
     ctc_fingerprint: str  # names what determines the transcripts
     ctc_tokenizer: object  # of the head's vocabulary, with a pad token, which is the blank
@@ -135,7 +135,7 @@ class Features(NamedTuple):
     """What the model is given of a piece of sound, on the CPU."""
 
     inputs: dict  # {name: tensor (1, ...)}, as the feature extractor makes them
-    samples: int  # of how many it made them
+    samples: int  # how many they were made of
 
 
 class Clip(NamedTuple):
@@ -386,8 +386,8 @@ class ConnectorBody(nn.Module):
     lr_share = 1.0  # times the usual peak learning rate, which train.py works out
     k_is_a_power_of_two = False
     # Is a token made of its own k frames, and of no others? Then forward() gets windows
-    # (W, k, D_encoder), those of all spans of a batch, and gives (W, D); else it gets spans of as
-    # many tokens, (B, N * k, D_encoder), and gives (B, N, D).
+    # (W, k, D_encoder), those of all spans of a batch, and gives (W, D); else it gets spans that
+    # have equally many tokens, (B, N * k, D_encoder), and gives (B, N, D).
     windows_apart = False
     widening = 4  # the hidden width: so many times the LLM's width,
     multiple_of = 1  # rounded up to a multiple of this,
@@ -559,9 +559,9 @@ class Connector(nn.Module):
         """[frames (T_i, D_encoder)] -> [speech tokens (N_i, D)], N_i = T_i / k rounded up.
 
         The last token's missing frames are zeros. Where each token is made of its own k frames, all
-        windows of all spans go through at once; else spans of as many tokens go through together.
-        Nothing is padded beyond that, so a span's tokens, but for dropout, do not depend on its
-        batch.
+        windows of all spans go through at once; else spans that have equally many tokens go through
+        together. Nothing is padded beyond that, so a span's tokens, but for dropout, do not depend
+        on its batch.
         """
         counts = [ceil_div(len(frames), self.k) for frames in spans]  # N_i
         if self.body.windows_apart:
@@ -692,7 +692,7 @@ def embedding_rms(llm):
     table = llm.get_input_embeddings()
     size = len(table.weight)
     some = torch.arange(0, size, ceil_div(size, 4096), device=DEVICE)
-    return table(some).float().pow(2).mean().sqrt()
+    return table(some).float().pow(2).mean().sqrt()  # of (up to 4096, D), one number
 
 
 def has_packed_head(llm):
@@ -845,7 +845,7 @@ class SpeechLLM(nn.Module):
         self.ends = sorted({self.eot, tokenizer.eos_token_id, *ends} - {None})
 
     def train(self, mode=True):
-        """The LLM and the encoder stay in eval mode whatever happens."""
+        """The LLM and the encoder stay in eval mode, but for the flag of checkpointed layers."""
         super().train(False)
         if self.connector is not None:
             self.connector.train(mode)
@@ -858,7 +858,7 @@ class SpeechLLM(nn.Module):
         self.checkpointed = checkpointed_layers(self.llm)
 
     def trainable(self):
-        """{name: parameter} of what training changes: the connector, and a LoRA adapter."""
+        """{name: parameter} of what training changes: the connector, and an adapter's weights."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def without_adapter(self):
@@ -887,29 +887,27 @@ class SpeechLLM(nn.Module):
 
         # Everything that is read goes through the LLM's own table at once, everything that is
         # spoken through the connector.
-        ids, spans = [], []
+        ids, sizes, spans = [], [], []
         for parts in batch:
             for part in parts:
                 if isinstance(part, Speech):
                     spans.append(part.frames.to(DEVICE, non_blocking=True))  # (T, D_encoder)
                 else:
                     ids += part.ids
+                    sizes.append(len(part.ids))
         text = table(torch.tensor(ids, device=DEVICE))  # (all ids, D)
-        speech = self.connector(spans) if spans else []  # one (N, D) for each span
+        read = iter(text.split(sizes))  # (ids of a part, D) each
+        heard = iter(self.connector(spans) if spans else [])  # (N, D) each
 
         # Part by part they take their places again.
         rows = []
-        text_at = 0
-        speech_at = 0
         for parts in batch:
             row = []
             for part in parts:
                 if isinstance(part, Speech):
-                    row.append(speech[speech_at].to(text.dtype))  # (N, D)
-                    speech_at += 1
+                    row.append(next(heard).to(text.dtype))  # (N, D)
                 else:
-                    row.append(text[text_at : text_at + len(part.ids)])  # (ids of the part, D)
-                    text_at += len(part.ids)
+                    row.append(next(read))  # (ids of the part, D)
             rows.append(torch.cat(row))  # (L_row, D)
 
         # Padding on the left; masks and labels go by position, never by token id.
@@ -964,12 +962,12 @@ class SpeechLLM(nn.Module):
 
         teacher: the same conversations with the transcripts as text, for a loss that has one.
         """
-        loss, target = LOSSES[loss], None
-        if loss.has_teacher:
+        criterion, target = LOSSES[loss], None
+        if criterion.has_teacher:
             with torch.no_grad(), self.without_adapter():
                 target, _ = self.logits(teacher)  # (R, V)
         logits, answers = self.logits(batch)  # (R, V), (R)
-        return loss_in_slices(loss, logits, answers, target)
+        return loss_in_slices(criterion, logits, answers, target)
 
     @torch.no_grad()
     def check_finite(self, parts):

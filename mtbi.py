@@ -101,7 +101,7 @@ RECIPES = {
         repeat=(0.2, 0.2),
     ),
     "mtbi-4": Recipe(
-        "mtbi on four tasks of the tiny world; tasks.toml has three of them",
+        "mtbi on four tasks of the tiny world; tasks.toml has repeat and two translations",
         tasks=("repeat", "translate*", "who", "numerals"),
         interleave=0.4,
         repeat=(1.0, 0.2),

@@ -39,6 +39,7 @@ PEAK_AT_192 = 4e-3  # the best peak learning rate for the tiny LLM; see docs/not
 SHARE_OF_COPY = 0.1  # of the learning rate, for all of an LLM that is trained: a guess
 CHECKPOINT_FROM = 2.5e9  # parameters; "3B" models count 3.1e9
 FIRST_SCALE = 2.0**14  # of the loss in fp16
+LARGEST_NORM = 1.0  # of the gradient, which is clipped to it
 SKIPS_ALLOWED = 20  # steps in a row without a finite gradient; after them the training stops
 
 
@@ -235,7 +236,7 @@ def made_from(run, utterances, recipe, options):
     run.check_llm()
     changed = recipe.changed()  # so that a field added to Recipe changes no earlier training
     share = connector_class(recipe.connector).lr_share
-    if share != 1:
+    if share != 1:  # no field of a Recipe, and the weights depend on it; lab/look.py leaves it out
         changed["lr"] = share
     return {
         "recipe": changed,
@@ -371,10 +372,12 @@ def explain(model, examples):
         f"a step; {examples.steps} steps = {examples.steps * step / n:.1f} for each utterance"
     )
     trainable = sum(p.numel() for p in model.trainable().values())
-    bits = "NF4" if getattr(model.llm, "is_loaded_in_4bit", False) else "not 4-bit"
-    adapter, frozen = ", LoRA" if model.lora else "", f"the LLM ({bits}) and the encoder are frozen"
     if model.lora == FULL:
         adapter, frozen = ", all of the LLM", "the encoder is frozen"
+    else:
+        bits = "NF4" if getattr(model.llm, "is_loaded_in_4bit", False) else "not 4-bit"
+        adapter = ", LoRA" if model.lora else ""
+        frozen = f"the LLM ({bits}) and the encoder are frozen"
     print(
         f"trainable: {trainable / 1e6:.2f}M parameters in fp32 (connector "
         f"{examples.recipe.connector}{adapter}); {frozen}"
@@ -568,7 +571,7 @@ def halve_pieces(model, pieces, progress, why):
     )
 
 
-def update(optimizer, parameters, loss, progress, clip):
+def update(optimizer, parameters, loss, progress):
     """Clip the gradients and take the step, unless they or the loss are not finite.
 
     Returns (gradient norm, was the step taken).
@@ -576,7 +579,7 @@ def update(optimizer, parameters, loss, progress, clip):
     for p in parameters:
         if p.grad is not None:
             p.grad /= progress.loss_scale
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, LARGEST_NORM).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
         try:
@@ -603,7 +606,6 @@ def train(
     *,
     lr,
     warmup=50,
-    clip=1.0,
     save_every=100,
     keep=2,
     made_with="",
@@ -638,7 +640,7 @@ def train(
             loss, tokens, frames = step_gradients(model, pieces, progress, examples.recipe.loss)
 
             # AdamW changes the connector (and an adapter), unless something is not finite.
-            norm, finite = update(optimizer, list(parameters.values()), loss, progress, clip)
+            norm, finite = update(optimizer, list(parameters.values()), loss, progress)
             seconds = frames / model.encoder.frame_rate
             log.add(progress.step, finite, loss, rate, norm, tokens, seconds)
             progress.advance(finite)
@@ -687,7 +689,7 @@ def adam_w(parameters, lr):
     others = [p for name, p in parameters.items() if COPY not in name]
     groups = [{"params": others, "share": 1.0}]
     if copied:
-        groups.append({"params": copied, "lr": lr * SHARE_OF_COPY, "share": SHARE_OF_COPY})
+        groups.append({"params": copied, "share": SHARE_OF_COPY})
     return RoomyAdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 

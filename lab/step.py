@@ -214,7 +214,7 @@ def our_step(model, optimizer, examples, _, loss):
     """The step of train.py."""
     piece = Piece(examples, "step")
     loss = accumulate_gradients(model, [piece], piece.tokens(), loss)
-    update(optimizer, list(model.trainable().values()), loss, Progress(loss_scale=1.0), clip=1.0)
+    update(optimizer, list(model.trainable().values()), loss, Progress(loss_scale=1.0))
 
 
 def plain_step(model, optimizer, examples, encoder, loss):

@@ -19,7 +19,7 @@ from programs import one_line
 
 import eval as eval_module
 import model
-from data import Response, Speech, Task, Text, Utterance, chat_parts, load_tasks, normalize
+from data import Response, Run, Speech, Task, Text, Utterance, chat_parts, load_tasks, normalize
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
@@ -833,7 +833,7 @@ def test_two_data_folders_of_one_name_get_two_reports(own, elsewhere, tmp_path):
 
 
 def test_two_data_folders_of_one_name_are_told_apart_by_a_saved_state_alone(tmp_path):
-    run = SimpleNamespace(folder=tmp_path / "run", data=tmp_path / "data")
+    run = Run(tmp_path / "run", {}, {}, tmp_path / "data", [])
     first, second = tmp_path / "a" / "test", tmp_path / "b" / "test"
     folder = eval_module.report_folder(run, first)
     write_json(folder / "steps" / "100" / "data.json", {"data": str(first.resolve())})

@@ -678,7 +678,7 @@ def test_a_step_undoes_the_scale_of_the_loss_and_clips(scale, gradient, norm, mo
     p = torch.nn.Parameter(torch.zeros(1))
     p.grad = torch.full((1,), gradient)
     optimizer = torch.optim.SGD([p], lr=1.0)
-    found, finite = update(optimizer, [p], 0.0, Progress(loss_scale=scale), clip=1.0)
+    found, finite = update(optimizer, [p], 0.0, Progress(loss_scale=scale))
     assert finite and found == pytest.approx(norm)
     assert -p.item() == pytest.approx(moved, rel=1e-3)
 
