@@ -24,7 +24,7 @@ directives; {llm_hesitant:.0%} with hesitations between the words, half of them 
 | espeak-ng voices |
 | steps | {llm_steps} of 64 conversations in phases, \
 from 60% of the first on with weights rounded to NF4 \
-| {encoder_steps} of 16, the latter with echoes |
+| {encoder_steps} of 16, in the latter half of the utterances with an echo |
 | time | {llm_time} | {encoder_time} |
 
 *Hesitations* are words like "uh"; *blended* are those in whose place stands a mixture of the
