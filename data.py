@@ -394,7 +394,7 @@ def read_behaviors(path):
     """The behaviors that stage 1 wrote; UserError names the line that is none."""
     texts = ("utterance", "task", "prompt", "response")
     behaviors = []
-    for number, row in read_jsonl(path):
+    for number, row in read_jsonl(path, ours=True):
         if isinstance(row, str) or not all(isinstance(row.get(key), str) for key in texts):
             raise UserError(f"{path}:{number}: is no behavior; run `behaviors` again with --force")
         ended, again = row.get("ended", True), row.get("again", False)
@@ -491,6 +491,18 @@ def end_of_turn(tokenizer):
     return ids[0] if ids else tokenizer.eos_token_id
 
 
+@lru_cache(maxsize=8)
+def space_before_answer(tokenizer):
+    """What the chat template puts between the open conversation and an answer: a space, or nothing.
+
+    Of Mistral's it is a space, which belongs to the answer's first token.
+    """
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
+    before = render_chat(tokenizer, turns, add_generation_prompt=False).split(AUDIO_MARK)[0]
+    added = before.removeprefix(render_chat(tokenizer, turns[:1]))
+    return added if added.isspace() else ""
+
+
 # ---- parts: what a conversation is made of before it becomes embeddings ----
 
 
@@ -524,7 +536,7 @@ def transcript_tokens(tokenizer, text):
 
 def response_tokens(tokenizer, text, ended=True):
     """The token ids to imitate: the answer and, unless it was cut off, the end of its turn."""
-    ids = tokenize_in_context(tokenizer, text)[0]
+    ids = tokenize_in_context(tokenizer, space_before_answer(tokenizer) + text)[0]
     return ids + [end_of_turn(tokenizer)] if ended else ids
 
 

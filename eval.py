@@ -136,6 +136,7 @@ class Bench:
     utterances: list  # the held-out ones
     trained_with: dict  # {recipe: the options it was trained with}
     settings: dict  # all that the report depends on
+    heard: list = field(default_factory=list)  # those of them that questions are about
     in_ram: dict = field(default_factory=dict)  # {encoder's fingerprint: frames}
 
     @contextmanager
@@ -151,12 +152,21 @@ class Bench:
             yield
             finish(self.folder, "bench", self.options, self.settings, config)
 
+    def draw(self, tasks):
+        """(the questions, the utterances to be repeated), as Cases; nothing else will be heard."""
+        options = self.options
+        cases = draw_cases(tasks, self.utterances, options.per_prompt, options.seed)
+        repeats = draw_repeats(tasks, self.utterances, 12 * options.per_prompt, options.seed)
+        asked_about = {case.utterance.id for case in (*cases, *repeats)}
+        self.heard = [u for u in self.utterances if u.id in asked_about]
+        return cases, repeats
+
     def encode(self, encoder):
-        """{utterance id: frames (T, D_encoder)} of the held-out speech."""
+        """{utterance id: frames (T, D_encoder)} of the speech that is asked about."""
         keep, own = self.options.cache_features, encoder.fingerprint
         if own in self.in_ram:
             return self.in_ram[own]
-        frames = encode_all(encoder, self.utterances, self.data / "features", keep)
+        frames = encode_all(encoder, self.heard, self.data / "features", keep)
         if keep == "ram":
             self.in_ram[own] = frames
         return frames
@@ -264,6 +274,8 @@ def measure_all(bench, look_into):
     """
     options, run = bench.options, bench.run
     say_device()
+    tasks = load_tasks(PROJECT / run.options["tasks"])
+    cases, repeats = bench.draw(tasks)
     encoders = [bench.encoder_of(recipe) for recipe in bench.trained_with]
     transcriber = transcriber_of(options.asr, encoders[0])
     if options.cache_features == "disk":
@@ -272,12 +284,11 @@ def measure_all(bench, look_into):
             bench.encode(encoder)
     llm = shared_llm(*llm_of(run.options, options.precision))
     systems = systems_of(bench, llm, transcriber)
-    tasks = load_tasks(PROJECT / run.options["tasks"])
     if not run.is_own(bench.data):
         write_json(bench.folder / "data.json", {"data": str(bench.data.resolve())})
     if options.force:
         forget_records(bench.folder / "bench", systems)
-    questions = Questions(bench, tasks, systems["text"])
+    questions = Questions(bench, tasks, cases, repeats, systems["text"])
     mistakes = look_into(questions)
     records = {name: questions.record(system, mistakes) for name, system in systems.items()}
     rows = []
@@ -550,13 +561,10 @@ def words_of(text):
 class Questions:
     """The questions, the top line's answers to them, and the record of each system."""
 
-    def __init__(self, bench, tasks, top_line):
+    def __init__(self, bench, tasks, cases, repeats, top_line):
         self.options = bench.options
         self.kept = bench.folder / "bench"
         self.tasks, self.top_line = tasks, top_line
-        cases = draw_cases(tasks, bench.utterances, self.options.per_prompt, self.options.seed)
-        n = 12 * self.options.per_prompt
-        repeats = draw_repeats(tasks, bench.utterances, n, self.options.seed)
         # by SETS, and "replies": to directives that are the prompt
         self.cases = {"questions": cases, "repeats": repeats, "text": cases}
         self.ask_top_line()
@@ -613,7 +621,7 @@ class Questions:
         cases = self.cases[which]
         return answer_all(
             system.model,
-            [case.parts(hearing or system) for case in cases],
+            lambda i: cases[i].parts(hearing or system),
             sort_keys=[(case.task.name, case.utterance.duration) for case in cases],
             desc=f"bench {system.name}" + ("" if which == "questions" else f", {which}"),
             batch_size=self.options.batch_size,

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import FULL, SAMPLE_RATE, Response, Speech, chat_parts, end_of_turn, load_audio
+from data import FULL, SAMPLE_RATE, Response, Speech, chat_parts, control_tokens, dialogue
+from data import end_of_turn, load_audio
 from data import user_turn
 from support.checks import check_messages
 from support.console import is_out_of_memory, timed
@@ -573,7 +574,7 @@ class Connector(nn.Module):
         for i, n in enumerate(counts):
             by_length.setdefault(n, []).append(i)
         by_length.pop(0, None)
-        tokens = [self.scale.new_zeros(0, len(self.scale)) for _ in spans]  # of one without frames
+        tokens = [self.scale.expand(0, -1) for _ in spans]  # (0, D), of one without frames
         for n, rows in by_length.items():
             x = torch.stack([self.filled(spans[i], n) for i in rows])  # (B, N * k, D_encoder)
             for i, row in zip(rows, self.speech_tokens(x)):  # (B, N, D)
@@ -624,13 +625,14 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
     where = checkpoint_path(name, "llm")
     compute = PRECISIONS[compute_precision(precision, name)]
     tokenizer = load_or_explain(AutoTokenizer, where, "LLM")
-    vocabulary = len(tokenizer)  # before marks_of adds its two
+    vocabulary = tokenizer.get_vocab()  # before marks_of adds its two
     check_tokenizer(tokenizer, where)
     with explained(f"LLM {where}: its chat template cannot be used", IndexError):
-        end_of_turn(tokenizer)
-        chat_parts(tokenizer, user_turn("Who did it, and when?"), [[]])
+        used = {end_of_turn(tokenizer)}
+        for part in chat_parts(tokenizer, dialogue([("Who?", "He.")], "And when?"), [[], []]):
+            used.update(part.ids)
     llm = load_in_places(where, bits, compute, DEVICE, head_bits, embeddings)
-    check_vocabulary(llm, vocabulary, where)
+    check_vocabulary(llm, vocabulary, used, control_tokens(tokenizer), where)
     check_row_widths(llm, where)
     for module in llm.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first call without gradients,
@@ -670,8 +672,9 @@ def fingerprint_of_llm(llm, tokenizer):
     text = llm.config.get_text_config()  # of a model that also sees, the part that reads
     weights = [llm.get_input_embeddings().weight[:64]]
     weights += [p for name, p in llm.named_parameters() if "norm" in name]
-    # by what bf16 and fp16 both can hold, whatever precision it was loaded in
-    weights = [w.to(torch.float16).to(torch.bfloat16) for w in weights]
+    # by what bf16 and fp16 both can hold, whatever precision it was loaded in; rounded to bf16
+    # first, as loading in bf16 rounds weights that are stored in fp32
+    weights = [w.to(torch.bfloat16).to(torch.float16).to(torch.bfloat16) for w in weights]
     shape = (text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)
     if has_packed_head(llm):
         shape += ("projection in NF4",)

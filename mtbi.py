@@ -361,13 +361,15 @@ def ask_llm(model, tasks, utterances, options, asked):
 
 def answer_in_text(model, questions, texts, options, kept, asked):
     """The LLM's own answers to questions about transcripts; texts: {Utterance.id: transcript}."""
-    conversations = []
-    for q in questions:
+
+    def conversation(at):
+        q = questions[at]
         transcripts = [[transcript_tokens(model.tokenizer, texts[i])] for i in q.utterances()]
-        conversations.append(chat_parts(model.tokenizer, q.messages(), transcripts))
+        return chat_parts(model.tokenizer, q.messages(), transcripts)
+
     answers = answer_all(
         model,
-        conversations,
+        conversation,
         sort_keys=[(q.task, len(texts[q.utterance])) for q in questions],  # alike share a batch
         desc=kept.name,
         batch_size=options.batch_size,

@@ -150,12 +150,11 @@ def load_ctc_model(name):
 def align_all(encoder, utterances):
     """Fill in the `words` of utterances, and measure their durations.
 
-    Returns (for each that was aligned the mean probability of its characters, for each other one
-    what was wrong).
+    What cannot be aligned keeps the word times that it had. Returns (for each that was aligned the
+    mean probability of its characters, for each other one what was wrong).
     """
     sure, failed = [], []
     for u in progress_bar(utterances, desc="word times", unit="utt"):
-        u.words = None
         try:
             samples = load_audio(u.audio, u.duration)
             u.duration = len(samples) / SAMPLE_RATE
@@ -173,8 +172,8 @@ def tell_word_times(out, utterances, sure, failed):
     said = f"{out}: {there} of {len(utterances)} utterances have word times"
     if failed:
         said += (
-            f"; {len(failed)} could not be aligned and are never interleaved, the first: "
-            f"{failed[0]}"
+            f"; {len(failed)} could not be aligned, and are never interleaved if they had no times "
+            f"before, the first: {failed[0]}"
         )
     print(said)
     if sure and np.mean(sure) < UNDERSTOOD:

@@ -16,15 +16,17 @@ from support.files import write_json, writing
 from support.processes import MAIN, RANK, my_share, wait
 
 
-def answer_all(model, conversations, *, sort_keys, desc, batch_size, max_new_tokens, kept, asked):
-    """[(text, did it end by itself)] for many open conversations.
+def answer_all(model, conversation, *, sort_keys, desc, batch_size, max_new_tokens, kept, asked):
+    """[(text, did it end by itself)] for many open conversations: those of 0, 1, 2, … by number.
 
-    They are answered in batches of neighbours by their sort key. Several processes take a share of
-    the batches each. Every batch is appended to KEPT.part-PROCESS.jsonl as soon as it is answered:
-    after an interruption the same call goes on from there. asked: a fingerprint of what was asked
-    of whom; answers kept under another one do not count.
+    conversation(i) is made when it is asked, for all of them would take gigabytes; sort_keys has a
+    key for each. They are answered in batches of neighbours by their sort key. Several processes
+    take a share of the batches each. Every batch is appended to KEPT.part-PROCESS.jsonl as soon as
+    it is answered: after an interruption the same call goes on from there. asked: a fingerprint of
+    what was asked of whom; answers kept under another one do not count.
     """
-    by_key = sorted(range(len(conversations)), key=lambda i: sort_keys[i])
+    n = len(sort_keys)
+    by_key = sorted(range(n), key=lambda i: sort_keys[i])
     batches = []
     for at in range(0, len(by_key), batch_size):
         batches.append(by_key[at : at + batch_size])
@@ -36,15 +38,15 @@ def answer_all(model, conversations, *, sort_keys, desc, batch_size, max_new_tok
         if any(i not in answers for i in rows):
             todo.append(rows)
     if len(todo) < len(batches):
-        print(f"{desc}: {len(answers)} of {len(conversations)} answers are there already")
+        print(f"{desc}: {len(answers)} of {n} answers are there already")
     wait()
 
     part = f"{kept}.part-{RANK}.jsonl"
     mine, at_once = my_share(todo), batch_size
     if mine:
-        model.check_finite(conversations[mine[0][0]])
+        model.check_finite(conversation(mine[0][0]))
     for rows in progress_bar(mine, desc=desc, unit="batch"):
-        asked_now = [conversations[i] for i in rows]
+        asked_now = [conversation(i) for i in rows]
         found, at_once = answer_in_memory(model, asked_now, at_once, max_new_tokens)
         lines = []
         for i, (answer, ended) in zip(rows, found):
@@ -53,7 +55,7 @@ def answer_all(model, conversations, *, sort_keys, desc, batch_size, max_new_tok
         append_lines(part, lines)
     wait()
     answers = read_parts(kept, asked)
-    return [answers[i] for i in range(len(conversations))]
+    return [answers[i] for i in range(n)]
 
 
 def append_lines(path, lines):
@@ -115,7 +117,7 @@ def kept_parts(kept):
 def read_parts(kept, asked):
     answers = {}
     for path in kept_parts(kept):
-        for _, row in read_jsonl(path):
+        for _, row in read_jsonl(path, ours=True):
             if not isinstance(row, dict) or row.get("asked") != asked:
                 continue
             if row.pop("checksum", "") == checksum_of(row):  # a damaged answer is asked for again

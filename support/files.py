@@ -155,6 +155,16 @@ def read_lines(path, most=MOST_BYTES):
         raise UserError(f"{path}: cannot be read as a text file ({error})") from None
 
 
+def lines_of_ours(path):
+    """The lines of a UTF-8 text file that this program wrote, one by one, however many they are."""
+    size_of_file(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            yield from file
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+
+
 def read_json(path, *keys):
     """The object of a JSON file of this program's, which must have these keys.
 
@@ -186,9 +196,12 @@ def read_json_if_whole(path, *keys, instead=""):
         return None
 
 
-def read_jsonl(path):
-    """Yields (line number, the line's object, or a string that says why it is none)."""
-    for number, line in enumerate(read_lines(path), 1):
+def read_jsonl(path, ours=False):
+    """Yields (line number, the line's object, or a string that says why it is none).
+
+    ours: this program wrote the file, so that it may have more than MOST_BYTES.
+    """
+    for number, line in enumerate(lines_of_ours(path) if ours else read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -204,9 +217,16 @@ def read_jsonl(path):
 def mend_jsonl(path):
     """Cut off the half-written last line of a JSONL file that rows were being appended to."""
     with open(path, "rb+") as file:
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        size = end = file.seek(0, os.SEEK_END)
+        block = b""
+        while end and b"\n" not in block:
+            begin = max(0, end - 2**16)
+            file.seek(begin)
+            block = file.read(end - begin)
+            end = begin
+        whole = end + block.rfind(b"\n") + 1
+        if whole < size:
+            file.truncate(whole)
 
 
 # ---- names ----

@@ -437,14 +437,20 @@ def check_tokenizer(tokenizer, name):
         )
 
 
-def check_vocabulary(llm, vocabulary, name):
-    """UserError if the tokenizer has tokens (`vocabulary`: how many) that the LLM does not know."""
+def check_vocabulary(llm, vocabulary, used, control, name):
+    """UserError if the tokenizer has tokens that the LLM does not know, and that it may read.
+
+    vocabulary: {token: id}; used: the ids that a conversation has; control: a pattern of control
+    tokens. One of these that no conversation has may be unknown, like the one for pictures of
+    Gemma 3's models for text.
+    """
     known = len(llm.get_input_embeddings().weight)
-    if vocabulary > known:
-        raise UserError(
-            f"LLM {name}: its tokenizer has {vocabulary} tokens, but its weights only {known} "
-            "embeddings"
-        )
+    for token, i in vocabulary.items():
+        if i >= known and (i in used or not control.fullmatch(token)):
+            raise UserError(
+                f"LLM {name}: its tokenizer has {len(vocabulary)} tokens, but its weights only "
+                f"{known} embeddings"
+            )
 
 
 def check_row_widths(llm, name):

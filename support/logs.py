@@ -57,7 +57,7 @@ def earlier_rows(path, step):
 
 def read_log(path):
     """The rows of a training log; the loss of a skipped step is None."""
-    rows = [row for _, row in read_jsonl(path)]
+    rows = [row for _, row in read_jsonl(path, ours=True)]
     if not rows or not all(is_log_row(row) for row in rows):
         raise UserError(f"{path}: is no whole training log; train again with --force")
     return rows

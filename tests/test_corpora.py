@@ -537,8 +537,19 @@ def test_a_transcript_that_does_not_fit_leaves_its_row_without_times_and_is_name
     found = read_manifest(tmp_path / "both-aligned.jsonl")
     assert [bool(u.words) for u in found] == [True, False]
     said = capsys.readouterr().out
-    assert "1 could not be aligned and are never interleaved, the first: " in said
+    assert "1 could not be aligned, and are never interleaved if they had no times" in said
     assert f"{utterances[1].audio.name}: the transcript does not fit the audio: " in said
+
+
+def test_what_cannot_be_aligned_keeps_the_word_times_that_it_had(utterances, tmp_path):
+    paths = [Path(shutil.copy(u.audio, tmp_path)) for u in utterances[:2]]
+    given = [replace(u, audio=path) for u, path in zip(utterances, paths)]
+    write_jsonl(tmp_path / "m.jsonl", [u.row(tmp_path) for u in given])
+    paths[1].write_bytes(b"gone")
+    assert find_word_times(tmp_path / "m.jsonl", "--out", tmp_path / "new.jsonl", "--force") == 0
+    first, second = read_manifest(tmp_path / "new.jsonl")
+    assert first.words != read_manifest(tmp_path / "m.jsonl")[0].words
+    assert second.words == read_manifest(tmp_path / "m.jsonl")[1].words
 
 
 def test_a_recording_that_cannot_be_read_leaves_the_others_their_word_times(utterances, tmp_path):

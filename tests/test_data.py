@@ -24,7 +24,7 @@ from programs import one_line, python
 
 import mtbi
 from data import AUDIO_MARK, SAMPLE_RATE, Behavior, Examples, Recipe, Speech, Text, Utterance
-from data import at_sample_rate, chat_parts, end_of_turn, frame_cuts, held_out, interleave
+from data import at_sample_rate, chat_parts, dialogue, end_of_turn, frame_cuts, held_out, interleave
 from data import load_audio, load_tasks, normalize, place_of, random_spans, read_behaviors
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from model import SpeechLLM
@@ -844,6 +844,31 @@ def test_the_first_token_of_an_instruction_may_begin_with_the_space_before_it(to
     parts = chat_parts(spaced, user_turn("three?"), [transcript], instruction="three?")
     marked = next(p for p in parts if isinstance(p, Text) and p.is_instruction)
     assert spaced.decode(marked.ids) == " three?"
+
+
+MISTRAL = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+    "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_an_answer_begins_with_the_space_that_the_template_puts_before_it(family):
+    tokenizer = tokenizer_of(family)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]", "</s>"]})
+    plain = response_tokens(tokenizer, "three red apples", ended=False)
+    assert tokenizer.decode(plain) == "three red apples", "its own template puts none"
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = MISTRAL
+    turns = dialogue([("Who?", "three red apples")], "And?", again=True)
+    parts = chat_parts(tokenizer, turns, [[]])
+    answer = response_tokens(tokenizer, "three red apples")
+    whole = [i for part in parts for i in part.ids]
+    begin = whole.index(answer[0])
+    assert whole[begin : begin + len(answer)] == answer, "as an earlier turn has it"
+    assert tokenizer.decode(answer[:-1]) == " three red apples"
 
 
 def test_an_instruction_is_marked_where_the_user_gives_it_and_nowhere_else():

@@ -21,7 +21,7 @@ import eval as eval_module
 import model
 from data import Response, Run, Speech, Task, Text, Utterance, chat_parts, load_tasks, normalize
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
-from eval import CELLS, DIALOGUES, SETS, Case, Questions, System, all_metrics
+from eval import CELLS, DIALOGUES, SETS, BenchOptions, Case, Questions, System, all_metrics
 from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
 from eval import draw_repeats, first_turns, hypothesis, row_of, score, shares_of_parts
 from lab.mistakes import MISTAKES, Mistakes, kind_of_mistake
@@ -186,6 +186,16 @@ def tested(utterances):
 @pytest.fixture(scope="module")
 def cases(tested):
     return draw_cases(load_tasks(ROOT / "tiny" / "tasks.toml"), tested, 1, 0)
+
+
+def test_only_what_is_asked_about_is_heard(tested, monkeypatch):
+    many = [replace(u, id=f"{u.id}-{i}") for u in tested for i in range(20)]
+    bench = eval_module.Bench(BenchOptions("run", per_prompt=1), None, Path(), None, many, {}, {})
+    cases, repeats = bench.draw(load_tasks(FEW_TASKS))
+    monkeypatch.setattr(eval_module, "encode_all", lambda encoder, heard, *where: heard)
+    heard = [u.id for u in bench.encode(SimpleNamespace(fingerprint="ears"))]
+    assert set(heard) == {case.utterance.id for case in (*cases, *repeats)}
+    assert len(heard) == len(set(heard)) < len(many)
 
 
 def test_every_prompt_gets_its_questions_and_every_cell_is_filled(tested):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import transformers
 from checkpoints import FAMILIES, SPECIAL, TEMPLATES, save_encoder, save_llm, tokenizer_of
 from checkpoints import too_little_memory_at_first
 from conftest import shared
@@ -233,6 +234,15 @@ def test_windows_that_stand_apart_go_through_the_connector_at_once(kind, groups)
     connector([torch.randn(n, 24) for n in (40, 3, 40, 41, 0, 1, 4)])
     assert len(shapes) == groups, "spans of 10, 1 and 11 tokens"
     assert sum(rows * frames for rows, frames, _ in shapes) == (10 + 1 + 10 + 11 + 1 + 1) * 4
+
+
+@pytest.mark.parametrize("kind", CONNECTORS)
+def test_a_conversation_whose_speech_has_no_frames_can_be_trained_on(kind):
+    """As where the one word that is left as speech has no length in the corpus."""
+    connector = Connector(kind, 24, 40, k=4, hidden=32)
+    (nothing,) = connector([torch.randn(0, 24)])
+    assert nothing.shape == (0, 40)
+    nothing.sum().backward()
 
 
 class EveryKth(ConnectorBody):
@@ -510,6 +520,43 @@ def test_an_llm_has_one_name_in_bf16_fp16_and_fp32(tmp_path):
     for precision in ("bf16", "fp16", "fp32"):
         names[precision] = fingerprint_of_llm(*load_llm(str(folder), 16, precision))
     assert len(set(names.values())) == 1, names
+
+
+def test_an_llm_stored_in_fp32_has_one_name_in_bf16_and_fp32(tmp_path):
+    folder = save_llm(tmp_path, "qwen2")
+    whole = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for key, w in whole.items():
+        whole[key] = torch.randn(w.shape, generator=generator)
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    names = [fingerprint_of_llm(*load_llm(str(folder), 16, p)) for p in ("bf16", "fp32")]
+    assert names[0] == names[1]
+
+
+def test_a_control_token_that_no_conversation_has_may_be_unknown_to_the_llm(tmp_path):
+    """As that for pictures is to Gemma 3's models for text."""
+    folder = save_llm(tmp_path, "gemma3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    known = len(load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
+    fill = [f"<unused{i}>" for i in range(known - len(tokenizer))]
+    pictures = "<image_soft_token>"
+    tokenizer.add_special_tokens({"additional_special_tokens": [*fill, pictures]})
+    assert tokenizer.convert_tokens_to_ids(pictures) == known
+    tokenizer.save_pretrained(folder)
+    load_llm(str(folder), 16)
+    tokenizer.chat_template = pictures + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="but its weights only"):
+        load_llm(str(folder), 16)
+
+
+def test_a_word_that_the_llm_does_not_know_is_refused(tmp_path):
+    folder = save_llm(tmp_path, "gemma3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"word{i}" for i in range(16)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="but its weights only"):
+        load_llm(str(folder), 16)
 
 
 def test_where_bitsandbytes_does_not_work_the_llm_runs_unquantized_and_says_so(monkeypatch, capsys):

@@ -94,6 +94,9 @@ def test_whole_files_are_whole_or_not_there(tmp_path):
         (b'{}\n{"a', b"{}\n"),
         (b'{"a', b""),
         ('{}\n{"ñ'.encode()[:-1], b"{}\n"),
+        (b"{}\n" + b"a" * 200_000, b"{}\n"),
+        (b"a" * 200_000, b""),
+        (b"a" * 200_000 + b"\n", b"a" * 200_000 + b"\n"),
     ],
 )
 def test_only_a_half_written_last_line_is_cut_off(tmp_path, content, mended):
@@ -116,6 +119,15 @@ def test_what_cannot_be_read_is_named(tmp_path):
     rows = list(read_jsonl(tmp_path / "a.jsonl"))
     assert [number for number, _ in rows] == [1, 3, 4, 5] and rows[0][1] == {"a": 1}
     assert all(row.startswith("is no JSON") for _, row in rows[1:])
+
+
+def test_what_this_program_wrote_is_read_however_long_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("support.files.read_lines.__defaults__", (100,))
+    rows = [{"text": f"größer {i}"} for i in range(20)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match="a.jsonl: is larger than"):
+        list(read_jsonl(tmp_path / "a.jsonl"))
+    assert [row for _, row in read_jsonl(tmp_path / "a.jsonl", ours=True)] == rows
 
 
 def test_errors_within_become_one_line(tmp_path):
@@ -924,7 +936,7 @@ def parrot_answers(parrot, kept, asked="a"):
     questions = ["ccc", "a", "dddd", "bb", "eeeee"]
     size = {"batch_size": 2, "max_new_tokens": 4}
     size |= {"sort_keys": list(map(len, questions)), "desc": ""}
-    return answer_all(parrot, questions, kept=kept, asked=asked, **size)
+    return answer_all(parrot, questions.__getitem__, kept=kept, asked=asked, **size)
 
 
 def test_answers_come_in_the_order_of_their_questions_and_only_what_lacks_is_asked(tmp_path):
@@ -956,7 +968,7 @@ def test_where_the_memory_does_not_suffice_half_as_many_are_asked_at_once(capsys
 def test_what_was_too_many_at_once_is_not_tried_again_with_the_next_batch(tmp_path, capsys):
     parrot, questions = Parrot(memory=2), list("abcdefghijkl")
     options = {"sort_keys": questions, "desc": "", "kept": tmp_path / "answers", "asked": "a"}
-    answers = answer_all(parrot, questions, batch_size=4, max_new_tokens=4, **options)
+    answers = answer_all(parrot, questions.__getitem__, batch_size=4, max_new_tokens=4, **options)
     assert answers == [(f"{q}!", True) for q in questions]
     assert parrot.sizes == [2] * 6
     assert capsys.readouterr().err.count("out of memory") == 1
