@@ -37,11 +37,11 @@ from support.console import is_out_of_memory, timed
 from support.files import UserError, ceil_div, explained, first_line
 from support.files import whole_file, write_json
 from support.frames import keep_frames
-from support.hub import PackedHead, check_frames, check_row_widths, check_tokenizer
-from support.hub import check_vocabulary, checkpoint_path, fingerprint_of_tensors
+from support.hub import PackedHead, absolute_if_local, check_frames, check_row_widths
+from support.hub import check_tokenizer, check_vocabulary, checkpoint_path, fingerprint_of_tensors
 from support.hub import fingerprint_of_weights, free_memory, keep_embeddings_on_host, load_adapter
 from support.hub import load_in_places, load_or_explain, load_speech_model, load_tensors
-from support.hub import local_or_fetched, pack_head, save_adapter, stay_on_the_card
+from support.hub import local_or_fetched, pack_head, pinned, save_adapter, stay_on_the_card
 from support.processes import DEVICE, first_process
 from support.recognizer import Recognizer, encoder_behind, fingerprint_of_recognizer
 from support.recognizer import is_recognizer, open_recognizer
@@ -110,6 +110,12 @@ def shared_encoder(name, pad_whisper):
         spec = encoder_behind(name)
         return open_recognizer(name, load_encoder(spec["encoder"], spec["pad_whisper"]))
     return HuggingFaceEncoder(name, pad_whisper)
+
+
+def pinned_encoder(name, before=""):
+    """The name by which an encoder is the same tomorrow; before: see hub.pinned."""
+    name = absolute_if_local(name)
+    return name if name in ENCODERS or is_recognizer(name) else pinned(name, "encoder", before)
 
 
 def fingerprint_of_encoder(name):

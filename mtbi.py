@@ -63,9 +63,11 @@ from support.console import is_out_of_memory, say_device, timed, want_of_memory
 from support.files import PROJECT, UserError, WriteError, fingerprint, fingerprint_of_file
 from support.files import relative, write_jsonl
 from support.hub import absolute_if_local, fingerprint_of_small_files, fingerprint_of_weights
+from support.hub import pinned
 from support.options import Between, Count, DataFolder, RunFolder, Seed, parse_options
 from support.processes import MAIN, WORLD
-from support.runs import IS_PERCENT, begin, finish, is_done, lock_folder, read_config, settings_of
+from support.runs import IS_PERCENT, begin, finish, is_done, lock_folder, option_before
+from support.runs import read_config, settings_of
 from train import TrainOptions, train_recipe
 
 gc.freeze()
@@ -287,7 +289,7 @@ def ask_behaviors(options):
         options,
         data=relative(data, out),  # so that both can be moved together
         tasks=relative(table, PROJECT),
-        llm=absolute_if_local(options.llm),
+        llm=pinned(absolute_if_local(options.llm), "llm", option_before(out, options, "llm")),
         precision=compute_precision(options.precision, options.llm),
     )
     content = {

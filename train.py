@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data import FULL, Examples, Speech, open_run, read_behaviors
 from model import COPY, LOSSES, SpeechLLM, check_size, compute_precision, connector_class
+from model import pinned_encoder
 from model import embedding_width, encode_all, fingerprint_of_encoder, llm_of, load_encoder
 from model import load_llm, shared_llm
 from support.adam import RoomyAdamW
@@ -26,12 +27,13 @@ from support.ahead import ahead
 from support.console import is_out_of_memory, progress_bar, say_device, stop_signals, timed
 from support.files import UserError, explained, fingerprint, fingerprint_of_file, first_line
 from support.frames import FramesAtEveryUse, fingerprint_of_audio
-from support.hub import absolute_if_local, parameters_of
+from support.hub import parameters_of
 from support.logs import Log
 from support.options import Count, FramesPerToken, RankOrFull, Rate, RunFolder, Seed
 from support.options import as_option, check
 from support.processes import DEVICE, RANK, WORLD, add_up, add_up_gradients, anyone, my_share
-from support.runs import begin, finish, is_done, lock_folder, read_config, settings_of
+from support.runs import begin, finish, is_done, lock_folder, option_before, read_config
+from support.runs import settings_of
 from support.states import ON_THE_WAY, TRAINED, clear, load_state, save_state, saved_states
 from support.tracking import TRACKERS, Tracker
 
@@ -142,7 +144,7 @@ def train_recipe(options, row):
         options = replace(options, precision="fp32")  # as all that is trained
     options = replace(
         options,
-        encoder=absolute_if_local(options.encoder),
+        encoder=pinned_encoder(options.encoder, option_before(folder, options, "encoder")),
         precision=compute_precision(options.precision, run.options["llm"]),
     )
     utterances = [u for u in run.utterances if u.split == "train"]

@@ -11,6 +11,7 @@ from model import ENCODERS
 from lab.report import is_of, markdown_table, percent
 from support.files import HALF_WRITTEN, UserError, read_json, read_json_if_whole, unused
 from support.files import write_json, writing
+from support.hub import split_revision
 from support.options import RunFolder
 from support.runs import fingerprint_of_training, read_spec
 
@@ -172,7 +173,10 @@ def head_of_card(spec, options):
         if not re.fullmatch(r"[\w.+-]+", options.license):
             raise UserError(f"--license {options.license}: give a name like mit or cc-by-4.0")
         yield f"license: {options.license}"
-    bases = [spec[part] for part in ("llm", "encoder") if is_on_hub(spec[part])]
+    bases = []
+    for part in ("llm", "encoder"):
+        if is_on_hub(spec[part]):
+            bases.append(split_revision(spec[part])[0])
     if bases:
         yield "base_model:"
     for base in bases:
@@ -190,7 +194,7 @@ def licences_for_card(spec, options):
         if spec[part] == "tiny":
             stands = "MIT, with the project"
         elif is_on_hub(spec[part]):
-            stands = f"as huggingface.co/{spec[part]} says"
+            stands = f"as huggingface.co/{split_revision(spec[part])[0]} says"
         lines.append(f"- the {what}, which is not in here ({public_name(spec, part)}): {stands}")
     if spec["lora"] == FULL:
         lines.append("- that copy of the LLM: as the LLM")

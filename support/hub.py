@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 from functools import lru_cache
@@ -38,6 +39,7 @@ transformers_logging.disable_progress_bar()  # loading weights takes seconds,
 enable_progress_bars()  # but a download is seen
 
 TINY = PROJECT / "tiny"  # the tiny world's checkpoints, by the name "tiny"
+AT_REVISION = re.compile(r"((?:[\w.-]+/)?[\w.-]+)@([\w./-]+)")  # a hub name and which version
 KINDS = {"llm": "LLM", "encoder": "speech encoder"}  # a folder of TINY, and what people call it
 
 
@@ -53,8 +55,31 @@ def absolute_if_local(name):
     return name
 
 
+def split_revision(name):
+    """(the name, {"revision": …}) of NAME@REVISION on the hub; of any other name (the name, {})."""
+    found = AT_REVISION.fullmatch(str(name))
+    if not found or Path(name).exists():
+        return name, {}
+    return found[1], {"revision": found[2]}
+
+
+def pinned(name, kind, before=""):
+    """A hub name with the commit that it stands for now, NAME@COMMIT; a local folder as it is.
+
+    Whatever its owner adds later, the same weights are loaded by that. before: what the name was
+    pinned to by an earlier call, and stays.
+    """
+    if Path(checkpoint_path(name, kind)).is_dir():
+        return name
+    if name == split_revision(before)[0]:
+        return before
+    return f"{split_revision(name)[0]}@{fingerprint_of_weights(name, kind)}"
+
+
 def load_or_explain(auto_class, name, what, **options):
     """auto_class.from_pretrained with an error for people; weights (`dtype`) must be whole."""
+    name, revision = split_revision(name)
+    options |= revision
     # unset, transformers would ask on the terminal, and run what comes with the weights
     options["trust_remote_code"] = False
     try:
@@ -501,7 +526,9 @@ def fingerprint_of_weights(name, kind):
     folder = Path(checkpoint_path(name, kind))
     if not folder.is_dir():
         load_or_explain(transformers.AutoConfig, name, KINDS[kind])
-        return Path(cached_file(name, "config.json")).parent.name  # …/snapshots/COMMIT/config.json
+        name, revision = split_revision(name)
+        cached = cached_file(name, "config.json", **revision)  # …/snapshots/COMMIT/config.json
+        return Path(cached).parent.name
     hashed = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size

@@ -58,6 +58,15 @@ def write_config(path, command, options, content, done):
     write_json(path, config)
 
 
+def option_before(folder, options, name):
+    """The text that an option had in the earlier work in a folder, unless it is to be redone."""
+    if options.force:
+        return ""
+    before = (read_json_if_whole(Path(folder) / "config.json") or {}).get("options")
+    value = before.get(name) if isinstance(before, dict) else ""
+    return value if isinstance(value, str) else ""
+
+
 # ---- whose a file is ----
 
 

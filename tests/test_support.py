@@ -33,7 +33,8 @@ import support.console
 import support.frames
 import train
 from data import load_audio, open_run, read_manifest, write_audio
-from model import HuggingFaceEncoder, SpeechLLM, encode_all, load_llm
+from model import HuggingFaceEncoder, SpeechLLM, encode_all, fingerprint_of_llm, llm_of, load_llm
+from model import pinned_encoder
 from support.answers import answer_all, answer_in_memory
 from support.console import NARROW, TIMES, threads_for, timed
 from support.processes import has_kernels
@@ -41,7 +42,7 @@ from support.files import UserError, WriteError, explained, fingerprint, fingerp
 from support.files import HALF_WRITTEN, mend_jsonl, nearest_existing
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
 from support.frames import fingerprint_of_audio
-from support.hub import fingerprint_of_weights
+from support.hub import fingerprint_of_weights, pinned
 from support.options import Between, command_words, parse_options
 from support.runs import begin, delete_made, fingerprint_of_training, finish, is_done, lock_folder
 from support.runs import read_config, recipe_folders
@@ -1217,7 +1218,36 @@ def test_the_fingerprint_of_a_hub_model_is_its_revision(few, tmp_path, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     of_the_hub = ["--llm", "someone/tiny-llm", "--tasks", str(ROOT / "tiny" / "tasks.toml")]
     assert ask_few(few, tmp_path / "run", *of_the_hub, "--max-new-tokens", 2) == 0
-    assert read_json(tmp_path / "run" / "config.json")["content"]["llm"] == commit
+    config = read_json(tmp_path / "run" / "config.json")
+    assert config["content"]["llm"] == commit
+    assert config["options"]["llm"] == f"someone/tiny-llm@{commit}"
+
+    # its owner changes it: the run goes on with what it began with, and a new one does not
+    later = commit[::-1]
+    shutil.copytree(ROOT / "tiny" / "llm", repo / "snapshots" / later)
+    change_weights(
+        repo / "snapshots" / later, lambda tensors: {k: 2 * v for k, v in tensors.items()}
+    )
+    (repo / "refs" / "main").write_text(later)
+    capsys.readouterr()
+    assert ask_few(few, tmp_path / "run", *of_the_hub, "--max-new-tokens", 2) == 0
+    assert "has its behaviors already" in capsys.readouterr().out
+    run = open_run(tmp_path / "run")
+    run.check_llm()
+    of_the_run = fingerprint_of_llm(*load_llm(*llm_of(run.options, "auto")))
+    assert of_the_run == fingerprint_of_llm(*load_llm("tiny"))
+    assert pinned("someone/tiny-llm", "llm") == f"someone/tiny-llm@{later}"
+    assert fingerprint_of_llm(*load_llm("someone/tiny-llm")) != of_the_run
+
+
+def test_a_training_goes_on_with_the_commit_of_the_encoder_that_it_was_begun_with(monkeypatch):
+    monkeypatch.setattr("support.hub.fingerprint_of_weights", lambda name, kind: "0123")
+    assert pinned_encoder("someone/ears") == "someone/ears@0123"
+    assert pinned_encoder("someone/ears", "someone/ears@4567") == "someone/ears@4567"
+    assert pinned_encoder("someone/ears", "someone/ears") == "someone/ears", "begun without one"
+    assert pinned_encoder("someone/ears", "another/ears@4567") == "someone/ears@0123"
+    assert pinned_encoder("someone/ears@main", "someone/ears@4567") == "someone/ears@0123"
+    assert pinned_encoder("tiny") == "tiny"
 
 
 # ---- chat templates and conversations ----
