@@ -500,7 +500,15 @@ def space_before_answer(tokenizer):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
     before = render_chat(tokenizer, turns, add_generation_prompt=False).split(AUDIO_MARK)[0]
     added = before.removeprefix(render_chat(tokenizer, turns[:1]))
-    return added if added.isspace() else ""
+    if not added.isspace():
+        return ""
+    # some tokenizers put a space there by themselves: two would be one too many
+    ids = tokenize_in_context(tokenizer, added + "b")[0]
+    turns[1]["content"] = "b"
+    rendered = render_chat(tokenizer, turns, add_generation_prompt=False)
+    whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    places = range(len(whole) - len(ids) + 1)
+    return added if any(whole[i : i + len(ids)] == ids for i in places) else ""
 
 
 # ---- parts: what a conversation is made of before it becomes embeddings ----

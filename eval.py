@@ -276,12 +276,14 @@ def measure_all(bench, look_into):
     say_device()
     tasks = load_tasks(PROJECT / run.options["tasks"])
     cases, repeats = bench.draw(tasks)
-    encoders = [bench.encoder_of(recipe) for recipe in bench.trained_with]
-    transcriber = transcriber_of(options.asr, encoders[0])
+    first = next(iter(bench.trained_with))
+    transcriber = transcriber_of(options.asr, bench.encoder_of(first))
     if options.cache_features == "disk":
-        # before the LLM, which may leave an encoder no room on a GPU; most recipes share one
-        for encoder in dict.fromkeys([*encoders, transcriber] if transcriber else encoders):
-            bench.encode(encoder)
+        # before the LLM, which may leave an encoder no room on a GPU
+        for recipe in bench.trained_with:
+            bench.encode(bench.encoder_of(recipe))
+        if transcriber:
+            bench.encode(transcriber)
     llm = shared_llm(*llm_of(run.options, options.precision))
     systems = systems_of(bench, llm, transcriber)
     if not run.is_own(bench.data):

@@ -669,7 +669,7 @@ def llm_of(made, precision):
 
 
 def fingerprint_of_llm(llm, tokenizer):
-    """Names an LLM by what is the same in any precision.
+    """Names an LLM by what is the same in any precision (of one stored in fp32: in bf16 and fp32).
 
     Its shape, the size of its vocabulary, 64 rows of its embeddings and its norms; and whether its
     vocabulary projection is packed, which makes it another LLM. A fine-tune that left all of these

@@ -8,11 +8,10 @@ from typing import ClassVar
 import jiwer
 
 from data import fingerprint_of_utterances, normalize, read_manifest
-from model import encode_all, fingerprint_of_encoder, load_encoder
+from model import encode_all, fingerprint_of_encoder, load_encoder, pinned_encoder
 from support.console import say_device, timed
 from support.files import UserError
 from support.frames import fingerprint_of_audio
-from support.hub import absolute_if_local
 from support.options import Count, DataFolder, Seed
 from support.recognizer import HEAD, SPEC, SYMBOLS, is_recognizer, make_recognizer
 from support.runs import begin, finish, is_done, lock_folder
@@ -54,7 +53,7 @@ def train_recognizer(options):
     heard = [u for u in utterances if u.split == "train"]
     if not heard:
         raise UserError(f"{data / 'manifest.jsonl'}: has no row with split train to learn from")
-    name = absolute_if_local(options.encoder)
+    name = pinned_encoder(options.encoder)
     content = {
         "utterances": fingerprint_of_utterances(heard),
         "audio": fingerprint_of_audio(heard, data / "features"),

@@ -157,9 +157,10 @@ def align_all(encoder, utterances):
     for u in progress_bar(utterances, desc="word times", unit="utt"):
         try:
             samples = load_audio(u.audio, u.duration)
-            u.duration = len(samples) / SAMPLE_RATE
+            duration = len(samples) / SAMPLE_RATE
             frames = encoder(samples, u.audio)
-            u.words, score = word_times(encoder, frames, u.text, u.duration, pauses_in(samples))
+            u.words, score = word_times(encoder, frames, u.text, duration, pauses_in(samples))
+            u.duration = duration  # with its words: those that it had are of the one that it had
             sure.append(score)
         except UserError as error:
             failed.append(f"{u.audio}: {error}")

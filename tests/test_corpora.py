@@ -545,7 +545,14 @@ def test_what_cannot_be_aligned_keeps_the_word_times_that_it_had(utterances, tmp
     paths = [Path(shutil.copy(u.audio, tmp_path)) for u in utterances[:2]]
     given = [replace(u, audio=path) for u, path in zip(utterances, paths)]
     write_jsonl(tmp_path / "m.jsonl", [u.row(tmp_path) for u in given])
-    paths[1].write_bytes(b"gone")
+    samples = load_audio(paths[1])
+    soundfile.write(paths[1], samples[: int(0.97 * len(samples))], SAMPLE_RATE)
+    rows = [u.row(tmp_path) for u in given]
+    text = "seven " * (2 * len(samples) // SAMPLE_RATE + 8)  # in what was made shorter
+    end = rows[1]["duration"]
+    words = [[word, end, end] for word in text.split()]
+    rows[1] |= {"text": text.strip(), "words": words}
+    write_jsonl(tmp_path / "m.jsonl", rows)
     assert find_word_times(tmp_path / "m.jsonl", "--out", tmp_path / "new.jsonl", "--force") == 0
     first, second = read_manifest(tmp_path / "new.jsonl")
     assert first.words != read_manifest(tmp_path / "m.jsonl")[0].words

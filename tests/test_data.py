@@ -21,6 +21,7 @@ from conftest import ROOT, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import one_line, python
+from tokenizers import normalizers
 
 import mtbi
 from data import AUDIO_MARK, SAMPLE_RATE, Behavior, Examples, Recipe, Speech, Text, Utterance
@@ -854,21 +855,26 @@ MISTRAL = (
 )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi3"])
-def test_an_answer_begins_with_the_space_that_the_template_puts_before_it(family):
+@pytest.mark.parametrize("family, prepends", [("qwen2", False), ("phi3", False), ("phi3", True)])
+def test_an_answer_begins_with_the_space_that_the_template_puts_before_it(family, prepends):
     tokenizer = tokenizer_of(family)
+    if prepends:  # a space before every piece of text, as Llama 2's tokenizer does
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.backend_tokenizer.pre_tokenizer = None
     tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]", "</s>"]})
     plain = response_tokens(tokenizer, "three red apples", ended=False)
-    assert tokenizer.decode(plain) == "three red apples", "its own template puts none"
+    assert tokenizer.decode(plain) == " " * prepends + "three red apples", "its template puts none"
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = MISTRAL
     turns = dialogue([("Who?", "three red apples")], "And?", again=True)
     parts = chat_parts(tokenizer, turns, [[]])
     answer = response_tokens(tokenizer, "three red apples")
     whole = [i for part in parts for i in part.ids]
-    begin = whole.index(answer[0])
-    assert whole[begin : begin + len(answer)] == answer, "as an earlier turn has it"
-    assert tokenizer.decode(answer[:-1]) == " three red apples"
+    ends = [at for at, i in enumerate(whole) if i == answer[-1]]
+    [end] = ends  # of the earlier turn, which has the same answer
+    assert whole[: end + 1][-len(answer) :] == answer
+    assert tokenizer.decode(answer[:-1]) == tokenizer.decode(whole[end - len(answer) + 1 : end])
 
 
 def test_an_instruction_is_marked_where_the_user_gives_it_and_nowhere_else():
