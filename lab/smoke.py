@@ -260,7 +260,7 @@ def fp16_scales_its_loss(_):
     piece = Piece(conversations(model), "smoke")
     loss = accumulate_gradients(model, [piece], piece.tokens(), scale=progress.loss_scale)
     optimizer = adam_w(parameters, 1e-3)
-    _, finite = update(optimizer, list(parameters.values()), loss, progress, 1.0)
+    _, finite = update(optimizer, list(parameters.values()), loss, progress)
     progress.adjust_loss_scale(finite)
     after = torch.cat([p.detach().flatten() for p in parameters.values()])
     assert not finite and torch.equal(before, after), "a step that overflowed was taken"
@@ -532,7 +532,7 @@ def optimizer_says_what_to_do(_):
     optimizer = adam_w({"wide": wide}, 1e-3)
     with allowed(torch.cuda.memory_allocated() + 8 * 2**20):
         try:
-            update(optimizer, [wide], 1.0, Progress(), 1.0)
+            update(optimizer, [wide], 1.0, Progress())
         except UserError as error:
             return first_line(error)[:60] + " …"
     raise AssertionError("there was memory enough: nothing was tried")
