@@ -280,8 +280,9 @@ def measure_all(bench, look_into):
     transcriber = transcriber_of(options.asr, bench.encoder_of(first))
     if options.cache_features == "disk":
         # before the LLM, which may leave an encoder no room on a GPU
-        for recipe in bench.trained_with:
-            bench.encode(bench.encoder_of(recipe))
+        used = [(o["encoder"], o["pad_whisper"]) for o in bench.trained_with.values()]
+        for name, pad_whisper in dict.fromkeys(used):  # most recipes share one
+            bench.encode(load_encoder(name, pad_whisper))
         if transcriber:
             bench.encode(transcriber)
     llm = shared_llm(*llm_of(run.options, options.precision))

@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from data import FULL, Examples, Speech, open_run, read_behaviors
 from model import COPY, LOSSES, SpeechLLM, check_size, compute_precision, connector_class
-from model import pinned_encoder
 from model import embedding_width, encode_all, fingerprint_of_encoder, llm_of, load_encoder
-from model import load_llm, shared_llm
+from model import load_llm, pinned_encoder, shared_llm
 from support.adam import RoomyAdamW
 from support.ahead import ahead
 from support.console import is_out_of_memory, progress_bar, say_device, stop_signals, timed
