@@ -6,6 +6,7 @@ Run everything that is not done yet; read the answers of all runs into one table
 import re
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -21,11 +22,13 @@ from lab.mistakes import MISTAKES
 from lab.report import where_it_ran
 from lab.statistics import AT, LINES, MEASURES, NAMES, TASK, mean_or_none, read_answers, repeat_wer
 from lab.statistics import task_metrics
+from model import pinned_encoder
 from support.files import UserError, fingerprint, read_json, read_json_if_whole, write_json
+from support.hub import pinned
 from support.logs import read_log
 from support.options import Between, Count, FramesPerToken, RankOrFull, command_words
 from support.recordings import speakers_of
-from support.runs import begin, finish, is_done, lock_folder, read_spec
+from support.runs import begin, finish, is_done, lock_folder, option_before, read_spec
 from support.states import saved_states
 
 
@@ -115,6 +118,16 @@ def shortened(options):
     )
 
 
+def with_pinned_models(options):
+    """The options with NAME@COMMIT for hub names, so that runs added later have the same models."""
+    before = partial(option_before, options.out, options)
+    return replace(
+        options,
+        llm=pinned(options.llm, "llm", before("llm")),
+        encoder=pinned_encoder(options.encoder, before("encoder")),
+    )
+
+
 def compare(options, run_command, chosen):
     """Train and benchmark the chosen recipes in several runs, and test each paper's claims.
 
@@ -124,6 +137,7 @@ def compare(options, run_command, chosen):
     out = Path(options.out)
     if options.lora == FULL and options.bits != 16:
         raise UserError(f"--lora {FULL} trains all of the LLM, which must not be packed: --bits 16")
+    options = with_pinned_models(options)
     names = chosen if options.no_curve else with_curve(chosen)
     runs = runs_of(options)
     is_done(  # refuses a folder of other settings; recipes and seeds may be added later

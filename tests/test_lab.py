@@ -47,7 +47,7 @@ from lab.claims import (
     decide,
 )
 from lab.compare import CompareOptions, OneRun, RunAll, all_answers, parse_seeds, run_all, runs_of
-from lab.compare import score_rows, shortened, with_curve
+from lab.compare import score_rows, shortened, with_curve, with_pinned_models
 from lab.compare_report import bar_table, curve_points
 from lab.dose import cells_of_doses, parse_doses, pretrain_missing, row_of_dose, write_doses
 from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
@@ -67,6 +67,7 @@ from support.console import exit_codes
 from support.files import UserError, read_json, write_json
 from support.hub import TINY, load_in_places
 from support.options import parse_options
+from support.runs import begin
 
 
 def values_of(rows, run=""):
@@ -618,6 +619,18 @@ def test_a_comparison_trains_what_it_is_told_of_the_llm(tmp_path, capsys):
     assert main(["compare", "--out", str(tmp_path / "new"), "--lora", "full"]) == 2
     one_line(capsys, "which must not be packed: --bits 16")
     assert not (tmp_path / "new").exists()
+
+
+def test_seeds_added_to_a_comparison_have_the_commits_that_it_was_begun_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("support.hub.fingerprint_of_weights", lambda name, kind: f"the-{kind}")
+    options = CompareOptions(out=str(tmp_path), llm="someone/llm", encoder="someone/ears")
+    first = with_pinned_models(options)
+    assert (first.llm, first.encoder) == ("someone/llm@the-llm", "someone/ears@the-encoder")
+    begin(tmp_path, "compare", first, {})
+    monkeypatch.setattr("support.hub.fingerprint_of_weights", lambda name, kind: "another")
+    assert with_pinned_models(options) == first
+    tiny = CompareOptions(out=str(tmp_path))
+    assert with_pinned_models(tiny) == tiny
 
 
 def test_a_recipe_that_fails_is_reported_and_the_others_go_on(compared_once, comparison):
