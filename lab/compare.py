@@ -93,8 +93,9 @@ class CompareOptions:
     encoder: str = "tiny"
     """the speech encoder: `tiny`, a local folder, or a Hugging Face name"""
     asr: str | None = None
-    """CTC model for the cascade; `own`: a recognizer trained on the very speech of each run, the
-    fair rival; default: the speech encoder's own head, if it has one"""
+    """CTC model for the cascade; `own`: a recognizer trained on the very speech of each run, for as
+    many steps as the recipes, the fair rival; default: the speech encoder's own head, if it has
+    one"""
 
     jobs: Annotated[int, Between(1, 64)] | None = None
     """commands at once, each in a process of its own; default: with the tiny models one a core, at
@@ -330,8 +331,9 @@ class RunAll:
         asked = command_words(self.options, "per_prompt", "dialogues", "probes", "mistakes")
         if self.options.asr == "own":
             data = str(self.out / run.name / "data")
-            of = command_words(self.options, "encoder")
-            if not self.attempt(run, "recognizer", "recognizer", data, *of):
+            size = self.options.batch_size * self.options.accumulate
+            how = [*command_words(self.options, "encoder", "steps"), "--batch-size", str(size)]
+            if not self.attempt(run, "recognizer", "recognizer", data, *how):
                 return []
             asked += ["--asr", f"{data}/recognizer"]
         elif self.options.asr:

@@ -30,6 +30,7 @@ import lab.plan
 import lab.plots
 import lab.smoke
 import lab.step
+from corpora.recognizing import RecognizerOptions
 from data import FULL
 from eval import CELLS, DIALOGUES
 from lab.claims import (
@@ -619,6 +620,16 @@ def test_a_comparison_trains_what_it_is_told_of_the_llm(tmp_path, capsys):
     assert main(["compare", "--out", str(tmp_path / "new"), "--lora", "full"]) == 2
     one_line(capsys, "which must not be packed: --bits 16")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_fair_recognizer_learns_from_as_many_examples_as_the_recipes(tmp_path):
+    attempted = []
+    jobs = SimpleNamespace(attempt=lambda words, *_: attempted.append(words))
+    options = CompareOptions(out=str(tmp_path), asr="own", steps=80, batch_size=8, accumulate=2)
+    assert RunAll(options, jobs).bench(OneRun("seed-0", (), 0), ["mtbi"]) == []
+    [words] = attempted
+    made = parse_options(RecognizerOptions, words[1:], "recognizer", "")
+    assert (words[0], made.steps, made.batch_size) == ("recognizer", 80, 16)
 
 
 def test_seeds_added_to_a_comparison_have_the_commits_that_it_was_begun_with(tmp_path, monkeypatch):
