@@ -147,7 +147,7 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=
     """
     path = Path(path)
     utterances = []
-    lines = {}
+    lines = {}  # {path of a sound file: the row that has it}
     folder = path if path.is_dir() else path.parent
     rows = list(read_jsonl(path)) if rows is None else rows
     max_seconds = max_seconds or seconds_allowed(folder)
@@ -155,17 +155,18 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=
     for number, row in bar:
         try:
             utterance = parse_row(row, folder)
-            first_line = lines.setdefault(os.path.abspath(utterance.audio), number)
-            if first_line != number:
-                raise UserError(f"has the same audio file as line {first_line}")
+            audio = os.path.abspath(utterance.audio)
+            if audio in lines:
+                raise UserError(f"has the same audio file as line {lines[audio]}")
             settle_duration(utterance, check_audio, max_seconds)
+            lines[audio] = number
             utterances.append(utterance)
         except (UserError, OSError) as error:
             if skipped is None:
                 raise UserError(f"{path}:{number}: {error}") from None
-            audio = audio_name(row)
-            reason = str(error).removeprefix(f"{folder / audio}: ")
-            skipped.append({"line": number, "audio_filepath": audio, "reason": reason})
+            name = audio_name(row)
+            reason = str(error).removeprefix(f"{folder / name}: ")
+            skipped.append({"line": number, "audio_filepath": name, "reason": reason})
     if not utterances:
         why = ""
         if skipped:
@@ -228,7 +229,7 @@ def as_compared(text):
 def held_out(text):
     """One transcript in eight, by a hash of its words.
 
-    The same texts are held out whoever asks: the tiny LLM's pre-training, too.
+    The tiny LLM's pre-training holds out the same ones (tiny/world.py).
     """
     return hashlib.sha256(as_compared(text).encode()).digest()[0] < 32
 
@@ -571,25 +572,32 @@ def chat_parts(tokenizer, messages, audio, response=None, instruction=None):
     if instruction:
         begin, end = place_of(as_plain_text(tokenizer, instruction.strip()), rendered)
 
-    # Token by token: a mark makes room for the parts of its utterance.
-    marks = marks_of(tokenizer)
-    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    parts = [Text([])]
-    audio = list(audio)
-    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        inside = start < end and stop > begin  # if only in part, as one that begins with a space
-        if token == marks[BREAK]:
-            continue
-        if token == marks[AUDIO_MARK]:
-            parts += [*audio.pop(0), Text([])]
-            continue
-        if inside != parts[-1].is_instruction:
-            parts.append(Text([], is_instruction=inside))
-        parts[-1].ids.append(token)
-    parts = [p for p in parts if not isinstance(p, Text) or p.ids]
+    parts = split_at_marks(tokenizer, rendered, audio, begin, end)
     if response is not None:
         parts.append(Response(response))
     return parts
+
+
+def split_at_marks(tokenizer, rendered, audio, begin, end):
+    """The parts of a rendered conversation; each AUDIO_MARK makes room for the next of `audio`.
+
+    The tokens of the characters from begin to end, the instruction's, are in a Text of their own.
+    """
+    marks = marks_of(tokenizer)
+    audio = iter(audio)
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    parts = [Text([])]
+    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        if token == marks[BREAK]:
+            continue
+        if token == marks[AUDIO_MARK]:
+            parts += [*next(audio), Text([])]
+            continue
+        inside = start < end and stop > begin  # if only in part, as one that begins with a space
+        if inside != parts[-1].is_instruction:
+            parts.append(Text([], is_instruction=inside))
+        parts[-1].ids.append(token)
+    return [p for p in parts if not isinstance(p, Text) or p.ids]
 
 
 def place_of(instruction, rendered):
@@ -760,12 +768,13 @@ class Examples:
         for b in self.as_the_recipe_has_them():
             if any(i not in self.by_id for i in b.utterances()):
                 continue
+            is_trained_on = self.recipe.trains_on(b.task)
+            if b.earlier and is_trained_on:
+                self.dialogues.append(b)
             if b.earlier:
-                if self.recipe.trains_on(b.task):
-                    self.dialogues.append(b)
                 continue
-            self.in_text.append(b)
-            if self.recipe.trains_on(b.task):
+            self.in_text.append(b)  # whatever its task
+            if is_trained_on:
                 sorts = self.about.setdefault(b.utterance, {"repeat": [], "other": []})
                 sorts["repeat" if b.task == "repeat" else "other"].append(b)
 
@@ -836,7 +845,8 @@ class Examples:
         longest = batches.pop()
         rng.shuffle(batches)
         place = 0 if epoch == number == 0 else rng.randint(0, len(batches))
-        return [*batches[:place], longest, *batches[place:]]
+        batches.insert(place, longest)
+        return batches
 
     def epoch_order(self, epoch):
         """The utterances in the random order of an epoch; the first begins with the longest of all.

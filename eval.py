@@ -136,7 +136,7 @@ class Bench:
     utterances: list  # the held-out ones
     trained_with: dict  # {recipe: the options it was trained with}
     settings: dict  # all that the report depends on
-    heard: list = field(default_factory=list)  # those of them that questions are about
+    heard: list = field(default_factory=list)  # the utterances that questions are about
     in_ram: dict = field(default_factory=dict)  # {encoder's fingerprint: frames}
 
     @contextmanager
@@ -215,18 +215,8 @@ def plan_bench(options, table):
         )
     run.check_llm()
     trained = recipes_to_bench(run.folder, options.recipes, table)
-    weights = {}  # fingerprints of what was trained
-    for name in trained:
-        folder = run.folder / name
-        if options.step:
-            weights[name] = fingerprint_of_file(state_at(folder, options.step))
-        else:
-            weights[name] = fingerprint_of_training(folder)
-    if fingerprint_of_file(PROJECT / run.options["tasks"]) != run.content["task_table"]:
-        raise UserError(
-            f"{PROJECT / run.options['tasks']}: has changed since `behaviors`; run `behaviors` "
-            "again with --force"
-        )
+    weights = fingerprints_of_weights(run, trained, options.step)
+    check_task_table(run)
     settings = {name: getattr(options, name) for name in options.CHANGE_ANSWERS}
     settings |= {
         "manifest": fingerprint_of_file(data / "manifest.jsonl"),
@@ -244,6 +234,27 @@ def plan_bench(options, table):
     if options.step:
         folder = folder / "steps" / str(options.step)
     return Bench(options, run, data, folder, tested, trained, settings)
+
+
+def fingerprints_of_weights(run, trained, step):
+    """{recipe: the fingerprint of what was trained}, at the end or after so many steps."""
+    found = {}
+    for name in trained:
+        folder = run.folder / name
+        if step:
+            found[name] = fingerprint_of_file(state_at(folder, step))
+        else:
+            found[name] = fingerprint_of_training(folder)
+    return found
+
+
+def check_task_table(run):
+    """UserError if the run's task table is not the one that stage 1 asked."""
+    path = PROJECT / run.options["tasks"]
+    if fingerprint_of_file(path) != run.content["task_table"]:
+        raise UserError(
+            f"{path}: has changed since `behaviors`; run `behaviors` again with --force"
+        )
 
 
 def held_out_of(run, utterances):
@@ -533,20 +544,24 @@ def draw_first_turn(rng, cases, answers, i, kind, about):
 def first_turns(cases, answers, i, kind, about):
     """Among which cases the one before case i is drawn, in a conversation of this kind.
 
-    None: no case can come before it.
+    An empty list if no case can come before it.
     """
+    if kind == "speech_then_text_question":
+        return earlier_about_the_same(cases, answers, i, about)
+    if all(says_the_same(other, cases[i]) for other in cases):
+        return []
+    return [j for j in range(len(cases)) if j != i]
+
+
+def earlier_about_the_same(cases, answers, i, about):
+    """Cases about the utterance of case i, by whose answers that to case i is not told."""
     case = cases[i]
-    if kind != "speech_then_text_question":
-        if all(says_the_same(other, case) for other in cases):
-            return []
-        return [j for j in range(len(cases)) if j != i]
-    # about the same speech, and with an answer from which the second could not be read
     fitting = []
     for j in about[case.utterance.id]:
-        if cases[j].task is not case.task:
-            told = words_of(answers[j])
-            if not (words_of(answers[i]) <= told or words_of(case.utterance.text) <= told):
-                fitting.append(j)
+        told = words_of(answers[j])
+        is_told = words_of(answers[i]) <= told or words_of(case.utterance.text) <= told
+        if cases[j].task is not case.task and not is_told:
+            fitting.append(j)
     return fitting
 
 
@@ -568,28 +583,29 @@ class Questions:
         self.options = bench.options
         self.kept = bench.folder / "bench"
         self.tasks, self.top_line = tasks, top_line
-        # by SETS, and "replies": to directives that are the prompt
-        self.cases = {"questions": cases, "repeats": repeats, "text": cases}
-        self.ask_top_line()
+        self.cases = {"questions": cases, "repeats": repeats, "text": cases}  # by SETS
+
+        # the text LLM's own answers are the references
+        answers, self.ended = self.answers_of_text("questions")
+        self.references = {"questions": answers, "text": answers}
+        # and the first turns of the dialogues
+        drawn = draw_dialogues(cases, answers, self.options.dialogues, self.options.seed)
+        self.cases["dialogues"] = drawn
+        for which in ("repeats", "dialogues"):
+            self.references[which], _ = self.answers_of_text(which)
+        self.replies = self.answers_to_directives()
 
         # the questions on which we look inside
         rng = random.Random(f"probes-{self.options.seed}")
         n = min(self.options.probes, len(cases))
         self.probes = sorted(rng.sample(range(len(cases)), n))
 
-    def ask_top_line(self):
-        """The text LLM's own answers: the references, and the first turns of the dialogues."""
-        cases = self.cases["questions"]
-        answers, self.ended = self.answers_of_text("questions")
-        drawn = draw_dialogues(cases, answers, self.options.dialogues, self.options.seed)
-        self.cases["dialogues"] = drawn
-        self.references = {"questions": answers, "text": answers}
-        for which in ("repeats", "dialogues"):
-            self.references[which], _ = self.answers_of_text(which)
-        self.cases["replies"] = [bare_directive(u) for u in directives_of(cases)]
+    def answers_to_directives(self):
+        """{utterance id of a directive: what the text LLM answers when it is the prompt}."""
+        directives = directives_of(self.cases["questions"])
+        self.cases["replies"] = [bare_directive(u) for u in directives]
         replies, _ = self.answers_of_text("replies")
-        asked = [case.utterance.id for case in self.cases["replies"]]
-        self.replies = dict(zip(asked, replies))  # {utterance id: what it answers to the directive}
+        return dict(zip([u.id for u in directives], replies))
 
     def answers_of_text(self, which):
         """(the text LLM's answers to the transcripts, which of them ended by themselves).
@@ -664,14 +680,14 @@ class Questions:
         """The texts of a system's answers; what cannot differ from the references is not asked."""
         if system is self.top_line:
             return self.references[which]
-        if not system.model:
+        if not system.model:  # copy
             return [case.utterance.text for case in self.cases[which]]
-        if which != "text":
-            return [answer for answer, _ in self.ask(system, which)]
-        if not system.model.lora:  # a frozen LLM answers to text as ever
-            return self.references[which]
-        reads = System(system.name, system.fingerprint, system.model)
-        return [answer for answer, _ in self.ask(system, which, hearing=reads)]
+        hearing = system
+        if which == "text":
+            if not system.model.lora:  # a frozen LLM answers to text as ever
+                return self.references[which]
+            hearing = System(system.name, system.fingerprint, system.model)  # its LLM, reading
+        return [answer for answer, _ in self.ask(system, which, hearing)]
 
     def ask_some(self, system, cases):
         """The answers of a system to a few cases, which are not kept."""
@@ -722,7 +738,10 @@ class Questions:
             probed["behavior_gap"] = round(gap, 6)
             for kind, by_layer in shares.items():
                 probed[f"attention_on_{kind}"] = round(float(np.mean(by_layer)), 6)
-        return [row for which in SETS for row in rows[which]]
+        in_order = []
+        for which in SETS:
+            in_order += rows[which]
+        return in_order
 
 
 def read_record(path, fingerprint, *keys):

@@ -203,7 +203,8 @@ class HuggingFaceEncoder(nn.Module):
             if not is_out_of_memory(error):
                 raise
             why = first_line(error)
-        return self.leave_gpu(self.name, why)
+        # after the except: the error's traceback keeps what found no room
+        return self.leave_gpu(f"{self.name}: out of memory", why)
 
     def _apply(self, fn, recurse=True):
         """Move or cast, as to() and float() do, what a module remembers of the last clip, too.
@@ -217,11 +218,11 @@ class HuggingFaceEncoder(nn.Module):
                     setattr(module, key, fn(value))
         return self
 
-    def leave_gpu(self, name, why):
-        """To the CPU, for good; name: what it was about to hear, or its own."""
+    def leave_gpu(self, what, why):
+        """To the CPU, for good; what, and why: what is said of it."""
         tqdm.write(
-            f"{name}: out of memory for {self.name} ({why}); from here on it hears on the CPU, "
-            "slower, and to the same frames but for rounding",
+            f"{what} ({why}); from here on it hears on the CPU, slower, and to the same frames but "
+            "for rounding",
             file=sys.stderr,
         )
         super().to("cpu")
@@ -276,7 +277,8 @@ class HuggingFaceEncoder(nn.Module):
                 raise
             why = first_line(error)
         if len(clips) == 1:
-            return self.leave_gpu(clips[0].name, why).hear(clips)
+            what = f"{clips[0].name}: out of memory for {self.name}"
+            return self.leave_gpu(what, why).hear(clips)
         torch.cuda.empty_cache()
         self.seconds_at_once /= 2
         tqdm.write(
@@ -292,8 +294,9 @@ class HuggingFaceEncoder(nn.Module):
         """What hear_together() returns, on the device where the weights are."""
         through = self.whisper if self.is_whisper else self.any_other
         heard = [[] for _ in clips]
-        for pieces in zip(*[clip.pieces for clip in clips]):  # the first of each clip, the second …
-            for own, frames in zip(heard, through(pieces, clips[0].name)):
+        for i in range(len(clips[0].pieces)):  # as many in each clip: they have one shape
+            together = [clip.pieces[i] for clip in clips]
+            for own, frames in zip(heard, through(together, clips[0].name)):
                 own.append(frames)
         return [torch.cat(own) for own in heard]  # (T, D_encoder) each
 
@@ -576,12 +579,11 @@ class Connector(nn.Module):
             windows = torch.cat(filled).unflatten(0, (-1, self.k))  # (W = sum of N_i, k, D_encoder)
             return self.speech_tokens(windows).split(counts)  # (W, D) -> [(N_i, D)]
 
-        by_length = {}  # N -> which spans have so many tokens
-        for i, n in enumerate(counts):
-            by_length.setdefault(n, []).append(i)
-        by_length.pop(0, None)
         tokens = [self.scale.expand(0, -1) for _ in spans]  # (0, D), of one without frames
-        for n, rows in by_length.items():
+        for n in dict.fromkeys(counts):  # in order of appearance, in which dropout is drawn
+            if n == 0:
+                continue
+            rows = [i for i, count in enumerate(counts) if count == n]
             x = torch.stack([self.filled(spans[i], n) for i in rows])  # (B, N * k, D_encoder)
             for i, row in zip(rows, self.speech_tokens(x)):  # (B, N, D)
                 tokens[i] = row
@@ -1041,6 +1043,8 @@ class SpeechLLM(nn.Module):
             messages = [{"role": "user", "content": question}]
             if audio is not None:
                 messages = user_turn(question, audio)
+        elif audio is not None:
+            raise UserError(f"{audio}: name it in the conversation, as an entry of type audio")
         return self.generate([self.listen(messages)], max_new_tokens)[0]
 
     def listen(self, messages):

@@ -471,16 +471,17 @@ def pieces_of_step(examples, step):
 
     It has whole ones, if every process can have as many; else a part of each.
     """
-    in_parts = examples.accumulate % WORLD > 0
+    whole = examples.accumulate % WORLD == 0
     pieces = []
     for micro in range(examples.accumulate):
-        if not in_parts and micro % WORLD != RANK:
+        name = f"dropout-{examples.seed}-{step}-{micro}"
+        if whole:
+            if micro % WORLD == RANK:
+                pieces.append(Piece(examples.batch(step, micro), name))
             continue
-        micro_batch, name = examples.batch(step, micro), str(micro)
-        if in_parts:
-            micro_batch, name = my_share(micro_batch), f"{micro}-{RANK}"
-        if micro_batch:  # of a small one a process may have no row
-            pieces.append(Piece(micro_batch, f"dropout-{examples.seed}-{step}-{name}"))
+        share = my_share(examples.batch(step, micro))
+        if share:  # of a small one a process may have no row
+            pieces.append(Piece(share, f"{name}-{RANK}"))
     return pieces
 
 

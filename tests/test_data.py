@@ -599,6 +599,14 @@ def test_bad_rows_are_refused_in_one_line_that_names_file_and_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bad_row_that_is_left_out_takes_its_recording_from_no_good_one(tmp_path, clip):
+    path = write_manifest(tmp_path, {**clip, "duration": 100}, clip)
+    skipped = []
+    [utterance] = read_manifest(path, skipped=skipped)
+    assert utterance.duration == clip["duration"]
+    assert [row["line"] for row in skipped] == [1]
+
+
 @pytest.mark.parametrize(
     "line, reason",
     [

@@ -610,6 +610,11 @@ def test_the_real_tokenizers_on_small_random_models(name, family, encoder, tmp_p
     assert model.tokenizer.convert_ids_to_tokens(model.eot) == "<|im_end|>"
 
 
+def test_a_recording_beside_a_whole_conversation_is_refused(llm):
+    with pytest.raises(UserError, match="a.wav: name it in the conversation"):
+        SpeechLLM(*llm).answer([{"role": "user", "content": "hi"}], "a.wav")
+
+
 def test_an_answer_ends_where_the_context_of_the_llm_ends(llm, monkeypatch):
     model = SpeechLLM(*llm)
     context = llm[0].config.max_position_embeddings
