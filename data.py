@@ -4,9 +4,8 @@ How a sample travels:
 
     manifest row -> Utterance -> (stage 1) Behavior -> parts [Text, Speech, Text, Response] -> batch
 
-The chapters below follow it: audio, utterances, tasks and recipes, behaviors, tokens, parts,
-interleaving, examples; and run folders, which are what stage 1 leaves for the training and the
-benchmark.
+The chapters below follow it: audio, utterances, tasks and recipes, behaviors, parts, interleaving,
+examples; and run folders, which are what stage 1 leaves for the training and the benchmark.
 """
 
 import hashlib
@@ -26,9 +25,9 @@ import support  # noqa: F401  first: torch reads what it sets
 import numpy as np
 import soundfile
 import torch
-from transformers import AddedToken
 
-from support.chat_template import render_chat
+from support.chat_template import AUDIO_MARK, BREAK, as_plain_text, end_of_turn, marks_of
+from support.chat_template import render_chat, space_before_answer, tokenize_in_context
 from support.checks import check_task, is_turn
 from support.console import progress_bar
 from support.files import UserError, ceil_div, fingerprint, relative, whole_file
@@ -417,99 +416,6 @@ def read_behaviors(path):
             )
         )
     return behaviors
-
-
-# ---- tokens: what is said is text, and never a control token ----
-
-AUDIO_MARK = (
-    "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where audio goes in a rendered conversation
-)
-BREAK = "\N{INTERLINEAR ANNOTATION SEPARATOR}"  # within text that looks like a control token
-
-
-@lru_cache(maxsize=8)  # by tokenizer: it is asked for every text
-def marks_of(tokenizer):
-    """{AUDIO_MARK: its token id, BREAK: its token id}, each a token of its own, added if need be.
-
-    Text beside a mark is tokenized as in the middle of a conversation, and the cut is exact. The
-    LLM never reads them: whoever tokenizes with them leaves their ids out.
-    """
-    marks = (AUDIO_MARK, BREAK)
-    tokenizer.add_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
-    return {mark: tokenizer.convert_tokens_to_ids(mark) for mark in marks}
-
-
-@lru_cache(maxsize=8)
-def control_tokens(tokenizer):
-    """A pattern that finds what the tokenizer would make a control token of, like <|im_end|>."""
-    names = []
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special or token.content.startswith("<"):
-            names.append(token.content)
-    names = sorted({*names, *tokenizer.all_special_tokens} - {AUDIO_MARK, BREAK})
-    return re.compile("|".join(re.escape(name) for name in names if len(name) > 1) or r"(?!)")
-
-
-def as_plain_text(tokenizer, text):
-    """The text without marks of ours, and with a BREAK in all that would be a control token."""
-    text = text.encode(errors="replace").decode()  # a lone surrogate is no text
-    text = text.replace(AUDIO_MARK, " ").replace(BREAK, " ")
-    control = control_tokens(tokenizer)
-    while control.search(text):
-        text = control.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
-    return text
-
-
-def tokenize_in_context(tokenizer, text):
-    """(token ids, the character each begins at) of a text in the middle of a conversation.
-
-    At the start of a string some tokenizers add a space, so an AUDIO_MARK stands before it.
-    """
-    marks = marks_of(tokenizer)
-    marked = AUDIO_MARK + as_plain_text(tokenizer, text)
-    encoded = tokenizer(marked, add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = [], []
-    n_marks = 0  # so far: each is a character that is not in `text`
-    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        if token in marks.values():
-            n_marks += 1
-            continue
-        ids.append(token)
-        starts.append(start - n_marks)
-    return ids, starts
-
-
-@lru_cache(maxsize=8)
-def end_of_turn(tokenizer):
-    """The token the chat template puts after an answer: the first of its special tokens there."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
-    after = render_chat(tokenizer, turns, add_generation_prompt=False).rsplit(AUDIO_MARK, 1)[1]
-    marks_of(tokenizer)  # from here on the tokenizer knows AUDIO_MARK
-    ids = tokenizer(AUDIO_MARK + after, add_special_tokens=False)["input_ids"][1:]
-    for i in ids:
-        if i in tokenizer.added_tokens_decoder:
-            return i
-    return ids[0] if ids else tokenizer.eos_token_id
-
-
-@lru_cache(maxsize=8)
-def space_before_answer(tokenizer):
-    """What the chat template puts between the open conversation and an answer: a space, or nothing.
-
-    Of Mistral's it is a space, which belongs to the answer's first token.
-    """
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
-    before = render_chat(tokenizer, turns, add_generation_prompt=False).split(AUDIO_MARK)[0]
-    added = before.removeprefix(render_chat(tokenizer, turns[:1]))
-    if not added.isspace():
-        return ""
-    # some tokenizers put a space there by themselves: two would be one too many
-    ids = tokenize_in_context(tokenizer, added + "b")[0]
-    turns[1]["content"] = "b"
-    rendered = render_chat(tokenizer, turns, add_generation_prompt=False)
-    whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    places = range(len(whole) - len(ids) + 1)
-    return added if any(whole[i : i + len(ids)] == ids for i in places) else ""
 
 
 # ---- parts: what a conversation is made of before it becomes embeddings ----

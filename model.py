@@ -27,21 +27,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import FULL, SAMPLE_RATE, Response, Speech, chat_parts, control_tokens, dialogue
-from data import end_of_turn, load_audio
+from data import FULL, SAMPLE_RATE, Response, Speech, chat_parts, dialogue, load_audio
 from data import user_turn
+from support.chat_template import control_tokens, end_of_turn
 from support.checks import check_messages
 from support.console import is_out_of_memory, timed
 from support.files import UserError, ceil_div, explained, first_line
 from support.files import whole_file, write_json
 from support.frames import keep_frames
-from support.hub import PackedHead, absolute_if_local, check_frames, check_row_widths
-from support.hub import check_tokenizer, check_vocabulary, checkpoint_path, fingerprint_of_tensors
-from support.hub import fingerprint_of_weights, free_memory, keep_embeddings_on_host, load_adapter
+from support.hub import COMPUTE_AGAIN, PackedHead, absolute_if_local, check_frames, check_row_widths
+from support.hub import check_tokenizer, check_vocabulary, checkpoint_path, checkpointed_layers
+from support.hub import fingerprint_of_llm, fingerprint_of_tensors, fingerprint_of_weights
+from support.hub import free_memory, has_packed_head, keep_embeddings_on_host, load_adapter
 from support.hub import load_in_places, load_or_explain, load_speech_model, load_tensors
-from support.hub import local_or_fetched, pack_head, pinned, save_adapter, stay_on_the_card
+from support.hub import local_or_fetched, modules_with_weights, pack_head, pinned, save_adapter
+from support.hub import stay_on_the_card
 from support.processes import DEVICE, first_process
 from support.recognizer import Recognizer, encoder_behind, fingerprint_of_recognizer
 from support.recognizer import is_recognizer, open_recognizer
@@ -670,25 +671,6 @@ def llm_of(made, precision):
     return made["llm"], made["bits"], precision, head_bits, embeddings
 
 
-def fingerprint_of_llm(llm, tokenizer):
-    """Names an LLM by what is the same in any precision (of one stored in fp32: in bf16 and fp32).
-
-    Its shape, the size of its vocabulary, 64 rows of its embeddings and its norms; and whether its
-    vocabulary projection is packed, which makes it another LLM. A fine-tune that left all of these
-    alone has the same name.
-    """
-    text = llm.config.get_text_config()  # of a model that also sees, the part that reads
-    weights = [llm.get_input_embeddings().weight[:64]]
-    weights += [p for name, p in llm.named_parameters() if "norm" in name]
-    # by what bf16 and fp16 both can hold, whatever precision it was loaded in; rounded to bf16
-    # first, as loading in bf16 rounds weights that are stored in fp32
-    weights = [w.to(torch.bfloat16).to(torch.float16).to(torch.bfloat16) for w in weights]
-    shape = (text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)
-    if has_packed_head(llm):
-        shape += ("projection in NF4",)
-    return fingerprint_of_tensors(weights, shape, samples=None)
-
-
 def embedding_width(llm):
     """D, the width of its embeddings."""
     return llm.get_input_embeddings().weight.shape[1]
@@ -704,10 +686,6 @@ def embedding_rms(llm):
     size = len(table.weight)
     some = torch.arange(0, size, ceil_div(size, 4096), device=DEVICE)
     return table(some).float().pow(2).mean().sqrt()  # of (up to 4096, D), one number
-
-
-def has_packed_head(llm):
-    return isinstance(llm.get_output_embeddings(), PackedHead)
 
 
 COPY = "modules_to_save"  # in the name of every parameter that FULL trains
@@ -743,36 +721,6 @@ def with_adapter(llm, lora):
         task_type="CAUSAL_LM",
     )
     return get_peft_model(llm, config)
-
-
-def modules_with_weights(llm):
-    """The names of modules that have all parameters of an LLM, each of them once."""
-    names = []
-    for name, module in llm.named_modules():  # what is around comes before what is in it
-        is_inside = any(name.startswith(f"{around}.") for around in names)
-        if not is_inside and next(module.parameters(recurse=False), None) is not None:
-            names.append(name)
-    return names
-
-
-# of torch's checkpointing: nothing draws random numbers, whose states need no keeping then
-COMPUTE_AGAIN = {"use_reentrant": False, "preserve_rng_state": False}
-
-
-def checkpointed_layers(llm):
-    """Let each layer keep only its input, and compute the rest again in the backward pass.
-
-    Returns the layers that do so while their own flag `training` is set; what is inside them stays
-    in eval mode.
-    """
-    try:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=COMPUTE_AGAIN)
-    except ValueError as error:
-        raise UserError(
-            "this LLM has no gradient checkpointing; say --gradient-checkpointing off "
-            f"({first_line(error)})"
-        ) from None
-    return [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 # ---- losses: how an answer to speech is held against the LLM's own ----

@@ -10,10 +10,11 @@ import numpy as np
 
 from app.generate import chosen_recipe
 from data import SAMPLE_RATE, Speech, chat_parts, frame_cuts, interleave, load_audio, open_run
-from data import positions_of, tokenize_in_context, transcript_tokens, user_turn
+from data import positions_of, transcript_tokens, user_turn
 from lab.plots import finish_figure, picture_to_draw, pyplot
 from lab.programs import run_program
 from model import SpeechLLM
+from support.chat_template import tokenize_in_context
 from support.files import UserError
 from support.options import Count, RunFolder
 

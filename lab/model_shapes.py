@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from data import SAMPLE_RATE
-from model import checkpointed_layers, with_adapter
+from model import with_adapter
 from support.files import UserError, first_line
-from support.hub import KINDS, checkpoint_path, load_or_explain
+from support.hub import KINDS, checkpoint_path, checkpointed_layers, load_or_explain
 
 # ---- the table: as the published configurations say ----
 

@@ -24,6 +24,7 @@ from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -41,6 +42,8 @@ enable_progress_bars()  # but a download is seen
 TINY = PROJECT / "tiny"  # the tiny world's checkpoints, by the name "tiny"
 AT_REVISION = re.compile(r"((?:[\w.-]+/)?[\w.-]+)@([\w./-]+)")  # a hub name and which version
 KINDS = {"llm": "LLM", "encoder": "speech encoder"}  # a folder of TINY, and what people call it
+# of torch's checkpointing: nothing draws random numbers, whose states need no keeping then
+COMPUTE_AGAIN = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def checkpoint_path(name, kind):
@@ -377,6 +380,10 @@ def pack_head(llm, compute, device):
     llm.set_output_embeddings(PackedHead(head, compute, device))
 
 
+def has_packed_head(llm):
+    return isinstance(llm.get_output_embeddings(), PackedHead)
+
+
 class HostEmbeddings(nn.Module):
     """A table of embeddings in host memory: only the rows that are looked up travel.
 
@@ -445,6 +452,32 @@ def load_adapter(llm, folder, advice):
         raise ValueError("its adapter is not whole")
     set_peft_model_state_dict(llm, tensors)
     return tensors
+
+
+def modules_with_weights(llm):
+    """The names of modules that have all parameters of an LLM, each of them once."""
+    names = []
+    for name, module in llm.named_modules():  # what is around comes before what is in it
+        is_inside = any(name.startswith(f"{around}.") for around in names)
+        if not is_inside and next(module.parameters(recurse=False), None) is not None:
+            names.append(name)
+    return names
+
+
+def checkpointed_layers(llm):
+    """Let each layer keep only its input, and compute the rest again in the backward pass.
+
+    Returns the layers that do so while their own flag `training` is set; what is inside them stays
+    in eval mode.
+    """
+    try:
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=COMPUTE_AGAIN)
+    except ValueError as error:
+        raise UserError(
+            "this LLM has no gradient checkpointing; say --gradient-checkpointing off "
+            f"({first_line(error)})"
+        ) from None
+    return [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def check_tokenizer(tokenizer, name):
@@ -539,3 +572,22 @@ def fingerprint_of_weights(name, kind):
                 content.seek(max(0, size - 2**14) * i // 255)
                 hashed.update(content.read(2**14))
     return hashed.hexdigest()[:12]
+
+
+def fingerprint_of_llm(llm, tokenizer):
+    """Names an LLM by what is the same in any precision (of one stored in fp32: in bf16 and fp32).
+
+    Its shape, the size of its vocabulary, 64 rows of its embeddings and its norms; and whether its
+    vocabulary projection is packed, which makes it another LLM. A fine-tune that left all of these
+    alone has the same name.
+    """
+    text = llm.config.get_text_config()  # of a model that also sees, the part that reads
+    weights = [llm.get_input_embeddings().weight[:64]]
+    weights += [p for name, p in llm.named_parameters() if "norm" in name]
+    # by what bf16 and fp16 both can hold, whatever precision it was loaded in; rounded to bf16
+    # first, as loading in bf16 rounds weights that are stored in fp32
+    weights = [w.to(torch.bfloat16).to(torch.float16).to(torch.bfloat16) for w in weights]
+    shape = (text.hidden_size, text.num_hidden_layers, tokenizer.vocab_size)
+    if has_packed_head(llm):
+        shape += ("projection in NF4",)
+    return fingerprint_of_tensors(weights, shape, samples=None)

@@ -24,11 +24,12 @@ from programs import one_line, python
 from tokenizers import normalizers
 
 import mtbi
-from data import AUDIO_MARK, SAMPLE_RATE, Behavior, Examples, Recipe, Speech, Text, Utterance
-from data import at_sample_rate, chat_parts, dialogue, end_of_turn, frame_cuts, held_out, interleave
+from data import SAMPLE_RATE, Behavior, Examples, Recipe, Speech, Text, Utterance
+from data import at_sample_rate, chat_parts, dialogue, frame_cuts, held_out, interleave
 from data import load_audio, load_tasks, normalize, place_of, random_spans, read_behaviors
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from model import SpeechLLM
+from support.chat_template import AUDIO_MARK, end_of_turn
 from support.files import UserError, read_jsonl
 from support.recordings import RATES, check_text_fits, check_transcript, ends_as_ogg, mp3_frame
 from train import TrainOptions, connector_size

@@ -24,10 +24,10 @@ from lab.memory import LiveBytes
 from lab.model_shapes import find_config
 from model import CONNECTORS, ENCODERS, IGNORE, LOSSES, Connector, ConnectorBody, SpeechLLM
 from model import HuggingFaceEncoder, embedding_rms, encode_all, fingerprint_of_encoder
-from model import fingerprint_of_llm, load_encoder, load_llm, loss_in_slices
-from model import modules_with_weights, shared_encoder
+from model import load_encoder, load_llm, loss_in_slices, shared_encoder
 from support.chat_template import render_chat
 from support.files import UserError, read_json, write_json
+from support.hub import fingerprint_of_llm, modules_with_weights
 from support.runs import read_spec
 from train import TrainOptions, connector_size
 

@@ -33,7 +33,7 @@ import support.console
 import support.frames
 import train
 from data import load_audio, open_run, read_manifest, write_audio
-from model import HuggingFaceEncoder, SpeechLLM, encode_all, fingerprint_of_llm, llm_of, load_llm
+from model import HuggingFaceEncoder, SpeechLLM, encode_all, llm_of, load_llm
 from model import pinned_encoder
 from support.answers import answer_all, answer_in_memory
 from support.console import NARROW, TIMES, threads_for, timed
@@ -42,7 +42,7 @@ from support.files import UserError, WriteError, explained, fingerprint, fingerp
 from support.files import HALF_WRITTEN, mend_jsonl, nearest_existing
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
 from support.frames import fingerprint_of_audio
-from support.hub import fingerprint_of_weights, pinned
+from support.hub import fingerprint_of_llm, fingerprint_of_weights, pinned
 from support.options import Between, command_words, parse_options
 from support.runs import begin, delete_made, fingerprint_of_training, finish, is_done, lock_folder
 from support.runs import read_config, recipe_folders
