@@ -93,8 +93,8 @@ class CompareOptions:
     encoder: str = "tiny"
     """the speech encoder: `tiny`, a local folder, or a Hugging Face name"""
     asr: str | None = None
-    """CTC model for the cascade; `own`: a recognizer trained on the very speech of each run, for as
-    many steps as the recipes, the fair rival; default: the speech encoder's own head, if it has
+    """CTC model for the cascade; `own`: a recognizer trained on the very speech of each run, on as
+    many examples as the recipes, the fair rival; default: the speech encoder's own head, if it has
     one"""
 
     jobs: Annotated[int, Between(1, 64)] | None = None
