@@ -635,7 +635,7 @@ class Examples:
 
     A step is `accumulate` micro-batches of `batch_size` conversations; which ones is a pure
     function of (seed, step, micro-batch), so that there is no data position to save, and the step
-    is the same on any number of processes.
+    is the same on any number of processes, but for its dropout.
     """
 
     tokenizer: object

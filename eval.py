@@ -136,7 +136,7 @@ class Bench:
     utterances: list  # the held-out ones
     trained_with: dict  # {recipe: the options it was trained with}
     settings: dict  # all that the report depends on
-    heard: list = field(default_factory=list)  # the utterances that questions are about
+    asked_about: list = field(default_factory=list)  # those that questions are about
     in_ram: dict = field(default_factory=dict)  # {encoder's fingerprint: frames}
 
     @contextmanager
@@ -157,8 +157,8 @@ class Bench:
         options = self.options
         cases = draw_cases(tasks, self.utterances, options.per_prompt, options.seed)
         repeats = draw_repeats(tasks, self.utterances, 12 * options.per_prompt, options.seed)
-        asked_about = {case.utterance.id for case in (*cases, *repeats)}
-        self.heard = [u for u in self.utterances if u.id in asked_about]
+        names = {case.utterance.id for case in (*cases, *repeats)}
+        self.asked_about = [u for u in self.utterances if u.id in names]
         return cases, repeats
 
     def encode(self, encoder):
@@ -166,7 +166,7 @@ class Bench:
         keep, own = self.options.cache_features, encoder.fingerprint
         if own in self.in_ram:
             return self.in_ram[own]
-        frames = encode_all(encoder, self.heard, self.data / "features", keep)
+        frames = encode_all(encoder, self.asked_about, self.data / "features", keep)
         if keep == "ram":
             self.in_ram[own] = frames
         return frames

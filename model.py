@@ -62,7 +62,7 @@ class SpeechEncoder(Protocol):
     """What a speech encoder must be; ENCODERS names those that are no Hugging Face checkpoint.
 
     One that has clip(), hear_together() and `seconds_at_once` as well, like HuggingFaceEncoder,
-    hears clips of equal length together where there is a GPU.
+    hears clips of equal length, which is a clip's `shape`, together where there is a GPU.
     """
 
     name: str
@@ -688,7 +688,7 @@ def embedding_rms(llm):
     return table(some).float().pow(2).mean().sqrt()  # of (up to 4096, D), one number
 
 
-COPY = "modules_to_save"  # in the name of every parameter that FULL trains
+COPY = "modules_to_save"  # in the name of every parameter of the LLM that FULL trains
 
 
 def with_adapter(llm, lora):
@@ -894,8 +894,6 @@ class SpeechLLM(nn.Module):
         """(logits (R, V) that predict the R response tokens of the batch, those tokens (R)).
 
         In the precision of the LLM.
-
-        The vocabulary projection runs at no other position.
         """
         embeds, mask, labels = self.embed(batch)
 

@@ -300,7 +300,7 @@ def build(run, utterances, recipe, options):
 
 
 def connector_size(options, recipe, llm_width, encoder):
-    """{"k", "hidden"}: as asked for, or derived.
+    """{"k", "hidden"}: as asked for, or derived; prints them with their reasons.
 
     UserError if there is no memory to train a connector of that size.
     """
@@ -392,8 +392,8 @@ def explain(model, examples):
 class Progress:
     """Where a training is.
 
-    With the weights and the optimizer's moments this is all there is to save: the learning rate,
-    the data and the random numbers are functions of (seed, step).
+    With the weights and the optimizer's moments this is all there is to save: the learning rate and
+    the data are functions of (seed, step), and so is the dropout of each piece.
     """
 
     step: int = 0  # steps done
