@@ -136,7 +136,7 @@ class Bench:
     utterances: list  # the held-out ones
     trained_with: dict  # {recipe: the options it was trained with}
     settings: dict  # all that the report depends on
-    asked_about: list = field(default_factory=list)  # those that questions are about
+    asked_about: list = field(default_factory=list)  # the utterances that questions are about
     in_ram: dict = field(default_factory=dict)  # {encoder's fingerprint: frames}
 
     @contextmanager
