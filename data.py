@@ -675,9 +675,9 @@ class Examples:
             if any(i not in self.by_id for i in b.utterances()):
                 continue
             is_trained_on = self.recipe.trains_on(b.task)
-            if b.earlier and is_trained_on:
-                self.dialogues.append(b)
             if b.earlier:
+                if is_trained_on:
+                    self.dialogues.append(b)
                 continue
             self.in_text.append(b)  # whatever its task
             if is_trained_on:

@@ -558,9 +558,10 @@ def earlier_about_the_same(cases, answers, i, about):
     case = cases[i]
     fitting = []
     for j in about[case.utterance.id]:
+        if cases[j].task is case.task:
+            continue
         told = words_of(answers[j])
-        is_told = words_of(answers[i]) <= told or words_of(case.utterance.text) <= told
-        if cases[j].task is not case.task and not is_told:
+        if not (words_of(answers[i]) <= told or words_of(case.utterance.text) <= told):
             fitting.append(j)
     return fitting
 
