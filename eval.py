@@ -18,15 +18,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import support  # noqa: F401  first: torch reads what it sets
-import numpy as np
-import torch
 
 from data import Run, Speech, Task, Text, Utterance, as_compared, chat_parts, dialogue, load_tasks
-from data import normalize, open_run, positions_of, read_manifest, response_tokens
-from data import transcript_tokens, user_turn
-from model import LOSSES, SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
+from data import normalize, open_run, read_manifest, transcript_tokens
+from model import SpeechLLM, compute_precision, encode_all, fingerprint_of_encoder
 from model import llm_of, load_encoder, shared_llm
-from support.answers import answer_all, answer_in_memory, keep_record, kept_parts
+from support.answers import answer_all, keep_record, kept_parts
 from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json_if_whole, write_json
@@ -280,8 +277,9 @@ def report_folder(run, data):
 def measure_all(bench, look_into):
     """Ask every system everything that it was not asked before, and score the answers.
 
-    look_into: what tells how wrong answers are wrong (lab.mistakes.Mistakes), made of the
-    Questions; its `of(system, answers)` is {index of a question: what it is called}.
+    look_into: what finds out more about a system than its answers tell (lab.probes.LooksInto), made
+    of the Questions; its `of(system, answers)` is ({index of a question: {column: value}},
+    attention by layer).
     """
     options, run = bench.options, bench.run
     say_device()
@@ -303,8 +301,8 @@ def measure_all(bench, look_into):
     if options.force:
         forget_records(bench.folder / "bench", systems)
     questions = Questions(bench, tasks, cases, repeats, systems["text"])
-    mistakes = look_into(questions)
-    records = {name: questions.record(system, mistakes) for name, system in systems.items()}
+    looks = look_into(questions)
+    records = {name: questions.record(system, looks) for name, system in systems.items()}
     rows = []
     for record in records.values():
         rows += record["rows"]
@@ -596,11 +594,6 @@ class Questions:
             self.references[which], _ = self.answers_of_text(which)
         self.replies = self.answers_to_directives()
 
-        # the questions on which we look inside
-        rng = random.Random(f"probes-{self.options.seed}")
-        n = min(self.options.probes, len(cases))
-        self.probes = sorted(rng.sample(range(len(cases)), n))
-
     def answers_to_directives(self):
         """{utterance id of a directive: what the text LLM answers when it is the prompt}."""
         directives = directives_of(self.cases["questions"])
@@ -650,7 +643,7 @@ class Questions:
             asked=self.fingerprint_of(system, which),
         )
 
-    def record(self, system, mistakes):
+    def record(self, system, looks):
         """What there is to measure of a system: rows of the table, and attention by layer.
 
         Taken from bench/NAME.json if it was measured before.
@@ -664,14 +657,13 @@ class Questions:
         with timed(f"bench {system.name}"), system.ready():
             sets = [which for which in SETS if system.model or which != "text"]
             answers = {which: self.answers_of(system, which) for which in sets}
-            wrong, gaps, attention = {}, [], []
+            found, attention = {}, None
             if system.model:
-                wrong = mistakes.of(system, answers["questions"])
-                gaps, attention = self.probe(system)
+                found, attention = looks.of(system, answers["questions"])
         record = {
             "fingerprint": asked,
-            "rows": self.rows(system.name, answers, wrong, gaps, attention),
-            "attention": mean_by_layer(attention),
+            "rows": self.rows(system.name, answers, found),
+            "attention": attention,
             "seconds": round(time.perf_counter() - start, 1),
         }
         keep_record(path, record, [self.kept / f"{system.name}-{which}" for which in SETS])
@@ -690,55 +682,34 @@ class Questions:
             hearing = System(system.name, system.fingerprint, system.model)  # its LLM, reading
         return [answer for answer, _ in self.ask(system, which, hearing)]
 
-    def ask_some(self, system, cases):
-        """The answers of a system to a few cases, which are not kept."""
-        conversations = [case.parts(system) for case in cases]
-        options = self.options
-        answers, _ = answer_in_memory(
-            system.model, conversations, options.batch_size, options.max_new_tokens
-        )
-        return [answer for answer, _ in answers]
-
-    def probe(self, system):
-        """(behavior gaps, attention shares) over the text LLM's own answers to the probes."""
-        cases, responses = [], []
-        for i in self.probes:
-            answer = self.references["questions"][i]
-            cases.append(self.cases["questions"][i])
-            responses.append(response_tokens(system.model.tokenizer, answer, self.ended[i]))
-        gaps = behavior_gap(system, self.top_line, cases, responses)
-        return gaps, attention_shares(system, cases, responses)
-
     def scored_anew(self, name, rows):
         """Rows that were kept, their scores as today's code makes them of the same answers."""
         answers = {which: [] for which in SETS}
         for row in rows:
             answers[row["set"]].append(row["answer"])
-        scored = self.rows(name, answers, {}, [], [])
+        scored = self.rows(name, answers, {})
         for row, kept in zip(scored, rows):
             for column in LOOKED_INTO:
                 row[column] = kept[column]
         return scored
 
-    def rows(self, name, answers, wrong, gaps, attention):
-        """One row of the table for each answer."""
+    def rows(self, name, answers, found):
+        """One row of the table for each answer.
+
+        found: {index of a question: {column: value}}, what was found by looking into it.
+        """
         rows = {which: [] for which in SETS}
         for which in answers:
             for case, reference, answer in zip(
                 self.cases[which], self.references[which], answers[which]
             ):
                 rows[which].append(row_of(name, which, case, reference, answer))
-        for i, mistake in wrong.items():
-            rows["questions"][i]["mistake"] = mistake
+        for i, columns in found.items():
+            rows["questions"][i].update(columns)
         for row in rows["questions"]:
             obeyed = self.replies.get(row["utterance"])
             if obeyed is not None and not exact_match(obeyed, row["reference"]):
                 row["anchored"] = exact_match(obeyed, row["answer"])
-        for i, gap, shares in zip(self.probes, gaps, attention):
-            probed = rows["questions"][i]
-            probed["behavior_gap"] = round(gap, 6)
-            for kind, by_layer in shares.items():
-                probed[f"attention_on_{kind}"] = round(float(np.mean(by_layer)), 6)
         in_order = []
         for which in SETS:
             in_order += rows[which]
@@ -870,106 +841,6 @@ def bare_directive(utterance):
     again: here, too, it says that no utterance of its own comes with the prompt.
     """
     return Case(utterance, REPLY, utterance.text, "seen", again=True)
-
-
-# ---- probes: what the LLM does inside ----
-
-
-@torch.no_grad()
-def behavior_gap(system, top_line, cases, responses):
-    """KL(LLM reading text || model hearing speech) over the LLM's own answer, nats per token.
-
-    responses: the token ids of these answers. One number per case, and one case at a time: the
-    whole vocabulary at every token of many answers would need more memory than answering did.
-    """
-    gaps = []
-    for case, ids in zip(cases, responses):
-        hears, _ = system.model.logits([case.parts(system, ids)])  # (R, V)
-        with system.model.without_adapter():  # which may be on the LLM that they share
-            reads, _ = top_line.model.logits([case.parts(top_line, ids)])  # (R, V)
-        kl = LOSSES["kl"](hears.float(), ids, reads.float())  # summed over the R tokens
-        gaps.append((kl / len(hears)).item())
-    return gaps
-
-
-@contextmanager
-def attention_weights(model):
-    """Let a SpeechLLM give its attention weights, which the fast kernels never hold."""
-    llm = model.llm.get_base_model() if model.lora else model.llm
-    before = llm.config._attn_implementation
-    llm.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        llm.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def attention_shares(system, cases, responses):
-    """[{"instruction": [by layer], "utterance": [by layer]}], one per case.
-
-    The share of attention that falls on the instruction and on what stands for the utterance where
-    the first token of the answer is predicted, which is where it is decided what to do; averaged
-    over heads. The rest falls on the chat template.
-    """
-    model = system.model
-    shares = []
-    with attention_weights(model):
-        for case, response in zip(cases, responses):
-            spoken = system.parts(case.utterance)
-            parts = chat_parts(
-                model.tokenizer, user_turn(case.prompt), [spoken], response, instruction=case.prompt
-            )
-            # the position that predicts the first token
-            attention = attention_from(model, parts, -len(response) - 1)  # (layers, L)
-            shares.append(shares_of_parts(attention, parts, spoken, model))
-    return shares
-
-
-def attention_from(model, parts, position):
-    """Attention (layers, L) from one position of a conversation on all, averaged over heads.
-
-    Within attention_weights.
-    """
-    embeds, mask, _ = model.embed([parts])
-    out = model.llm(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        output_attentions=True,
-        use_cache=False,
-        logits_to_keep=1,  # they are not looked at
-    )
-    layers = []
-    for attention in out.attentions:
-        if attention is not None:  # (1, heads, L, L)
-            layers.append(attention[0, :, position].float().mean(0))  # (heads, L) -> (L,)
-    return torch.stack(layers)  # (layers, L)
-
-
-def shares_of_parts(attention, parts, spoken, model):
-    """attention (layers, L) summed over the positions of the instruction and of the utterance."""
-    instruction = torch.zeros(len(attention))  # (layers,)
-    utterance = torch.zeros(len(attention))
-    at = 0  # positions so far
-    for part in parts:
-        n = positions_of(part, model.connector.k if model.connector else None)
-        falls_on_part = attention[:, at : at + n].sum(1).cpu()  # (layers,)
-        if any(part is p for p in spoken):
-            utterance = utterance + falls_on_part
-        elif getattr(part, "is_instruction", False):
-            instruction = instruction + falls_on_part
-        at += n
-    return {"instruction": instruction.tolist(), "utterance": utterance.tolist()}
-
-
-def mean_by_layer(shares):
-    """{"instruction": [mean by layer], "utterance": [mean by layer]} over the cases, or None."""
-    if not shares:
-        return None
-    means = {}
-    for kind in ("instruction", "utterance"):
-        means[kind] = np.mean([by_layer[kind] for by_layer in shares], axis=0).tolist()
-    return means
 
 
 if __name__ == "__main__":  # the same as `python mtbi.py bench`

@@ -56,7 +56,7 @@ from corpora.word_times import WordTimesOptions, add_word_times
 from data import Behavior, Recipe, chat_parts, fingerprint_of_utterances, load_tasks
 from data import open_run, read_manifest, transcript_tokens
 from eval import BenchOptions, measure_all, plan_bench
-from lab.mistakes import Mistakes
+from lab.probes import LooksInto
 from model import SpeechLLM, compute_precision, llm_of, shared_llm
 from support.answers import answer_all, forget_parts
 from support.console import is_out_of_memory, say_device, timed, want_of_memory
@@ -480,7 +480,7 @@ def bench_run(options):
         print(f"{planned.folder / 'report.md'}: is written already")
     else:
         with planned.at_work():
-            report = lab.report.write_report(measure_all(planned, Mistakes))
+            report = lab.report.write_report(measure_all(planned, LooksInto))
     lab.report.show(report, planned.folder)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchaudio
 
 from data import SAMPLE_RATE, Response, Speech, chat_parts, positions_of, user_turn
-from eval import attention_from, attention_weights
+from lab.probes import attention_from, attention_weights
 from support.processes import DEVICE
 
 NEAREST = 3  # words of the vocabulary that are named for a speech token

@@ -4,6 +4,7 @@ import random
 
 from data import normalize
 from eval import Case, exact_match, repeats_of, word_error_rate
+from support.answers import answer_in_memory
 
 # How an answer may be wrong; whoever misheard the utterance is not asked further.
 MISTAKES = {
@@ -74,7 +75,7 @@ class Mistakes:
         """The ids of those that a system does not repeat word for word."""
         repeats = repeats_of(self.questions.tasks["repeat"], utterances)
         wrong = set()
-        for case, answer in zip(repeats, self.questions.ask_some(system, repeats)):
+        for case, answer in zip(repeats, self.ask(system, repeats)):
             if not exact_match(case.utterance.text, answer):
                 wrong.add(case.utterance.id)
         return wrong
@@ -89,8 +90,17 @@ class Mistakes:
                     if task.applies(u.text):
                         new.append(Case(u, task, task.prompts[0], "seen"))
         top_line = self.questions.top_line
-        for case, answer in zip(new, self.questions.ask_some(top_line, new)):
+        for case, answer in zip(new, self.ask(top_line, new)):
             self.others[case.utterance.id][case.task.name] = answer
+
+    def ask(self, system, cases):
+        """The answers of a system to a few cases, which are not kept."""
+        conversations = [case.parts(system) for case in cases]
+        options = self.questions.options
+        answers, _ = answer_in_memory(
+            system.model, conversations, options.batch_size, options.max_new_tokens
+        )
+        return [answer for answer, _ in answers]
 
 
 def kind_of_mistake(case, reference, answer, heard, reply, others, possible):

@@ -22,9 +22,10 @@ import model
 from data import Response, Run, Speech, Task, Text, Utterance, chat_parts, load_tasks, normalize
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, BenchOptions, Case, Questions, System, all_metrics
-from eval import attention_shares, behavior_gap, directives_of, draw_cases, draw_dialogues
-from eval import draw_repeats, first_turns, hypothesis, row_of, score, shares_of_parts
+from eval import directives_of, draw_cases, draw_dialogues, draw_repeats, first_turns, hypothesis
+from eval import row_of, score
 from lab.mistakes import MISTAKES, Mistakes, kind_of_mistake
+from lab.probes import attention_shares, behavior_gap, shares_of_parts
 from lab.statistics import read_answers
 from model import SpeechLLM
 from mtbi import main
@@ -169,9 +170,9 @@ def test_a_directive_is_obeyed_where_the_answer_is_what_the_speech_asks_for():
     assert directives_of([case, case]) == [said]
     questions.cases = {"questions": [case, case, case]}
     questions.references = {"questions": ["nobody", "nobody", "five"]}
-    questions.replies, questions.probes = {"x": "five"}, []
+    questions.replies = {"x": "five"}
     answers = {"questions": ["five", "nobody", "five"]}
-    rows = questions.rows("asr", answers, {}, [], [])
+    rows = questions.rows("asr", answers, {})
     assert [row["anchored"] for row in rows] == [1.0, 0.0, None], "the last may have been either"
 
 
@@ -514,7 +515,7 @@ def test_an_llm_with_an_adapter_is_asked_the_questions_in_text_anew():
     assert asked == [("hears", "text", System)], "the utterances come as transcripts"
 
 
-def test_the_text_llm_is_asked_about_mistakes_without_the_adapter_of_the_mistaken():
+def test_the_text_llm_is_asked_about_mistakes_without_the_adapter_of_the_mistaken(monkeypatch):
     """It is on the LLM that they share."""
     asked, without = [], []
 
@@ -532,9 +533,11 @@ def test_the_text_llm_is_asked_about_mistakes_without_the_adapter_of_the_mistake
         replies = {}
         top_line = System("text", "", None)
 
-        def ask_some(self, system, cases):
-            asked.append((system.name, bool(without)))
-            return [SAID for _ in cases]
+    def ask(self, system, cases):
+        asked.append((system.name, bool(without)))
+        return [SAID for _ in cases]
+
+    monkeypatch.setattr(Mistakes, "ask", ask)
 
     tuned = System("vtb", "", SimpleNamespace(without_adapter=without_adapter))
     Mistakes(Asked()).of(tuned, ["the baker"])
