@@ -1,6 +1,6 @@
 """The command `recognizer`: a CTC head trained on the frames and transcripts of a data folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +14,7 @@ from support.files import UserError
 from support.frames import fingerprint_of_audio
 from support.options import Count, DataFolder, Seed
 from support.recognizer import HEAD, SPEC, SYMBOLS, is_recognizer, make_recognizer
-from support.runs import begin, finish, is_done, lock_folder
+from support.runs import begin, finish, is_done, lock_folder, option_before
 
 
 @dataclass
@@ -53,7 +53,8 @@ def train_recognizer(options):
     heard = [u for u in utterances if u.split == "train"]
     if not heard:
         raise UserError(f"{data / 'manifest.jsonl'}: has no row with split train to learn from")
-    name = pinned_encoder(options.encoder)
+    name = pinned_encoder(options.encoder, option_before(out, options, "encoder"))
+    options = replace(options, encoder=name)
     content = {
         "utterances": fingerprint_of_utterances(heard),
         "audio": fingerprint_of_audio(heard, data / "features"),

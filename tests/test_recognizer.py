@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from programs import one_line
+from programs import ROOT, one_line
 
 import corpora.word_times
 from corpora.recognizing import RecognizerOptions
@@ -63,6 +63,26 @@ def test_it_is_not_trained_twice_and_other_options_are_refused(own, capsys):
     assert "is trained already" in capsys.readouterr().out
     assert main(["recognizer", data, *SHORT, "--seed", "1"]) == 2
     one_line(capsys, "seed was 0, now 1")
+
+
+def test_it_is_found_again_though_the_owner_of_its_encoder_changed_that(own, tmp_path, monkeypatch):
+    """It keeps to the commit that it was made with, as behaviors and trainings do."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--ears"
+    shutil.copytree(ROOT / "tiny" / "encoder", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "recognizer"
+    again = ["recognizer", str(own / "data"), "--encoder", "someone/ears", "--out", str(folder)]
+    assert main([*again, "--steps", "2", "--batch-size", "8"]) == 0
+    made = read_json(folder / "config.json")
+    assert made["options"]["encoder"] == f"someone/ears@{commit}"
+    shutil.copytree(repo / "snapshots" / commit, repo / "snapshots" / commit[::-1])
+    (repo / "refs" / "main").write_text(commit[::-1])
+    assert main([*again, "--steps", "2", "--batch-size", "8"]) == 0
+    assert read_json(folder / "config.json") == made
 
 
 def test_a_damaged_one_is_refused(own, capsys):
