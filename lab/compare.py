@@ -122,10 +122,12 @@ def shortened(options):
 def with_pinned_models(options):
     """The options with NAME@COMMIT for hub names, so that runs added later have the same models."""
     before = partial(option_before, options.out, options)
+    asr = options.asr
     return replace(
         options,
         llm=pinned(options.llm, "llm", before("llm")),
         encoder=pinned_encoder(options.encoder, before("encoder")),
+        asr=asr if asr in (None, "own") else pinned_encoder(asr, before("asr")),
     )
 
 

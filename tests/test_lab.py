@@ -634,14 +634,17 @@ def test_the_fair_recognizer_learns_from_as_many_examples_as_the_recipes(tmp_pat
 
 def test_seeds_added_to_a_comparison_have_the_commits_that_it_was_begun_with(tmp_path, monkeypatch):
     monkeypatch.setattr("support.hub.fingerprint_of_weights", lambda name, kind: f"the-{kind}")
-    options = CompareOptions(out=str(tmp_path), llm="someone/llm", encoder="someone/ears")
+    models = {"llm": "someone/llm", "encoder": "someone/ears", "asr": "someone/ctc"}
+    options = CompareOptions(out=str(tmp_path), **models)
     first = with_pinned_models(options)
     assert (first.llm, first.encoder) == ("someone/llm@the-llm", "someone/ears@the-encoder")
+    assert first.asr == "someone/ctc@the-encoder"
     begin(tmp_path, "compare", first, {})
     monkeypatch.setattr("support.hub.fingerprint_of_weights", lambda name, kind: "another")
     assert with_pinned_models(options) == first
-    tiny = CompareOptions(out=str(tmp_path))
-    assert with_pinned_models(tiny) == tiny
+    for asr in (None, "own", "tiny"):
+        tiny = CompareOptions(out=str(tmp_path), asr=asr)
+        assert with_pinned_models(tiny) == tiny
 
 
 def test_a_recipe_that_fails_is_reported_and_the_others_go_on(compared_once, comparison):
