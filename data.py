@@ -15,7 +15,7 @@ import re
 import tomllib
 import unicodedata
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import lru_cache
 from itertools import groupby
@@ -39,14 +39,14 @@ from support.runs import read_config
 
 SAMPLE_RATE = 16000  # Hz; everything is resampled to it
 MIN_SECONDS = 0.1  # less gives some encoders not one frame
-LOUDEST = 100  # of a float file, which may go a little beyond 1: more were never samples
+LOUDEST = 100  # sample of a float file, where 1 is full scale: what is louder never was sound
 
 
 # ---- audio ----
 
 
 def load_audio(path, duration=None, max_seconds=None):
-    """float32 mono samples at SAMPLE_RATE of a WAV, FLAC, OGG or MP3 file of any rate.
+    """float32 samples (n,), mono, at SAMPLE_RATE, of a WAV, FLAC, OGG or MP3 file of any rate.
 
     duration: seconds, as the manifest says; a file that holds clearly less was cut off, which is a
     UserError. max_seconds: the longest that is read; without it a little more than `duration`, or
@@ -91,7 +91,8 @@ def at_sample_rate(samples, rate):
 
 
 def write_audio(path, samples):
-    with whole_file(path, lasting=False) as temporary:  # there are thousands
+    """Write samples (n,) at SAMPLE_RATE; what is beyond -1 and 1 is clipped."""
+    with whole_file(path, lasting=False) as temporary:  # there are thousands of these
         soundfile.write(temporary, np.clip(samples, -1, 1), SAMPLE_RATE)
 
 
@@ -156,7 +157,7 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=
             utterance = parse_row(row, folder)
             audio = os.path.abspath(utterance.audio)
             if audio in lines:
-                raise UserError(f"has the same audio file as line {lines[audio]}")
+                raise UserError(f"has the same audio file as row {lines[audio]}")
             settle_duration(utterance, check_audio, max_seconds)
             lines[audio] = number
             utterances.append(utterance)
@@ -169,7 +170,7 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=
     if not utterances:
         why = ""
         if skipped:
-            why = f"; the first bad row is line {skipped[0]['line']}: {skipped[0]['reason']}"
+            why = f"; the first bad row is {skipped[0]['line']}: {skipped[0]['reason']}"
         raise UserError(f"{path}: holds no usable utterance{why}")
     return utterances
 
@@ -226,7 +227,7 @@ def as_compared(text):
 
 
 def held_out(text):
-    """One transcript in eight, by a hash of its words.
+    """Is it one of the transcripts for testing, one in eight by a hash of its words?
 
     The tiny LLM's pre-training holds out the same ones (tiny/world.py).
     """
@@ -331,7 +332,7 @@ class Recipe:
     speech: float = 1.0
     # the kinds of utterances that are used, where the corpus names kinds; none: all
     kinds: tuple = ()
-    # how many prompts of a task are used, the first in alphabetical order; 0: all
+    # how many prompts of a task are used, by alphabet the first that stage 1 asked; 0: all
     prompts: int = 0
     # are the answers of "repeat" the true transcripts, and not what the LLM says?
     true_transcripts: bool = False
@@ -354,7 +355,7 @@ class Recipe:
             )
 
     def trains_on(self, task):
-        return any(fnmatch(task, pattern) for pattern in self.tasks)
+        return any(fnmatchcase(task, pattern) for pattern in self.tasks)
 
     def repeat_share(self, done):
         """Share of the task "repeat" when so much of the training is done (0 to 1)."""
@@ -424,7 +425,7 @@ def read_behaviors(path):
 @dataclass
 class Text:
     ids: list  # token ids of text that is read
-    is_instruction: bool = False  # marked only where somebody asks chat_parts to
+    is_instruction: bool = False  # the prompt's own tokens, where chat_parts is told to mark them
 
 
 @dataclass
@@ -554,7 +555,7 @@ def random_spans(rng, n, share, mean):
     """
     if share >= 1:
         return [True for _ in range(n)]
-    mean = max(mean, share / (1 - share))
+    mean = max(1.0, mean, share / (1 - share))
     enter = share / (mean * (1 - share))
     flag = rng.random() < share
     flags = []
@@ -597,7 +598,7 @@ def tokens_and_words(tokenizer, text):
 
 
 def frame_cuts(utterance, n_frames):
-    """The frames at which words begin, midway between two of them, and the end."""
+    """The n + 1 borders of n words, in frames: 0, midway between each two of them, and the end."""
     rate = n_frames / utterance.duration  # frames a second
     cuts = [0]
     for (_, _, end), (_, start, _) in zip(utterance.words, utterance.words[1:]):
@@ -654,11 +655,11 @@ class Examples:
     def __post_init__(self):
         # of the utterances those that the recipe may use
         self.by_id = {u.id: u for u in subset_of(self.of_its_kinds(), self.recipe.speech)}
-        self.about = {}  # {utterance id: {"repeat": [Behavior], "other": [Behavior]}}
+        self.behaviors_about = {}  # {utterance id: {"repeat": [Behavior], "other": [Behavior]}}
         self.in_text = []  # behaviors of one turn, for examples without speech
         self.dialogues = []  # behaviors of two turns, for mixed-modal ones
         self.sort_behaviors()
-        self.trained_on = [self.by_id[i] for i in self.about]
+        self.trained_on = [self.by_id[i] for i in self.behaviors_about]
         self.check()
         # steps in a row ask for batches of one bucket, or of two neighbours
         self.bucket = lru_cache(maxsize=2)(self.draw_bucket)
@@ -681,7 +682,7 @@ class Examples:
                 continue
             self.in_text.append(b)  # whatever its task
             if is_trained_on:
-                sorts = self.about.setdefault(b.utterance, {"repeat": [], "other": []})
+                sorts = self.behaviors_about.setdefault(b.utterance, {"repeat": [], "other": []})
                 sorts["repeat" if b.task == "repeat" else "other"].append(b)
 
     def as_the_recipe_has_them(self):
@@ -729,7 +730,7 @@ class Examples:
         return self.bucket(epoch, bucket)[of_bucket]
 
     def draw_bucket(self, epoch, number):
-        """BUCKET batches of an epoch: examples of similar length share one, in random order.
+        """Up to BUCKET batches of an epoch: examples of similar length share one, in random order.
 
         The first batch of a training is the longest of its bucket, and the longest utterance is
         in that bucket, most often in that batch: if the memory does not suffice, the first step
@@ -750,7 +751,8 @@ class Examples:
             batches.append(examples[at : at + self.batch_size])
         longest = batches.pop()
         rng.shuffle(batches)
-        place = 0 if epoch == number == 0 else rng.randint(0, len(batches))
+        is_very_first = epoch == 0 and number == 0
+        place = 0 if is_very_first else rng.randint(0, len(batches))
         batches.insert(place, longest)
         return batches
 
@@ -796,7 +798,7 @@ class Examples:
 
     def draw_about(self, rng, utterance, done):
         """A behavior about the utterance; how often it is "repeat", the recipe says."""
-        behaviors = self.about[utterance.id]
+        behaviors = self.behaviors_about[utterance.id]
         want = "repeat" if rng.random() < self.recipe.repeat_share(done) else "other"
         if not behaviors[want]:
             want = "other" if want == "repeat" else "repeat"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import support  # noqa: F401  first: torch reads what it sets
 
@@ -103,7 +103,10 @@ class BenchOptions:
         "answers.csv",
         "report.md",
         "report.json",
-        *(f"{plot}.png" for plot in ("cells", "tasks", "attention", "loss")),
+        "cells.png",
+        "tasks.png",
+        "attention.png",
+        "loss.png",
         "bench/*.json",
         "bench/*.part-[0-9]*.jsonl",
     )
@@ -154,8 +157,8 @@ class Bench:
         options = self.options
         cases = draw_cases(tasks, self.utterances, options.per_prompt, options.seed)
         repeats = draw_repeats(tasks, self.utterances, 12 * options.per_prompt, options.seed)
-        names = {case.utterance.id for case in (*cases, *repeats)}
-        self.asked_about = [u for u in self.utterances if u.id in names]
+        ids = {case.utterance.id for case in (*cases, *repeats)}
+        self.asked_about = [u for u in self.utterances if u.id in ids]
         return cases, repeats
 
     def encode(self, encoder):
@@ -204,7 +207,7 @@ def plan_bench(options, table):
     if options.data and not run.is_own(options.data):
         data = Path(options.data)
         utterances = read_manifest(data / "manifest.jsonl")
-    tested = held_out_of(run, utterances)
+    tested = never_trained_on(run, utterances)
     if not tested:
         raise UserError(
             f"{data / 'manifest.jsonl'}: has no row of split test whose words were not trained on; "
@@ -254,7 +257,7 @@ def check_task_table(run):
         )
 
 
-def held_out_of(run, utterances):
+def never_trained_on(run, utterances):
     """Those for testing whose words no training utterance of the run has."""
     trained_on = {as_compared(u.text) for u in run.utterances if u.split == "train"}
     return [u for u in utterances if u.split == "test" and as_compared(u.text) not in trained_on]
@@ -436,6 +439,15 @@ def transcriber_of(asr, encoder):
 # ---- questions ----
 
 
+class Turn(NamedTuple):
+    """The first of two turns."""
+
+    prompt: str
+    utterance: Utterance
+    is_spoken: bool
+    answer: str
+
+
 @dataclass(frozen=True)
 class Case:
     """One question of the benchmark."""
@@ -444,15 +456,14 @@ class Case:
     task: Task
     prompt: str
     cell: str  # one of CELLS, or of DIALOGUES
-    earlier: tuple = ()  # the turn before: (prompt, utterance, is it spoken, answer)
+    earlier: Turn | None = None  # the turn before
     again: bool = False  # it comes without an utterance: it is about the one of the turn before
 
     def names(self):
         """What names it, whatever folder the utterances are in."""
         earlier = ()
         if self.earlier:
-            prompt, utterance, spoken, answer = self.earlier
-            earlier = (prompt, utterance.id, spoken, answer)
+            earlier = tuple(self.earlier._replace(utterance=self.earlier.utterance.id))
         return (self.utterance.id, self.task.name, self.prompt, self.cell, earlier, self.again)
 
     def parts(self, system, response=None):
@@ -460,9 +471,9 @@ class Case:
         tokenizer = system.model.tokenizer
         audio, turns = [], []
         if self.earlier:
-            prompt, utterance, spoken, answer = self.earlier
+            prompt, utterance, is_spoken, answer = self.earlier
             read = [transcript_tokens(tokenizer, utterance.text)]
-            audio.append(system.parts(utterance) if spoken else read)
+            audio.append(system.parts(utterance) if is_spoken else read)
             turns.append((prompt, answer))
         if not self.again:
             audio.append(system.parts(self.utterance))
@@ -500,7 +511,7 @@ def draw_repeats(tasks, utterances, n, seed):
 
 def repeats_of(task, utterances):
     """To repeat these utterances, in one wording: the one that a recipe of one prompt trains on."""
-    wording = min(task.prompts)  # as in data.py
+    wording = min(task.prompts)  # as Examples chooses, if stage 1 asked this one at all
     return [Case(u, task, wording, "seen") for u in utterances]
 
 
@@ -523,9 +534,9 @@ def draw_dialogues(cases, answers, n, seed):
         for i in rng.sample(fitting, min(n, len(fitting))):
             first = draw_first_turn(rng, cases, answers, i, kind, about)
             earlier, case = cases[first], cases[i]
-            spoken = kind != "text_then_speech"
+            is_spoken = kind != "text_then_speech"
             again = kind == "speech_then_text_question"
-            turn = (earlier.prompt, earlier.utterance, spoken, answers[first])
+            turn = Turn(earlier.prompt, earlier.utterance, is_spoken, answers[first])
             drawn.append(Case(case.utterance, case.task, case.prompt, kind, turn, again))
     return drawn
 
@@ -580,9 +591,10 @@ class Questions:
 
     def __init__(self, bench, tasks, cases, repeats, top_line):
         self.options = bench.options
-        self.kept = bench.folder / "bench"
+        self.folder = bench.folder / "bench"
         self.tasks, self.top_line = tasks, top_line
-        self.cases = {"questions": cases, "repeats": repeats, "text": cases}  # by SETS
+        # by SETS, and "replies": bare directives, which only the text LLM is asked
+        self.cases = {"questions": cases, "repeats": repeats, "text": cases}
 
         # the text LLM's own answers are the references
         answers, self.ended = self.answers_of_text("questions")
@@ -606,7 +618,7 @@ class Questions:
 
         which: a key of `cases`. They are asked for once, and kept.
         """
-        path = self.kept / f"text-{which}.answers.json"
+        path = self.folder / f"text-{which}.answers.json"
         asked = self.fingerprint_of(self.top_line, which)
         kept = read_record(path, asked, "answers", "ended")
         if not kept:
@@ -616,7 +628,7 @@ class Questions:
                 "answers": [answer for answer, _ in found],
                 "ended": [ended for _, ended in found],
             }
-            keep_record(path, kept, [self.kept / f"text-{which}"])
+            keep_record(path, kept, [self.folder / f"text-{which}"])
         return kept["answers"], kept["ended"]
 
     def fingerprint_of(self, system, *sets):
@@ -639,7 +651,7 @@ class Questions:
             desc=f"bench {system.name}" + ("" if which == "questions" else f", {which}"),
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
-            kept=self.kept / f"{system.name}-{which}",
+            kept=self.folder / f"{system.name}-{which}",
             asked=self.fingerprint_of(system, which),
         )
 
@@ -648,13 +660,14 @@ class Questions:
 
         Taken from bench/NAME.json if it was measured before.
         """
-        path = self.kept / f"{system.name}.json"
+        path = self.folder / f"{system.name}.json"
         start = time.perf_counter()
         asked = self.fingerprint_of(system, *SETS)
         record = read_record(path, asked, "rows", "attention", "seconds")
         if record:
             return {**record, "rows": self.scored_anew(system.name, record["rows"])}
         with timed(f"bench {system.name}"), system.ready():
+            # copy is no model: without speech its answers would be the same again
             sets = [which for which in SETS if system.model or which != "text"]
             answers = {which: self.answers_of(system, which) for which in sets}
             found, attention = {}, None
@@ -666,7 +679,7 @@ class Questions:
             "attention": attention,
             "seconds": round(time.perf_counter() - start, 1),
         }
-        keep_record(path, record, [self.kept / f"{system.name}-{which}" for which in SETS])
+        keep_record(path, record, [self.folder / f"{system.name}-{which}" for which in SETS])
         return record
 
     def answers_of(self, system, which):
@@ -775,7 +788,7 @@ def exact_match(reference, answer):
 
 @lru_cache(maxsize=2**16)  # a transcript is compared with many answers, and with the right one
 def word_error_rate(reference, answer):
-    """jiwer, over normalized words."""
+    """From 0, and above 1 where words were added: jiwer's, over normalized words."""
     import jiwer
 
     reference, answer = normalize(reference), normalize(answer)

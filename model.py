@@ -62,7 +62,7 @@ class SpeechEncoder(Protocol):
     """What a speech encoder must be; ENCODERS names those that are no Hugging Face checkpoint.
 
     One that has clip(), hear_together() and `seconds_at_once` as well, like HuggingFaceEncoder,
-    hears clips of equal length, which is a clip's `shape`, together where there is a GPU.
+    hears clips of the same `shape` together where there is a GPU; any other, one at a time.
     """
 
     name: str
@@ -204,7 +204,7 @@ class HuggingFaceEncoder(nn.Module):
             if not is_out_of_memory(error):
                 raise
             why = first_line(error)
-        # after the except: the error's traceback keeps what found no room
+        # outside the except, where the error's traceback would keep the tensors that found no room
         return self.leave_gpu(f"{self.name}: out of memory", why)
 
     def _apply(self, fn, recurse=True):
@@ -227,7 +227,7 @@ class HuggingFaceEncoder(nn.Module):
             file=sys.stderr,
         )
         super().to("cpu")
-        self.fingerprint  # noqa: B018  of the weights as they were loaded: kept from now on
+        self.fingerprint  # noqa: B018  kept from now on: float() changes what it is taken of
         self.float()
         self.left_gpu, self.seconds_at_once = True, 0.0
         torch.cuda.empty_cache()
@@ -688,7 +688,7 @@ def embedding_rms(llm):
     return table(some).float().pow(2).mean().sqrt()  # of (up to 4096, D), one number
 
 
-COPY = "modules_to_save"  # in the name of every parameter of the LLM that FULL trains
+FULL_WEIGHTS = "modules_to_save"  # peft's, in the name of each of the LLM's weights under FULL
 
 
 def with_adapter(llm, lora):
@@ -902,8 +902,8 @@ class SpeechLLM(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
 
         # The projection to the vocabulary makes 150,000 numbers of a position. They are needed only
-        # where an answer is predicted, so all other hidden states are dropped before it. One
-        # position predicts the next.
+        # where an answer is predicted, so all other hidden states are dropped before it: of a mask
+        # (B, L) the LLM makes logits (R, V), row after row. One position predicts the next.
         predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L), the last position never
         out = self.llm(
             inputs_embeds=embeds,

@@ -207,8 +207,8 @@ RECIPES = {
 def find_recipe(name):
     """The row of a recipe; NAME@PERCENT is NAME on so many percent of the training utterances."""
     row, at, percent = name.partition("@")
-    whole = not at or IS_PERCENT.fullmatch(percent)
-    if row not in RECIPES or not whole:
+    is_well_formed = not at or IS_PERCENT.fullmatch(percent)
+    if row not in RECIPES or not is_well_formed:
         raise UserError(
             f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, and each with a part of "
             "the speech alone, like mtbi@10 for 10%"
@@ -537,8 +537,7 @@ def recipes(options):
         changed = [f"{column} {value}" for column, value in recipe.changed().items()]
         print(f"{name:<20} {recipe.about}")
         print(f"{'':<20} {', '.join(changed) if recipe.connector else 'no training'}")
-    print("\nThe class Recipe in data.py says what each value means; the others are as they stand")
-    print("there.")
+    print("\nThe class Recipe in data.py explains each value; one that is not named is as there.")
 
 
 def compare_recipes(options):

@@ -1,7 +1,7 @@
 """Stage 2, Imitate: the connector learns to get from the frozen LLM its own answers, from speech.
 
-One loop for every recipe, on one GPU, several, or a CPU; interrupted or killed at any point, it
-goes on and ends with the very same weights.
+One loop for every recipe, on one GPU, several, or a CPU. Interrupted or killed at any point, it
+goes on; on a CPU it ends with the very same weights.
 
     python train.py RUN --recipe mtbi
 """
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import FULL, Examples, Speech, open_run, read_behaviors
-from model import COPY, LOSSES, SpeechLLM, check_size, compute_precision, connector_class
+from model import FULL_WEIGHTS, LOSSES, SpeechLLM, check_size, compute_precision, connector_class
 from model import embedding_width, encode_all, fingerprint_of_encoder, llm_of, load_encoder
 from model import load_llm, pinned_encoder, shared_llm
 from support.adam import RoomyAdamW
@@ -37,7 +37,7 @@ from support.states import ON_THE_WAY, TRAINED, clear, load_state, save_state, s
 from support.tracking import TRACKERS, Tracker
 
 PEAK_AT_192 = 4e-3  # the best peak learning rate for the tiny LLM; see docs/notes.md
-SHARE_OF_COPY = 0.1  # of the learning rate, for all of an LLM that is trained: a guess
+SHARE_OF_FULL = 0.1  # of the learning rate, for all of an LLM that is trained: a guess
 CHECKPOINT_FROM = 2.5e9  # parameters; "3B" models count 3.1e9
 FIRST_SCALE = 2.0**14  # of the loss in fp16
 LARGEST_NORM = 1.0  # of the gradient, which is clipped to it
@@ -337,7 +337,7 @@ def peak_rate(asked, model, share):
             f"this one's is {width}, and the wider, the smaller"
         )
     if model.lora == FULL:
-        why += f"; {SHARE_OF_COPY:g} times that for the LLM, which has learnt before"
+        why += f"; {SHARE_OF_FULL:g} times that for the LLM, which has learnt before"
     print(f"learning rate: {lr:.2g} at its peak, {why}")
     return lr
 
@@ -398,15 +398,15 @@ class Progress:
 
     step: int = 0  # steps done
     halvings: int = 0  # how often the micro-batch was halved for want of memory
-    skipped: int = 0  # steps left out because their loss or gradient was not finite,
-    in_a_row: int = 0  # of these the last ones in a row
+    skipped: int = 0  # steps left out so far, as their loss or gradient was not finite
+    in_a_row: int = 0  # how many of the latest steps were left out, one after the other
     loss_scale: float = 1.0  # fp16: the loss times this, so that small gradients do not vanish
-    scale_steps: int = 0  # steps since one overflowed
+    scale_steps: int = 0  # fp16: steps since one overflowed
 
     def advance(self, finite):
         """One step more, taken or skipped."""
         self.step += 1
-        self.skipped += not finite
+        self.skipped += int(not finite)
         self.in_a_row = 0 if finite else self.in_a_row + 1
 
     def is_stuck(self):
@@ -517,10 +517,11 @@ def steps_ahead(examples, first):
 
 
 def accumulate_gradients(model, pieces, tokens, loss="ce", scale=1.0):
-    """Forward and backward of this process's share of a step of so many response tokens.
+    """Forward and backward of this process's pieces of a step; returns its share of the loss.
 
-    Adds its gradients up in the parameters, and returns its share of the loss, which is a mean over
-    the tokens of the whole step, however that is divided.
+    tokens: the response tokens of the whole step, over all processes. Every sum is divided by that
+    number, so that loss and gradient are the same however the step is divided. The gradients are
+    added up in the parameters.
     """
     mean = 0.0
     for piece in pieces:
@@ -687,11 +688,11 @@ def adam_w(parameters, lr):
 
     `share` of a group: of the learning rate.
     """
-    copied = [p for name, p in parameters.items() if COPY in name]
-    others = [p for name, p in parameters.items() if COPY not in name]
+    of_the_llm = [p for name, p in parameters.items() if FULL_WEIGHTS in name]
+    others = [p for name, p in parameters.items() if FULL_WEIGHTS not in name]
     groups = [{"params": others, "share": 1.0}]
-    if copied:
-        groups.append({"params": copied, "share": SHARE_OF_COPY})
+    if of_the_llm:
+        groups.append({"params": of_the_llm, "share": SHARE_OF_FULL})
     return RoomyAdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 

@@ -567,7 +567,7 @@ def test_to_load_a_connector_takes_less_memory_than_to_train_it(llm, encoder, mo
         ({"duration": math.inf}, "duration is inf"),
         ({"duration": math.nan}, "duration is nan"),
         ({"offset": 3.5}, "has the offset 3.5"),
-        ({}, "same audio file as line 1"),
+        ({}, "same audio file as row 1"),
         ({"audio_filepath": "b.wav", "split": "dev"}, "'split' is 'dev'"),
         (
             {"words": [["three", 0.5, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 0.9]]},
@@ -972,6 +972,12 @@ def test_a_large_share_of_text_is_met_by_longer_spans(share, length):
     runs = sum(flag and not before for before, flag in zip([False, *flags], flags))
     assert sum(flags) / len(flags) == pytest.approx(share, abs=0.02)
     assert sum(flags) / runs == pytest.approx(length, rel=0.05)
+
+
+def test_a_span_of_text_is_a_word_at_least():
+    """Where a recipe asks for less, the share is met all the same."""
+    flags = random_spans(random.Random(0), 100_000, 0.4, 0.5)
+    assert sum(flags) / len(flags) == pytest.approx(0.4, abs=0.02)
 
 
 # ---- examples ----

@@ -110,9 +110,9 @@ def test_a_recipe_of_one_wording_asks_in_one_and_has_as_many_examples(examples_o
     asr = replace(RECIPES["asr"], prompts=1)
     every, one = examples_of(RECIPES["asr"]), examples_of(asr)
     assert len(one.utterances) == len(every.utterances)
-    wordings = {b.prompt for kinds in one.about.values() for b in kinds["repeat"]}
+    wordings = {b.prompt for kinds in one.behaviors_about.values() for b in kinds["repeat"]}
     assert len(wordings) == 1
-    assert len({b.prompt for kinds in every.about.values() for b in kinds["repeat"]}) > 1
+    assert len({b.prompt for kinds in every.behaviors_about.values() for b in kinds["repeat"]}) > 1
 
 
 def test_a_recipe_of_some_kinds_hears_no_other(examples_of):
@@ -133,7 +133,7 @@ def test_true_transcripts_take_the_place_of_what_the_llm_repeats(examples_of):
         behavior.response = "what the LLM says"
     examples = replace(examples)  # drawn up anew from these behaviors
     for utterance in examples.trained_on:
-        [behavior] = examples.about[utterance.id]["repeat"]
+        [behavior] = examples.behaviors_about[utterance.id]["repeat"]
         assert behavior.response == utterance.text
 
 
