@@ -170,7 +170,7 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=
     if not utterances:
         why = ""
         if skipped:
-            why = f"; the first bad row is {skipped[0]['line']}: {skipped[0]['reason']}"
+            why = f"; the first bad row is line {skipped[0]['line']}: {skipped[0]['reason']}"
         raise UserError(f"{path}: holds no usable utterance{why}")
     return utterances
 

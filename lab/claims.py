@@ -251,7 +251,7 @@ CLAIMS += [
 
 RULE = f"""holds: the 95% interval lies above zero (or the margin named); does not hold: it lies \
 below; undecided: it includes it, or fewer than {FEWEST} utterances were asked about. The interval \
-is Student's t over the paired differences of the runs; where runs share test utterances, or agree \
+is Student's t over the paired differences of the runs; where runs share test recordings, or agree \
 exactly, what a bootstrap over these shows is added ({RESAMPLES} resamples), as variances add. One \
 run shows nothing of how trainings differ: its verdicts are about that one training of each \
 recipe, by the bootstrap over utterances (percentiles 2.5 and 97.5). It is about these tasks: how \

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import pandas
 
-from data import FULL
+from data import FULL, read_manifest
 from eval import DIALOGUES
 from lab.claims import BAR, CLAIMS, CURVE, RULE, STEPS, Results, all_differences, decide
 from lab.compare_report import COMPARISON, claims_table, write_comparison
@@ -24,6 +24,7 @@ from lab.statistics import AT, LINES, MEASURES, NAMES, TASK, mean_or_none, read_
 from lab.statistics import task_metrics
 from model import pinned_encoder
 from support.files import UserError, fingerprint, read_json, read_json_if_whole, write_json
+from support.frames import content_names
 from support.hub import pinned
 from support.logs import read_log
 from support.options import Between, Count, FramesPerToken, RankOrFull, command_words
@@ -408,12 +409,25 @@ def all_answers(out, measured):
     return pandas.concat(tables, ignore_index=True)
 
 
+def named_by_recording(answers, out):
+    """The table with what names the sound of each utterance in the place of its name.
+
+    Runs give one name to several recordings, and a recording may have a name in each.
+    """
+    tables = []
+    for run, rows in answers.groupby("run", sort=False):
+        data = out / run / "data"
+        names = content_names(read_manifest(data / "manifest.jsonl"), data / "features")
+        tables.append(rows.assign(utterance=[names[i] for i in rows["utterance"]]))
+    return pandas.concat(tables)
+
+
 def summarize_runs(out, measured, reports, names):
     """Everything report.md and the plots show, as tables: lists of rows.
 
     measured: {run: its systems}; reports: {run: its report.json}.
     """
-    answers = all_answers(out, measured)
+    answers = named_by_recording(all_answers(out, measured), out)
     results = Results(answers)
     measured_at = [f"{name}{AT}{step}" for name in names for step in STEPS]
     systems = [name for name in (*names, *measured_at) if name in results.systems()]

@@ -157,7 +157,7 @@ def over_runs(groups, seed=0):
     """{"score", "ci95", "n", "by_run"} of one table of rows a run.
 
     The mean of the runs' means. Its 95% interval is Student's t over them, for trainings differ,
-    and so do the runs' utterances. Runs that are asked about the same utterances agree too well,
+    and so do the runs' utterances. Runs that are asked about the same recordings agree too well,
     and few may agree exactly by chance: then what a bootstrap over the utterances shows is added,
     as variances add.
     """
@@ -182,13 +182,13 @@ def over_runs(groups, seed=0):
 
 
 def share_utterances(groups):
-    """Were two runs asked about the same utterance, by its name and its words?"""
+    """Were two runs asked about the same utterance?"""
     asked = [set(utterances_of(rows)) for rows in groups]
     return sum(map(len, asked)) > len(set().union(*asked))
 
 
 def utterances_of(rows):
-    """What each row was asked about: runs give the same name to other speech."""
+    """What each row was asked about."""
     return rows["utterance"] + "\n" + rows["transcript"]
 
 

@@ -31,7 +31,7 @@ import lab.plots
 import lab.smoke
 import lab.step
 from corpora.recognizing import RecognizerOptions
-from data import FULL
+from data import FULL, write_audio
 from eval import CELLS, DIALOGUES
 from lab.claims import (
     BOTH_TRAINED_ON,
@@ -47,7 +47,8 @@ from lab.claims import (
     all_differences,
     decide,
 )
-from lab.compare import CompareOptions, OneRun, RunAll, all_answers, parse_seeds, run_all, runs_of
+from lab.compare import CompareOptions, OneRun, RunAll, all_answers, named_by_recording
+from lab.compare import parse_seeds, run_all, runs_of
 from lab.compare import score_rows, shortened, with_curve, with_pinned_models
 from lab.compare_report import bar_table, curve_points
 from lab.dose import cells_of_doses, parse_doses, pretrain_missing, row_of_dose, write_doses
@@ -59,13 +60,14 @@ from lab.plan import largest_fit
 from lab.programs import run_program
 from lab.plots import smooth
 from lab.report import draw_samples, markdown_table, percent, write_table
-from lab.statistics import AT, MEASURES, TASK, over_runs, over_utterances, rows_of, task_metrics
+from lab.statistics import AT, MEASURES, TASK, over_runs, over_utterances, rows_of
+from lab.statistics import share_utterances, task_metrics
 from lab.statistics import read_answers, weighted_mean
 from model import PRECISIONS, Connector, SpeechLLM, load_llm
 from mtbi import COMMANDS, RECIPES, main, run_command
 from support.adam import RoomyAdamW
 from support.console import exit_codes
-from support.files import UserError, read_json, write_json
+from support.files import UserError, read_json, write_json, write_jsonl
 from support.hub import TINY, load_in_places
 from support.options import parse_options
 from support.runs import begin
@@ -154,6 +156,21 @@ def test_runs_that_are_asked_about_the_same_utterances_do_not_wash_these_out():
         low, high = over_runs(groups)["ci95"]
         missed += low > 0 or high < 0
     assert missed / 100 < 0.15
+
+
+def test_utterances_of_two_runs_are_the_same_if_their_sound_is(tmp_path):
+    """Every run of the tiny world has a first test utterance, and some say the same by chance."""
+    tables = []
+    for run, seed in {"one": 0, "same": 0, "other": 1}.items():
+        samples = np.random.default_rng(seed).normal(0, 0.1, 16000).astype(np.float32)
+        (tmp_path / run / "data").mkdir(parents=True)
+        write_audio(tmp_path / run / "data" / "first.wav", samples)
+        row = {"audio_filepath": "first.wav", "text": "three nine", "duration": 1.0}
+        write_jsonl(tmp_path / run / "data" / "manifest.jsonl", [row])
+        tables.append({"run": run, "utterance": "first.wav", "transcript": "three nine"})
+    named = named_by_recording(pandas.DataFrame(tables), tmp_path)
+    one, same, other = (rows for _, rows in named.groupby("run", sort=False))
+    assert share_utterances([one, same]) and not share_utterances([one, other])
 
 
 def test_two_runs_are_judged_by_students_t():
