@@ -28,7 +28,7 @@ from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json_if_whole, write_json
 from support.frames import fingerprint_of_audio
-from support.hub import absolute_if_local, free_memory
+from support.hub import absolute_if_local, dates_of_files, free_memory
 from support.options import Count, RunFolder, Seed
 from support.processes import first_process
 from support.runs import begin, fingerprint_of_training, finish, lock_folder
@@ -229,7 +229,8 @@ def plan_bench(options, table):
         "scoring": SCORING,
     }
     if options.asr:
-        settings["asr"] = [options.asr, fingerprint_of_encoder(absolute_if_local(options.asr))]
+        name = absolute_if_local(options.asr)
+        settings["asr"] = [options.asr, fingerprint_of_encoder(name), dates_of_files(name)]
     folder = report_folder(run, data)
     if options.step:
         folder = folder / "steps" / str(options.step)

@@ -22,7 +22,8 @@ HELP = """What you type is a question. Before it, or without it:
   /say TEXT         the text, spoken by one of espeak-ng's voices, likewise
   /record SECONDS   from the microphone, likewise
   /reset            forget everything
-  /save FILE        the conversation so far, as JSON that `generate --messages` takes
+  /save FILE        the conversation so far, as JSON; with a question more in it, it is what
+                    `generate --messages` takes
   /help             this
   /quit             leave (or Ctrl-D); Ctrl-C stops an answer or a recording"""
 
@@ -138,6 +139,8 @@ def talk(options, recipes):
     """Read lines until there are no more; recipes: the names of the table."""
     folder = chosen_recipe(options.run, options.recipe, recipes)
     chat = Chat(SpeechLLM.from_pretrained(folder), options)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a letter in another encoding ends no conversation
     print(f"{folder}. /help says what can be done.")
     while True:
         try:

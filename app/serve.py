@@ -237,6 +237,9 @@ def serve_page(options, recipes):
     # nothing of what happens here is told to anybody: read when gradio is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    for name in ("no_proxy", "NO_PROXY"):  # nor is a proxy asked whether the page is there
+        own = [os.environ.get(name, ""), "localhost", "127.0.0.1", options.host]
+        os.environ[name] = ",".join(filter(None, own))
     try:
         import gradio
     except ImportError:
@@ -262,4 +265,5 @@ def serve_page(options, recipes):
             theme=gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
         )
     except OSError as error:
-        raise UserError(f"--port {options.port}: {error}; name another --port") from None
+        where = f"--host {options.host} --port {options.port}"
+        raise UserError(f"{where}: {error}; name another --port, or another --host") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from support.console import timed
 from support.files import UserError, read_jsonl, read_lines, relative
+from support.runs import lock_folder
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 TRANSCRIPT_BYTES = 2**16  # of a file with one transcript: four times what a recording may have
@@ -204,19 +205,28 @@ def text_beside(folder):
 def download_librispeech(part, root):
     """The folder of a part of LibriSpeech, downloaded to `root` unless it is there.
 
-    Never a half-unpacked one: it arrives beside, and moves to its place when it is whole. By
-    torchaudio.datasets.LIBRISPEECH. UserError if there is no such part, or no whole archive.
+    UserError if there is no such part, or no whole archive.
     """
     if part not in LIBRISPEECH_PARTS:
         raise UserError(
             f"LibriSpeech has no part {part!r}; its parts are {', '.join(LIBRISPEECH_PARTS)}"
         )
+    folder = Path(root) / "LibriSpeech" / part
+    if not folder.exists():
+        with lock_folder(root, "downloads LibriSpeech"):
+            if not folder.exists():  # nor came while this process waited
+                fetch_librispeech(part, Path(root), folder)
+    return folder
+
+
+def fetch_librispeech(part, root, folder):
+    """Download a part of LibriSpeech, by torchaudio.datasets.LIBRISPEECH.
+
+    `folder` is never half-unpacked: it arrives beside, and moves to its place when it is whole.
+    """
     from torchaudio.datasets import LIBRISPEECH
 
-    folder = Path(root) / "LibriSpeech" / part
-    if folder.exists():
-        return folder
-    arriving = Path(root) / f".arriving-{part}"
+    arriving = root / f".arriving-{part}"
     shutil.rmtree(arriving / "LibriSpeech", ignore_errors=True)  # half-unpacked
     arriving.mkdir(parents=True, exist_ok=True)
     try:
@@ -234,4 +244,3 @@ def download_librispeech(part, root):
     folder.parent.mkdir(parents=True, exist_ok=True)
     (arriving / "LibriSpeech" / part).rename(folder)
     shutil.rmtree(arriving)
-    return folder

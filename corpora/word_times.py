@@ -61,7 +61,7 @@ def add_word_times(options):
             raise UserError(
                 f"--encoder: {manifest} is in no data folder; make one with `prepare` first"
             )
-        own = RecognizerOptions(str(manifest.parent), options.encoder)
+        own = RecognizerOptions(str(manifest.parent), options.encoder, force=options.force)
         asr = str(train_recognizer(own))
     with lock_folder(manifest.parent) if in_place else nullcontext():
         utterances = read_manifest(manifest)

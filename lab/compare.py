@@ -189,6 +189,7 @@ def compare_runs(options, run_command, names, runs):
         "wall_seconds_by_sitting": sittings,
         "training_seconds": round(training),
         "bench_seconds": round(bench_seconds(reports)),
+        "heard_no_speaker": all(is_of_unheard_speakers(r["meta"]) for r in reports.values()),
         **where_it_ran(),
     }
     write_comparison(out, report)
@@ -383,6 +384,11 @@ def run_all(runs, options, names, jobs):
 
 
 # ---- measure ----
+
+
+def is_of_unheard_speakers(meta):
+    """Were the speakers of a benchmark named, and all of them others than those of the training?"""
+    return 0 < meta["n_speakers"] == meta["n_unheard_speakers"]
 
 
 def bench_seconds(reports):

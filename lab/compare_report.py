@@ -142,6 +142,7 @@ def bar_table(report):
     if {meta[key] for key in ("speech", "llm", "encoder")} != {"tiny"} or meta["tasks"]:
         return "It is of the tiny world, and this is another."
     others = meta["quick"] or meta["k"] or meta["lora"] is not None
+    others = others or meta["batch_size"] * meta["accumulate"] != TrainOptions.batch_size
     if others or meta["steps"] < TrainOptions.steps:
         return "It is of trainings with the defaults, and these are others."
     if not {"mtbi", "cascade"} <= set(scores.systems):
@@ -231,10 +232,16 @@ def claims_part(report):
     """What was measured and over what, and what came of the claims."""
     meta = report["meta"]
     over = "runs and utterances" if len(meta["runs"]) > 1 else "utterances"
+    held_out = "sentences, of speakers of whom some were heard in training or have no name"
+    if meta["heard_no_speaker"]:
+        held_out = "speakers and sentences"
+    shared = ""
+    if meta["leave_one_speaker_out"]:
+        shared = " The runs share most of their training speech: these are somewhat too narrow."
     return f"""# {title_of(meta)}
 
-On held-out speakers and sentences; in percent, the behavior gap in nats a token; in brackets 95% \
-intervals over {over}.
+On held-out {held_out}; in percent, the behavior gap in nats a token; in brackets 95% intervals \
+over {over}.{shared}
 
 {TERMS}
 
@@ -289,7 +296,8 @@ def answers_part(report):
 ## Paired differences
 
 Row minus column in points of the gain on unseen tasks; bold: the 95% interval excludes zero, by \
-the same rule. Every other measure, with the intervals: differences.csv.
+the same rule; of so many pairs one in twenty is bold without any truth in it. Every other \
+measure, with the intervals: differences.csv.
 
 {difference_table(report)}
 """

@@ -221,7 +221,9 @@ def free_port():
 
 def last_line(output):
     """The last thing that a process wrote; a progress bar overwrites its line again and again."""
-    said = output.read_text(encoding="utf-8", errors="replace").strip()
+    with open(output, "rb") as file:
+        file.seek(max(0, output.stat().st_size - 4096))  # of the bars of hours there are megabytes
+        said = file.read().decode("utf-8", errors="replace").strip()
     lines = said.replace("\r", "\n").splitlines()
     return lines[-1].strip() if lines else ""
 

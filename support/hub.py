@@ -574,6 +574,18 @@ def fingerprint_of_weights(name, kind):
     return hashed.hexdigest()[:12]
 
 
+def dates_of_files(name):
+    """[[name, bytes, date]] of the files in a local model folder; of a hub name, none.
+
+    What fingerprint_of_weights may overlook: a small part of large weights that was trained anew.
+    """
+    dates = []
+    for file in sorted(Path(name).glob("[!.]*")):
+        if file.is_file():
+            dates.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    return dates
+
+
 def fingerprint_of_llm(llm, tokenizer):
     """Names an LLM by what is the same in any precision (of one stored in fp32: in bf16 and fp32).
 

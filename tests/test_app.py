@@ -1,7 +1,9 @@
 """What a trained model is used with: asking, talking, giving away, looking for what is missing."""
 
+import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -169,6 +171,13 @@ def test_a_bad_line_of_a_chat_is_said_and_the_chat_goes_on(run, tmp_path, monkey
     assert len(lines) == 10 and "spoken by" in said.out and "Traceback" not in said.err
     assert (tmp_path / "mine.json").read_text() == "mine"
     assert not (tmp_path / "missing").exists()
+
+
+def test_a_letter_in_another_encoding_ends_no_chat(run, monkeypatch, capsys):
+    typed_in_latin_1 = io.TextIOWrapper(io.BytesIO(b"/caf\xe9\n/quit\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed_in_latin_1)
+    assert main(["chat", str(run)]) == 0
+    assert "there is no command /caf" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_it_records_ends_the_recording_and_not_the_chat(run, monkeypatch, capsys):

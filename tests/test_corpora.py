@@ -5,6 +5,8 @@ import os
 import shutil
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from programs import one_line
 import corpora.prepare
 import mtbi
 from corpora.joining import lay_out, without_silence
+from corpora.readers import download_librispeech
 from corpora.word_times import pauses_in, spell, word_times
 from data import SAMPLE_RATE, held_out, load_audio, normalize, read_manifest
 from model import HuggingFaceEncoder
@@ -167,11 +170,28 @@ def test_librispeech_is_unpacked_by_torchaudio_once_and_never_left_half_unpacked
         tar.add(librispeech(tmp_path / "source").parent, "LibriSpeech")
     words = ["librispeech", "dev-clean", "--download-to", root]
     assert len(prepared(tmp_path, *words)) == len(SAID)
-    assert [path.name for path in root.iterdir()] == ["LibriSpeech"]
+    assert sorted(path.name for path in root.iterdir()) == [".mtbi-lock", "LibriSpeech"]
     capsys.readouterr()
     assert len(prepared(tmp_path, *words)) == len(SAID)
     assert "is prepared already" in capsys.readouterr().out
     assert len(prepared(tmp_path / "again", root / "LibriSpeech" / "dev-clean")) == len(SAID)
+
+
+def test_a_part_of_librispeech_that_two_commands_want_is_downloaded_once(tmp_path, monkeypatch):
+    """Or one would delete what the other is unpacking."""
+    unpacked = []
+
+    def unpack(root, part, download):
+        unpacked.append(part)
+        (root / "LibriSpeech" / part).mkdir(parents=True)
+        time.sleep(0.5)
+        (root / "LibriSpeech" / part / "whole").touch()
+
+    monkeypatch.setattr("torchaudio.datasets.LIBRISPEECH", unpack)
+    with ThreadPoolExecutor() as pool:
+        folders = list(pool.map(download_librispeech, ["dev-clean", "dev-clean"], [tmp_path] * 2))
+    assert unpacked == ["dev-clean"]
+    assert all((folder / "whole").exists() for folder in folders)
 
 
 def test_librispeech_parts_are_checked_before_any_folder_is_touched(tmp_path, capsys):

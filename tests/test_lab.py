@@ -50,7 +50,7 @@ from lab.claims import (
 from lab.compare import CompareOptions, OneRun, RunAll, all_answers, named_by_recording
 from lab.compare import parse_seeds, run_all, runs_of
 from lab.compare import score_rows, shortened, with_curve, with_pinned_models
-from lab.compare_report import bar_table, curve_points
+from lab.compare_report import bar_table, claims_part, curve_points
 from lab.dose import cells_of_doses, parse_doses, pretrain_missing, row_of_dose, write_doses
 from lab.jobs import CLEAR_LINE, Jobs, last_line, lines_without_bars
 from lab.look import LookOptions, look
@@ -426,12 +426,14 @@ def test_the_quality_bar_is_of_the_tiny_world():
     found = score_rows(results_of(values), list(values), list(MEASURES))
     meta = {"speech": "tiny", "llm": "tiny", "encoder": "tiny", "tasks": None}
     meta |= {"quick": False, "k": None, "lora": None, "steps": 1000}
+    meta |= {"batch_size": 16, "accumulate": 2}
     report = {"scores": found, "bar": BAR, "meta": meta}
     seen = next(line for line in bar_table(report).splitlines() if "| seen |" in line)
     assert seen.split(" | ")[1:] == ["92.0%", "93%", "no", "98.9%", "yes |"]
     another = {**report, "meta": {**meta, "tasks": "tasks.toml"}}
     assert "this is another" in bar_table(another)
-    for other in ({"quick": True}, {"steps": 300}, {"k": 12}, {"lora": 0}, {"lora": "full"}):
+    others = [{"quick": True}, {"steps": 300}, {"k": 12}, {"lora": 0}, {"lora": "full"}]
+    for other in (*others, {"batch_size": 4}):
         assert "these are others" in bar_table({**report, "meta": {**meta, **other}})
 
 
@@ -564,6 +566,9 @@ def test_of_what_a_process_said_the_last_line_and_all_but_the_bars_are_shown(tmp
     bar = "train mtbi:  50%|█████     | 1/2 [00:01<00:01,  1.0it/s]\rtrain mtbi: 100%|███| 2/2\n"
     output.write_text(f"$ python mtbi.py train\nk: 6\n{bar}train mtbi: 2.0 s\n\n", encoding="utf-8")
     assert last_line(output) == "train mtbi: 2.0 s"
+    output.write_text(f"{bar * 100}train mtbi: 3.0 s\n", encoding="utf-8")
+    assert last_line(output) == "train mtbi: 3.0 s", "of a long output, too"
+    output.write_text(f"$ python mtbi.py train\nk: 6\n{bar}train mtbi: 2.0 s\n\n", encoding="utf-8")
     assert lines_without_bars(output) == ["k: 6", "train mtbi: 2.0 s"]
 
 
@@ -687,6 +692,10 @@ def test_the_report_of_a_comparison_has_the_rule_the_claims_and_how_it_was_made(
     asked = {"mtbi", "blsp", "vtb", "text", "copy", "cascade"}
     others = sum(not set(claim.recipes()) <= asked for claim in CLAIMS)
     assert f"{others} other claims are about recipes that were not asked for" in text
+    assert "On held-out speakers and sentences;" in text and "too narrow" not in text
+    left_out = {"heard_no_speaker": False, "leave_one_speaker_out": True}
+    other = claims_part({**comparison, "meta": {**comparison["meta"], **left_out}})
+    assert "some were heard in training" in other and "somewhat too narrow" in other
     assert "this is another" in text.split("## The quality bar")[1]
     assert "no recipe was trained on a part" in text
     assert not (compared_once / "curve.png").exists()

@@ -204,7 +204,8 @@ def url(trained_world):
     """The page of a process of its own."""
     port = free_port()
     words = ["mtbi.py", "serve", trained_world / "run", "--port", port, "--max-new-tokens", "8"]
-    process = program(words, wait=False)
+    nobody = f"http://127.0.0.1:{free_port()}"  # a proxy, as many networks want; it is not asked
+    process = program(words, dict.fromkeys(("HTTP_PROXY", "http_proxy"), nobody), wait=False)
     url = f"http://127.0.0.1:{port}"
     for _ in range(240):
         try:

@@ -42,7 +42,7 @@ from support.files import UserError, WriteError, explained, fingerprint, fingerp
 from support.files import HALF_WRITTEN, mend_jsonl, nearest_existing
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
 from support.frames import fingerprint_of_audio
-from support.hub import fingerprint_of_llm, fingerprint_of_weights, pinned
+from support.hub import dates_of_files, fingerprint_of_llm, fingerprint_of_weights, pinned
 from support.options import Between, command_words, parse_options
 from support.runs import begin, delete_made, fingerprint_of_training, finish, is_done, lock_folder
 from support.runs import read_config, recipe_folders
@@ -1203,6 +1203,16 @@ def test_weights_have_a_fingerprint(tmp_path):
     change_weights(tmp_path / "other", lambda tensors: {k: v + 1e-3 for k, v in tensors.items()})
     assert fingerprint_of_weights(tmp_path / "other", "llm") != one
     assert fingerprint_of_weights("tiny", "llm") != fingerprint_of_weights("tiny", "encoder")
+
+
+def test_small_weights_trained_anew_are_seen_by_their_date(tmp_path):
+    """As a CTC head beside a large encoder, of which a fingerprint takes samples."""
+    save_encoder(tmp_path, "wav2vec2-ctc")
+    before = dates_of_files(tmp_path)
+    assert {name for name, _, _ in before} == {path.name for path in tmp_path.iterdir()}
+    assert dates_of_files(tmp_path) == before and dates_of_files("someone/ctc") == []
+    change_weights(tmp_path, lambda tensors: {k: 2 * v for k, v in tensors.items()})
+    assert dates_of_files(tmp_path) != before
 
 
 def test_the_fingerprint_of_a_hub_model_is_its_revision(few, tmp_path, monkeypatch, capsys):
