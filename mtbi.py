@@ -420,8 +420,8 @@ def draw_questions(tasks, utterances, per_utterance, seed):
     return questions
 
 
-def draw_second_questions(tasks, utterances, behaviors, per_utterance, seed):
-    """Questions of a second turn, likewise: each after a turn that is answered already.
+def draw_second_questions(tasks, utterances, behaviors, n_each, seed):
+    """Questions of a second turn, n_each for an utterance, after turns that are answered already.
 
     Half of them are about the utterance of the first turn once more; the first turn of the others
     is any behavior at all, by chance one of the same utterance or task.
@@ -431,7 +431,7 @@ def draw_second_questions(tasks, utterances, behaviors, per_utterance, seed):
     about = {}  # utterance id -> the behaviors about it
     for b in behaviors:
         about.setdefault(b.utterance, []).append(b)
-    for u in utterances * per_utterance:
+    for u in utterances * n_each:
         fitting = training_tasks(tasks, u)
         if not fitting:
             continue
