@@ -530,7 +530,7 @@ def draw_dialogues(cases, answers, n, seed):
     for kind in DIALOGUES:
         fitting = []
         for i in range(len(cases)):
-            if first_turns(cases, answers, i, kind, about):
+            if has_first_turn(cases, answers, i, kind, about):
                 fitting.append(i)
         for i in rng.sample(fitting, min(n, len(fitting))):
             first = draw_first_turn(rng, cases, answers, i, kind, about)
@@ -542,25 +542,21 @@ def draw_dialogues(cases, answers, n, seed):
     return drawn
 
 
-def draw_first_turn(rng, cases, answers, i, kind, about):
-    """Which case comes before case i: one of first_turns, or the next that brings other words."""
-    first = rng.choice(first_turns(cases, answers, i, kind, about))
-    if kind != "speech_then_text_question":
-        while says_the_same(cases[first], cases[i]):
-            first = (first + 1) % len(cases)
-    return first
-
-
-def first_turns(cases, answers, i, kind, about):
-    """Among which cases the one before case i is drawn, in a conversation of this kind.
-
-    An empty list if no case can come before it.
-    """
+def has_first_turn(cases, answers, i, kind, about):
+    """Can any case come before case i, in a conversation of this kind?"""
     if kind == "speech_then_text_question":
-        return earlier_about_the_same(cases, answers, i, about)
-    if all(says_the_same(other, cases[i]) for other in cases):
-        return []
-    return [j for j in range(len(cases)) if j != i]
+        return bool(earlier_about_the_same(cases, answers, i, about))
+    return not all(says_the_same(other, cases[i]) for other in cases)
+
+
+def draw_first_turn(rng, cases, answers, i, kind, about):
+    """Which case comes before case i, in a conversation of this kind."""
+    if kind == "speech_then_text_question":
+        return rng.choice(earlier_about_the_same(cases, answers, i, about))
+    first = rng.choice([j for j in range(len(cases)) if j != i])
+    while says_the_same(cases[first], cases[i]):  # the next that brings other words
+        first = (first + 1) % len(cases)
+    return first
 
 
 def earlier_about_the_same(cases, answers, i, about):

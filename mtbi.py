@@ -324,7 +324,7 @@ def ask_behaviors(options):
 
 def has_behaviors(out, options, content):
     """True, and says so, if they were made with these options; UserError if with others."""
-    half_way = "behaviors.part-*"
+    half_way = "behaviors.part-[0-9]*"
     if is_done(out, "behaviors", options, content, "behaviors.jsonl", half_way=half_way):
         print(f"{out}: has its behaviors already")
         return True

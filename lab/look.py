@@ -59,9 +59,10 @@ def examples_of(run, folder):
         changed = {**content["recipe"]}
         changed.pop("lr", None)  # the connector's
         recipe = Recipe(about="", **changed)
-    behaviors = run.folder / "behaviors.jsonl"
-    if content.get("behaviors") != fingerprint_of_file(behaviors):
-        raise UserError(f"{behaviors}: is not what {folder} was trained on; train it again")
+    behaviors, manifest = run.folder / "behaviors.jsonl", run.data / "manifest.jsonl"
+    for name, path in {"behaviors": behaviors, "manifest": manifest}.items():  # or its word times
+        if content.get(name) != fingerprint_of_file(path):
+            raise UserError(f"{path}: is not what {folder} was trained on; train it again")
     model = SpeechLLM.from_pretrained(folder)
     utterances = [u for u in run.utterances if u.split == "train"]
     examples = Examples(

@@ -111,7 +111,12 @@ def answers_so_far(kept, asked):
 
 
 def kept_parts(kept):
-    return sorted(kept.parent.glob(f"{kept.name}.part-*.jsonl"))
+    """KEPT.part-PROCESS.jsonl of each process, in order; other files of like names are a user's."""
+    parts = []
+    for path in sorted(kept.parent.glob(f"{kept.name}.part-[0-9]*.jsonl")):
+        if path.stem.rpartition("-")[2].isdecimal():
+            parts.append(path)
+    return parts
 
 
 def read_parts(kept, asked):

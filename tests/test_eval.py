@@ -22,8 +22,8 @@ import model
 from data import Response, Run, Speech, Task, Text, Utterance, chat_parts, load_tasks, normalize
 from data import read_manifest, response_tokens, transcript_tokens, user_turn
 from eval import CELLS, DIALOGUES, SETS, BenchOptions, Case, Questions, System, all_metrics
-from eval import directives_of, draw_cases, draw_dialogues, draw_repeats, first_turns, hypothesis
-from eval import row_of, score
+from eval import directives_of, draw_cases, draw_dialogues, draw_repeats, earlier_about_the_same
+from eval import hypothesis, row_of, score
 from lab.mistakes import MISTAKES, Mistakes, kind_of_mistake
 from lab.probes import attention_shares, behavior_gap, shares_of_parts
 from lab.statistics import read_answers
@@ -242,8 +242,7 @@ def test_no_second_answer_can_be_read_in_the_first_turn_about_the_same_speech(te
     cases = [Case(one, task, task.name, "seen") for task in tasks]
     answers = ["Stops, bus red.", "stops", "the red bus stops"]
     about = {one.id: [0, 1, 2]}
-    kind = "speech_then_text_question"
-    found = [first_turns(cases, answers, i, kind, about) for i in range(3)]
+    found = [earlier_about_the_same(cases, answers, i, about) for i in range(3)]
     # the last word stands in both other answers, and whoever repeats tells everything
     assert found == [[1], [], [0, 1]]
 

@@ -1280,6 +1280,16 @@ def test_a_look_is_half_way_and_begins_with_an_interleaved_conversation(trained_
     assert set(kinds) == {"Text", "Speech", "Response"}
 
 
+def test_a_batch_is_not_shown_of_speech_that_has_other_word_times_now(trained_world, tmp_path):
+    """Or other words would be text in it than there were."""
+    world = shutil.copytree(trained_world, tmp_path / "world")
+    manifest = world / "data" / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    write_jsonl(manifest, [{**row, "words": None} for row in rows])
+    with pytest.raises(UserError, match="manifest.jsonl: is not what .*mtbi was trained on"):
+        look(LookOptions(str(world / "run"), step=1, show=2))
+
+
 def test_a_look_beyond_the_training_is_refused_in_one_line(trained_world, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["look", str(trained_world / "run"), "--step", "2"])
     assert run_program("look", LookOptions, look) == 2

@@ -887,6 +887,8 @@ def test_behaviors_interrupted_go_on_from_the_last_batch_and_mend_a_half_written
     assert not (tmp_path / "behaviors.jsonl").exists()
     with open(part, "a") as file:  # killed while it wrote
         file.write('{"asked": "' + "0" * 12 + '", "questi')
+    of_the_user = Path(shutil.copy(part, tmp_path / "behaviors.part-backup.jsonl"))
+    before = of_the_user.read_bytes()
     asked.stop_after = None
     asked.sizes.clear()
     capsys.readouterr()
@@ -899,7 +901,8 @@ def test_behaviors_interrupted_go_on_from_the_last_batch_and_mend_a_half_written
     assert (tmp_path / "behaviors.jsonl").read_bytes() == (
         few_behaviors / "behaviors.jsonl"
     ).read_bytes()
-    assert not list(tmp_path.glob("*.part-*"))
+    assert list(tmp_path.glob("*.part-*")) == [of_the_user]
+    assert of_the_user.read_bytes() == before
 
 
 def test_half_done_behaviors_of_other_settings_are_refused_and_force_begins_anew(

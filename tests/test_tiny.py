@@ -247,6 +247,28 @@ def test_pretraining_writes_over_nobodys_folder(tmp_path):
     refuse_others_files(tmp_path, ("encoder",))
     (tmp_path / "measured.json").write_text("{}")
     refuse_others_files(tmp_path, ("llm", "encoder"))
+    (tmp_path / "measured.json").unlink()
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SystemExit, match="README.md: is there already"):
+        refuse_others_files(tmp_path, ("encoder",))
+
+
+@pytest.mark.parametrize("only", ["llm", "encoder"])
+def test_the_command_that_was_stopped_is_not_refused(tmp_path, monkeypatch, only):
+    """What it had begun to write is its own."""
+    begun = []
+
+    def stopped(out, *_):
+        begun.append(out)
+        (out / only).mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, f"pretrain_{only}", stopped)
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / "out"), "--only", only])
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main()
+    assert begun == 2 * [tmp_path / "out"]
 
 
 @pytest.mark.parametrize("again", [True, False])

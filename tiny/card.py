@@ -20,7 +20,8 @@ License: MIT, like the rest of the project. They know a closed grammar and nothi
 untied head | Wav2Vec2-BERT (conformer), 4 layers, width 192, character CTC head |
 | parameters | {llm_parameters:.2f}M | {encoder_parameters:.2f}M |
 | training data | endless conversations about random sentences, digit strings and \
-directives; {llm_hesitant:.0%} with hesitations between the words, half of them blended \
+directives; {llm_hesitant:.0%} with hesitations between the words, {llm_blended:.0%} of them \
+blended \
 | espeak-ng voices |
 | steps | {llm_steps} of 64 conversations in phases, \
 from 60% of the first on with weights rounded to NF4 \
@@ -68,6 +69,7 @@ def write_card(folder, figures):
         encoder_steps=by_phase(figures["encoder_steps"]),
         llm_time=figures["llm_time"],
         llm_hesitant=figures["llm_hesitant"],
+        llm_blended=figures["llm_blended"],
         encoder_time=figures["encoder_time"],
         utterances=by_phase(figures["utterances"]),
         n_train=len(speech.TRAIN_VARIANTS),

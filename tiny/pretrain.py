@@ -7,7 +7,8 @@ python -m tiny.pretrain --out FOLDER makes in it
     encoder/   a Wav2Vec2-BERT (conformer) with a character CTC head, 33 frames a second,
                trained on espeak-ng voices
 
-Stopped by Ctrl-C or killed, the same command goes on where it was.
+Stopped by Ctrl-C or killed, the same command goes on where it was (a checkpoint that was finished
+is made again: --only names the other).
 
 The benchmark's sentences (world.is_held_out) and voices (speech.TEST_VARIANTS) appear in neither
 training set. What the two are trained on is in pretrain_data.py, what they are in
@@ -76,6 +77,7 @@ ENCODER_PHASES = [
 
 
 SAVE_EVERY = 200  # steps between two states to go on from
+STARTED = ".mtbi-pretraining"  # stands in OUT from the beginning to the end
 
 
 # ---- a phase of either ----
@@ -312,6 +314,8 @@ def main():
     args = parse_arguments()
     if not args.measure:
         refuse_others_files(args.out, (args.only,) if args.only else ("llm", "encoder"))
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / STARTED).touch()
     if not args.only and not args.measure and DEVICE == "cpu":
         sys.exit(build_side_by_side())
     print(f"device {DEVICE}, {torch.get_num_threads()} threads")
@@ -329,6 +333,7 @@ def main():
     if measured.exists():
         figures = json.loads(measured.read_text()) | figures
     write_text(measured, json.dumps(figures, indent=1) + "\n")
+    (args.out / STARTED).unlink(missing_ok=True)
     if {"llm_steps", "llm_4_bits", "encoder_steps", "encoder_wer"} <= set(figures):
         write_card(args.out, figures)
 
@@ -375,8 +380,8 @@ def parse_arguments():
 
 def refuse_others_files(out, names):
     """Stop if a folder that would be written holds what an earlier run of this did not make."""
-    ours = out == HERE or (out / "measured.json").exists()
-    for name in names:
+    ours = out == HERE or (out / "measured.json").exists() or (out / STARTED).exists()
+    for name in (*names, "README.md"):
         if (out / name).exists() and not ours:
             sys.exit(f"{out / name}: is there already, and not made by this; choose another --out")
 
