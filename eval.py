@@ -230,7 +230,8 @@ def plan_bench(options, table):
     }
     if options.asr:
         name = absolute_if_local(options.asr)
-        settings["asr"] = [options.asr, fingerprint_of_encoder(name), dates_of_files(name)]
+        dates = dates_of_files(name, "encoder")
+        settings["asr"] = [options.asr, fingerprint_of_encoder(name), dates]
     folder = report_folder(run, data)
     if options.step:
         folder = folder / "steps" / str(options.step)

@@ -423,7 +423,8 @@ def named_by_recording(answers, out):
     tables = []
     for run, rows in answers.groupby("run", sort=False):
         data = out / run / "data"
-        names = content_names(read_manifest(data / "manifest.jsonl"), data / "features")
+        heard = [u for u in read_manifest(data / "manifest.jsonl") if u.split == "test"]
+        names = content_names(heard, data / "features")
         tables.append(rows.assign(utterance=[names[i] for i in rows["utterance"]]))
     return pandas.concat(tables)
 

@@ -574,13 +574,13 @@ def fingerprint_of_weights(name, kind):
     return hashed.hexdigest()[:12]
 
 
-def dates_of_files(name):
+def dates_of_files(name, kind):
     """[[name, bytes, date]] of the files in a local model folder; of a hub name, none.
 
     What fingerprint_of_weights may overlook: a small part of large weights that was trained anew.
     """
     dates = []
-    for file in sorted(Path(name).glob("[!.]*")):
+    for file in sorted(Path(checkpoint_path(name, kind)).glob("[!.]*")):
         if file.is_file():
             dates.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
     return dates

@@ -166,6 +166,7 @@ def test_utterances_of_two_runs_are_the_same_if_their_sound_is(tmp_path):
         (tmp_path / run / "data").mkdir(parents=True)
         write_audio(tmp_path / run / "data" / "first.wav", samples)
         row = {"audio_filepath": "first.wav", "text": "three nine", "duration": 1.0}
+        row["split"] = "test"
         write_jsonl(tmp_path / run / "data" / "manifest.jsonl", [row])
         tables.append({"run": run, "utterance": "first.wav", "transcript": "three nine"})
     named = named_by_recording(pandas.DataFrame(tables), tmp_path)
