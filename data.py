@@ -157,7 +157,7 @@ def read_manifest(path, rows=None, check_audio=False, skipped=None, max_seconds=
             utterance = parse_row(row, folder)
             audio = os.path.abspath(utterance.audio)
             if audio in lines:
-                raise UserError(f"has the same audio file as row {lines[audio]}")
+                raise UserError(f"has the same audio file as line {lines[audio]}")
             settle_duration(utterance, check_audio, max_seconds)
             lines[audio] = number
             utterances.append(utterance)

@@ -1,5 +1,7 @@
-"""What the LLM does inside while it answers: how far a system is from the LLM that reads the
-transcript, and which part of the conversation it attends to."""
+"""Looks into a system: how its wrong answers are wrong, and what the LLM does inside.
+
+That is how far it is from the LLM that reads the transcript, and what it attends to.
+"""
 
 import random
 from contextlib import contextmanager

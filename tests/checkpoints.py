@@ -6,6 +6,7 @@ Their tokenizers and chat templates behave as the families' do.
 """
 
 import json
+import shutil
 from typing import NamedTuple
 
 import torch
@@ -215,6 +216,20 @@ def save_llm(folder, family, tokenizer=None, std=0.05, sure=1.0, brief=1.0, **sh
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_in_hub_cache(monkeypatch, folder, source, name, commit):
+    """A copy of a checkpoint in a cache of the hub's in FOLDER, as a download leaves it; offline.
+
+    Returns the folder of the model there, which has snapshots/COMMIT and refs/main.
+    """
+    repo = folder / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(source, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return repo
 
 
 # ---- speech encoders ----

@@ -324,7 +324,7 @@ def test_one_recording_under_two_names_is_one_recording(tmp_path, capsys):
     with open(path, "a") as file:
         file.write(json.dumps({"audio": "./0.wav", "text": "another text"}) + "\n")
     assert prepare(path, "--out", tmp_path / "out") == 2
-    one_line(capsys, ":13", "same audio file as row 1")
+    one_line(capsys, ":13", "same audio file as line 1")
 
 
 # ---- the split ----

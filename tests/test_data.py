@@ -567,7 +567,7 @@ def test_to_load_a_connector_takes_less_memory_than_to_train_it(llm, encoder, mo
         ({"duration": math.inf}, "duration is inf"),
         ({"duration": math.nan}, "duration is nan"),
         ({"offset": 3.5}, "has the offset 3.5"),
-        ({}, "same audio file as row 1"),
+        ({}, "same audio file as line 1"),
         ({"audio_filepath": "b.wav", "split": "dev"}, "'split' is 'dev'"),
         (
             {"words": [["three", 0.5, 0.4], ["red", 0.5, 0.6], ["apples", 0.6, 0.9]]},

@@ -6,8 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import shared
-from programs import ROOT, one_line
+from checkpoints import save_in_hub_cache
+from conftest import ROOT, shared
+from programs import one_line
 
 import corpora.word_times
 from corpora.recognizing import RecognizerOptions
@@ -68,12 +69,8 @@ def test_it_is_not_trained_twice_and_other_options_are_refused(own, capsys):
 def test_it_is_found_again_though_the_owner_of_its_encoder_changed_that(own, tmp_path, monkeypatch):
     """It keeps to the commit that it was made with, as behaviors and trainings do."""
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "hub" / "models--someone--ears"
-    shutil.copytree(ROOT / "tiny" / "encoder", repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = ROOT / "tiny" / "encoder"
+    repo = save_in_hub_cache(monkeypatch, tmp_path, source, "someone/ears", commit)
     folder = tmp_path / "recognizer"
     again = ["recognizer", str(own / "data"), "--encoder", "someone/ears", "--out", str(folder)]
     assert main([*again, "--steps", "2", "--batch-size", "8"]) == 0

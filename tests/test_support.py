@@ -17,7 +17,7 @@ from typing import get_args, ClassVar, get_type_hints
 
 import pytest
 import torch
-from checkpoints import save_encoder, save_llm
+from checkpoints import save_encoder, save_in_hub_cache, save_llm
 from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
 from docstring_parser import parse_from_object
 from hypothesis import given
@@ -1221,15 +1221,9 @@ def test_small_weights_trained_anew_are_seen_by_their_date(tmp_path):
 
 def test_the_fingerprint_of_a_hub_model_is_its_revision(few, tmp_path, monkeypatch, capsys):
     """A model in the cache of the Hugging Face hub, as a download leaves it; offline."""
-    import huggingface_hub.constants as constants
-
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "hub" / "models--someone--tiny-llm"
-    shutil.copytree(ROOT / "tiny" / "llm", repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    source = ROOT / "tiny" / "llm"
+    repo = save_in_hub_cache(monkeypatch, tmp_path, source, "someone/tiny-llm", commit)
     of_the_hub = ["--llm", "someone/tiny-llm", "--tasks", str(ROOT / "tiny" / "tasks.toml")]
     assert ask_few(few, tmp_path / "run", *of_the_hub, "--max-new-tokens", 2) == 0
     config = read_json(tmp_path / "run" / "config.json")

@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from support.console import exit_codes, stop_signals
-from support.files import UserError, WriteError, fingerprint, write_text
+from support.files import HALF_WRITTEN, UserError, WriteError, fingerprint, write_text
 from support.runs import delete_made
 from support.states import load_state, save_state
 
@@ -77,7 +77,7 @@ ENCODER_PHASES = [
 
 
 SAVE_EVERY = 200  # steps between two states to go on from
-STARTED = ".mtbi-pretraining"  # stands in OUT from the beginning to the end
+STARTED = f"{HALF_WRITTEN}pretraining"  # stands in OUT from the beginning to the end
 
 
 # ---- a phase of either ----
