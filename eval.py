@@ -28,7 +28,7 @@ from support.console import say_device, timed
 from support.files import PROJECT, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json_if_whole, write_json
 from support.frames import fingerprint_of_audio
-from support.hub import absolute_if_local, dates_of_files, free_memory
+from support.hub import absolute_if_local, fingerprint_of_beginnings, free_memory
 from support.options import Count, RunFolder, Seed
 from support.processes import first_process
 from support.runs import begin, fingerprint_of_training, finish, lock_folder
@@ -224,14 +224,10 @@ def plan_bench(options, table):
         "tasks": run.content["task_table"],
         "llm": run.content["llm"],
         **run.packing(),
-        "asr": None,
+        "asr": fingerprints_of_transcriber(options.asr, trained),
         "trained": weights,
         "scoring": SCORING,
     }
-    if options.asr:
-        name = absolute_if_local(options.asr)
-        dates = dates_of_files(name, "encoder")
-        settings["asr"] = [options.asr, fingerprint_of_encoder(name), dates]
     folder = report_folder(run, data)
     if options.step:
         folder = folder / "steps" / str(options.step)
@@ -248,6 +244,18 @@ def fingerprints_of_weights(run, trained, step):
         else:
             found[name] = fingerprint_of_training(folder)
     return found
+
+
+def fingerprints_of_transcriber(asr, trained):
+    """Of what transcribes for the cascade (see transcriber_of), without loading it."""
+    if asr:
+        name = absolute_if_local(asr)
+        weights = fingerprint_of_encoder(name)
+    else:
+        name = next(iter(trained.values()))["encoder"]
+        weights = ""  # the frames, and so the recipes, are of it
+    # of large weights a CTC head may be all that was trained anew
+    return [asr, weights, fingerprint_of_beginnings(name, "encoder")]
 
 
 def check_task_table(run):

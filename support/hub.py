@@ -21,7 +21,7 @@ from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import enable_progress_bars
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -574,16 +574,22 @@ def fingerprint_of_weights(name, kind):
     return hashed.hexdigest()[:12]
 
 
-def dates_of_files(name, kind):
-    """[[name, bytes, date]] of the files in a local model folder; of a hub name, none.
+def fingerprint_of_beginnings(name, kind):
+    """Names the first numbers of every tensor in a local model folder; the same for any hub name.
 
     What fingerprint_of_weights may overlook: a small part of large weights that was trained anew.
+    UserError if the weights cannot be read.
     """
-    dates = []
-    for file in sorted(Path(checkpoint_path(name, kind)).glob("[!.]*")):
-        if file.is_file():
-            dates.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    return dates
+    names, first = [], []
+    for file in sorted(Path(checkpoint_path(name, kind)).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for tensor in sorted(tensors.keys()):
+                    names.append(tensor)
+                    first.append(tensors.get_tensor(tensor).flatten()[:1024])
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: is no readable safetensors file ({error})") from None
+    return fingerprint_of_tensors(first, names)
 
 
 def fingerprint_of_llm(llm, tokenizer):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
@@ -215,6 +216,13 @@ def save_llm(folder, family, tokenizer=None, std=0.05, sure=1.0, brief=1.0, **sh
     llm.generation_config.update(do_sample=True, temperature=0.7, top_k=5, repetition_penalty=1.3)
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def change_weights(folder, change):
+    """Save a checkpoint's tensors, {name: tensor}, as change(tensors) gives them."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
     return folder
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from checkpoints import save_encoder
+from checkpoints import change_weights, save_encoder
 from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -781,6 +781,13 @@ def test_another_transcriber_changes_the_cascade_alone(own, tmp_path, capsys):
     report = read_json(own / "run" / "report.json")
     assert list(report["recipes"]) == SYSTEMS
     assert report["meta"]["settings"]["asr"][0] == str(asr)
+
+    change_weights(asr, lambda tensors: tensors | {"lm_head.bias": tensors["lm_head.bias"] + 1})
+    model.shared_encoder.cache_clear()
+    assert bench(own / "run", "--asr", asr) == 0
+    said = capsys.readouterr().out
+    assert "bench cascade:" in said, "its head was trained anew"
+    assert "bench text:" not in said and "bench mtbi:" not in said
 
 
 def test_a_transcriber_without_a_ctc_head_is_none(own, tmp_path, capsys):

@@ -17,7 +17,7 @@ from typing import get_args, ClassVar, get_type_hints
 
 import pytest
 import torch
-from checkpoints import save_encoder, save_in_hub_cache, save_llm
+from checkpoints import change_weights, save_encoder, save_in_hub_cache, save_llm
 from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
 from docstring_parser import parse_from_object
 from hypothesis import given
@@ -42,7 +42,8 @@ from support.files import UserError, WriteError, explained, fingerprint, fingerp
 from support.files import HALF_WRITTEN, mend_jsonl, nearest_existing
 from support.files import read_json, read_jsonl, relative, whole_file, write_json, write_jsonl
 from support.frames import fingerprint_of_audio
-from support.hub import dates_of_files, fingerprint_of_llm, fingerprint_of_weights, pinned
+from support.hub import fingerprint_of_beginnings, fingerprint_of_llm, fingerprint_of_weights
+from support.hub import pinned
 from support.options import Between, command_words, parse_options
 from support.runs import begin, delete_made, fingerprint_of_training, finish, is_done, lock_folder
 from support.runs import read_config, recipe_folders
@@ -1117,12 +1118,6 @@ assert mtbi.main(["bench", str(two), *{A_SMALL_BENCH}]) == 0
 # ---- checkpoints: damaged, foreign, half ----
 
 
-def change_weights(folder, change):
-    path = folder / "model.safetensors"
-    save_file(change(load_file(path)), path, metadata={"format": "pt"})
-    return folder
-
-
 def without(*lost):
     """Leave out the tensors whose names hold one of these."""
 
@@ -1208,15 +1203,21 @@ def test_weights_have_a_fingerprint(tmp_path):
     assert fingerprint_of_weights("tiny", "llm") != fingerprint_of_weights("tiny", "encoder")
 
 
-def test_small_weights_trained_anew_are_seen_by_their_date(tmp_path):
-    """As a CTC head beside a large encoder, of which a fingerprint takes samples."""
-    save_encoder(tmp_path, "wav2vec2-ctc")
-    before = dates_of_files(tmp_path, "encoder")
-    assert {name for name, _, _ in before} == {path.name for path in tmp_path.iterdir()}
-    assert dates_of_files(tmp_path, "encoder") == before
-    assert dates_of_files("someone/ctc", "encoder") == []
-    change_weights(tmp_path, lambda tensors: {k: 2 * v for k, v in tensors.items()})
-    assert dates_of_files(tmp_path, "encoder") != before
+def test_a_small_tensor_trained_anew_between_large_ones_is_seen_by_its_beginning(tmp_path):
+    """As a CTC head beside a large encoder, which fingerprint_of_weights may overlook."""
+    large = torch.zeros(8 * 2**20)
+    tensors = {"a": large, "b": torch.zeros(8), "c": large.clone(), "d": torch.tensor(0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = fingerprint_of_beginnings(tmp_path, "encoder")
+    assert fingerprint_of_beginnings(tmp_path, "encoder") == before
+    save_file(tensors | {"b": torch.ones(8)}, tmp_path / "model.safetensors")
+    assert fingerprint_of_beginnings(tmp_path, "encoder") != before
+
+
+def test_weights_that_are_no_safetensors_file_are_named_in_one_line(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="model.safetensors: is no readable safetensors file"):
+        fingerprint_of_beginnings(tmp_path, "llm")
 
 
 def test_the_fingerprint_of_a_hub_model_is_its_revision(few, tmp_path, monkeypatch, capsys):
