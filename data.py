@@ -39,7 +39,7 @@ from support.runs import read_config
 
 SAMPLE_RATE = 16000  # Hz; everything is resampled to it
 MIN_SECONDS = 0.1  # less gives some encoders not one frame
-LOUDEST = 100  # sample of a float file, where 1 is full scale: what is louder never was sound
+LOUDEST = 100  # largest sample of a float file; full scale is 1, so more than that is no sound
 
 
 # ---- audio ----
@@ -332,7 +332,8 @@ class Recipe:
     speech: float = 1.0
     # the kinds of utterances that are used, where the corpus names kinds; none: all
     kinds: tuple = ()
-    # how many prompts of a task are used, by alphabet the first that stage 1 asked; 0: all
+    # how many prompts of a task are used: in alphabetical order the first of those that stage 1
+    # asked; 0: all
     prompts: int = 0
     # are the answers of "repeat" the true transcripts, and not what the LLM says?
     true_transcripts: bool = False
@@ -495,7 +496,7 @@ def split_at_marks(tokenizer, rendered, audio, begin, end):
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     parts = [Text([])]
     for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        if token == marks[BREAK]:
+        if token == marks[BREAK]:  # it kept a user's words from being read as a control token
             continue
         if token == marks[AUDIO_MARK]:
             parts += [*next(audio), Text([])]
@@ -635,8 +636,8 @@ class Examples:
     """The training set of a run.
 
     A step is `accumulate` micro-batches of `batch_size` conversations; which ones is a pure
-    function of (seed, step, micro-batch), so that there is no data position to save, and the step
-    is the same on any number of processes, but for its dropout.
+    function of the settings below, the step and the micro-batch, so that there is no data position
+    to save, and the step is the same on any number of processes, but for its dropout.
     """
 
     tokenizer: object
@@ -688,7 +689,8 @@ class Examples:
     def as_the_recipe_has_them(self):
         """The behaviors, with fewer prompts and true transcripts where the recipe wants that.
 
-        A behavior whose prompt is not used keeps its answer, and gets one of those that are.
+        A behavior whose prompt is not used keeps its answer, and gets a prompt that is: right for
+        tasks like *repeat*, where every wording has the same answer.
         """
         asked = {}  # {task: its prompts}
         for b in self.behaviors:
@@ -788,7 +790,7 @@ class Examples:
         done: how much of the training is done, from 0 to 1.
         """
         recipe = self.recipe
-        if recipe.text_only or recipe.mixed:  # other recipes draw no such number
+        if recipe.text_only or recipe.mixed:  # so others draw the same numbers as without this
             chance = rng.random()
             if chance < recipe.text_only:
                 return self.draw_text_only(rng)
@@ -899,7 +901,7 @@ def open_run(folder):
         raise UserError(
             f"{folder}: its behaviors are not complete; run `behaviors … --out {folder}` first"
         )
-    options = {"head_bits": 16, "embeddings": "gpu", **options}  # a run of old does not say
+    options = {"head_bits": 16, "embeddings": "gpu", **options}  # older runs do not say
     for name, possible in LLM_OPTIONS.items():
         if options[name] not in possible:
             raise UserError(

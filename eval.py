@@ -3,6 +3,8 @@
 The reference is the text LLM's own answer to the true transcript, so that any LLM and any
 transcribed speech can be benchmarked. A system is a model and a way to put an utterance before it:
 as text, as speech, or as what a CTC model made of it. Every answer becomes a row of one table.
+What is made of that table, the gain above all, is in lab/statistics.py; the behavior gap and the
+attention are in lab/probes.py.
 
     python eval.py RUN
 """
@@ -44,7 +46,7 @@ DIALOGUES = ["speech_then_text_question", "text_then_speech", "two_speeches"]
 SETS = ("questions", "repeats", "dialogues", "text")
 # what is kept of an answer that was looked into; its scores are made anew from the answer
 LOOKED_INTO = ("mistake", "behavior_gap", "attention_on_instruction", "attention_on_utterance")
-# one more whenever something else is asked, or answers are scored otherwise: reports are then
+# increased whenever something else is asked, or answers are scored otherwise: reports are then
 # written anew
 SCORING = 4
 
@@ -569,7 +571,10 @@ def draw_first_turn(rng, cases, answers, i, kind, about):
 
 
 def earlier_about_the_same(cases, answers, i, about):
-    """Cases about the utterance of case i, by whose answers that to case i is not told."""
+    """Cases about the utterance of case i whose answers give away neither its answer nor all of it.
+
+    "All of it": the whole transcript.
+    """
     case = cases[i]
     fitting = []
     for j in about[case.utterance.id]:
@@ -644,15 +649,15 @@ class Questions:
             asked += [case.names() for case in self.cases[which]]
         return fingerprint([system.fingerprint, asked])
 
-    def ask(self, system, which, hearing=None):
+    def ask(self, system, which, presenter=None):
         """[(answer, did it end by itself)] of a system to the cases of one key of `cases`.
 
-        hearing: who puts the utterances before it, if not the system itself.
+        presenter: the System that puts the utterances before it, if it is not the system itself.
         """
         cases = self.cases[which]
         return answer_all(
             system.model,
-            lambda i: cases[i].parts(hearing or system),
+            lambda i: cases[i].parts(presenter or system),
             sort_keys=[(case.task.name, case.utterance.duration) for case in cases],
             desc=f"bench {system.name}" + ("" if which == "questions" else f", {which}"),
             batch_size=self.options.batch_size,
@@ -694,12 +699,12 @@ class Questions:
             return self.references[which]
         if not system.model:  # copy
             return [case.utterance.text for case in self.cases[which]]
-        hearing = system
+        presenter = system
         if which == "text":
             if not system.model.lora:  # a frozen LLM answers to text as ever
                 return self.references[which]
-            hearing = System(system.name, system.fingerprint, system.model)  # its LLM, reading
-        return [answer for answer, _ in self.ask(system, which, hearing)]
+            presenter = System(system.name, system.fingerprint, system.model)  # of transcripts
+        return [answer for answer, _ in self.ask(system, which, presenter)]
 
     def scored_anew(self, name, rows):
         """Rows that were kept, their scores as today's code makes them of the same answers."""
@@ -776,7 +781,8 @@ def row_of(name, which, case, reference, answer):
         "reference": reference,
         "answer": answer,
         "score": round(score(case.task.metric, reference, answer), 6),
-        "copy": round(score(case.task.metric, reference, case.utterance.text), 6),
+        "copy": round(score(case.task.metric, reference, case.utterance.text), 6),  # copy's score
+        # against the reference, like the score; *repeat*'s WER in reports is by the transcript
         **{metric: round(value, 6) for metric, value in metrics.items()},
         "ignored_instruction": ignored,  # did it answer with the transcript instead?
         "anchored": None,  # on a directive: did it do what the speech says?

@@ -3,7 +3,7 @@
 Shapes, in the whole file:
 
     B conversations     L positions      T encoder frames     N = ceil(T / k) speech tokens
-    V vocabulary        R response tokens of a batch
+    V vocabulary        R response tokens of a batch (in docs/method.md: of a step)
     D_encoder and D, the widths of the encoder and of the LLM
 
 In encoders and connectors B counts recordings and spans of speech, of which a conversation may have
@@ -292,7 +292,7 @@ class HuggingFaceEncoder(nn.Module):
 
     @torch.no_grad()
     def hear(self, clips):
-        """What hear_together() returns, on the device where the weights are."""
+        """What hear_together() returns, computed where the weights are."""
         through = self.whisper if self.is_whisper else self.any_other
         heard = [[] for _ in clips]
         for i in range(len(clips[0].pieces)):  # as many in each clip: they have one shape
@@ -902,8 +902,9 @@ class SpeechLLM(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
 
         # The projection to the vocabulary makes 150,000 numbers of a position. They are needed only
-        # where an answer is predicted, so all other hidden states are dropped before it: of a mask
-        # (B, L) the LLM makes logits (R, V), row after row. One position predicts the next.
+        # where an answer is predicted, so all other hidden states are dropped before it: given a
+        # mask (B, L) as logits_to_keep, transformers returns logits (R, V), row after row. One
+        # position predicts the next.
         predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L), the last position never
         out = self.llm(
             inputs_embeds=embeds,

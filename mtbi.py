@@ -91,6 +91,8 @@ SELF_MADE_TASKS = (
     "translate*",
 )
 
+# `repeat` is the share of the task *repeat*, at the start and from half-way on: that schedule is
+# ours. We know the papers by their abstracts and code; docs/papers.md says what is whose.
 RECIPES = {
     "mtbi": Recipe(MTBI, interleave=0.4, repeat=(1.0, 0.2)),
     "mtbi-no-interleave": Recipe(
@@ -408,7 +410,7 @@ def training_tasks(tasks, utterance):
 
 def draw_questions(tasks, utterances, per_utterance, seed):
     """Behaviors that lack their response: training tasks and training prompts only."""
-    # a part of the seed: another word would draw other questions
+    # the word is a part of the seed: with another one, other questions would be drawn
     rng = random.Random(f"imitate-{seed}")
     questions = []
     for u in utterances:

@@ -1,7 +1,7 @@
-"""Stage 2, Imitate: the connector learns to get from the frozen LLM its own answers, from speech.
+"""Stage 2, Imitate: the frozen LLM is to answer speech as it answered the transcripts.
 
-One loop for every recipe, on one GPU, several, or a CPU. Interrupted or killed at any point, it
-goes on; on a CPU it ends with the very same weights.
+The connector learns that. One loop for every recipe, on one GPU, several, or a CPU. Interrupted or
+killed at any point, it goes on; on a CPU it ends with the very same weights.
 
     python train.py RUN --recipe mtbi
 """
@@ -431,10 +431,10 @@ def learning_rate(step, steps, peak, warmup):
 
 @dataclass
 class Piece:
-    """Conversations that go through the model at once, and what their dropout is drawn by."""
+    """Conversations that go through the model at once."""
 
     examples: list
-    name: str
+    dropout_seed: str
 
     def tokens(self):
         """How many response tokens carry loss."""
@@ -456,13 +456,13 @@ class Piece:
                 is_speech = isinstance(part, Speech)
                 parts.append(Speech(part.frames.pin_memory()) if is_speech else part)
             examples.append(replace(example, parts=parts))
-        return Piece(examples, self.name)
+        return Piece(examples, self.dropout_seed)
 
     def split(self, size):
         """The same in pieces of at most `size` conversations."""
-        pieces = [Piece(self.examples[:size], self.name)]
+        pieces = [Piece(self.examples[:size], self.dropout_seed)]
         for at in range(size, len(self.examples), size):
-            pieces.append(Piece(self.examples[at : at + size], f"{self.name}-{at}"))
+            pieces.append(Piece(self.examples[at : at + size], f"{self.dropout_seed}-{at}"))
         return pieces
 
 
@@ -474,14 +474,14 @@ def pieces_of_step(examples, step):
     whole = examples.accumulate % WORLD == 0
     pieces = []
     for micro in range(examples.accumulate):
-        name = f"dropout-{examples.seed}-{step}-{micro}"
+        seed = f"dropout-{examples.seed}-{step}-{micro}"
         if whole:
             if micro % WORLD == RANK:
-                pieces.append(Piece(examples.batch(step, micro), name))
+                pieces.append(Piece(examples.batch(step, micro), seed))
             continue
         share = my_share(examples.batch(step, micro))
         if share:  # of a small one a process may have no row
-            pieces.append(Piece(share, f"{name}-{RANK}"))
+            pieces.append(Piece(share, f"{seed}-{RANK}"))
     return pieces
 
 
@@ -525,7 +525,7 @@ def accumulate_gradients(model, pieces, tokens, loss="ce", scale=1.0):
     """
     mean = 0.0
     for piece in pieces:
-        torch.manual_seed(random.Random(piece.name).getrandbits(62))
+        torch.manual_seed(random.Random(piece.dropout_seed).getrandbits(62))
         batch = [example.parts for example in piece.examples]
         teacher = [example.teacher for example in piece.examples]
         summed = model(batch, teacher, loss)  # over the response tokens of the piece
@@ -627,7 +627,7 @@ def train(
     optimizer = adam_w(parameters, lr)
     fp16 = model.llm.get_input_embeddings().weight.dtype == torch.float16
     progress = where_it_was(folder, parameters, optimizer, fp16, made_with)
-    optimizer.prepare()
+    optimizer.prepare()  # makes its moments, so that a lack of memory shows now
     log = Log(folder / "log.jsonl", progress.step, track)
     bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
 
@@ -637,7 +637,7 @@ def train(
             # The rate follows from the step alone, so that it need not be saved.
             rate = learning_rate(progress.step, steps, lr, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["share"]
+                group["lr"] = rate * group["share"]  # a connector may want less: its lr_share
 
             # Forward and backward over all pieces: the gradients of the token-weighted mean loss.
             loss, tokens, frames = step_gradients(model, pieces, progress, examples.recipe.loss)

@@ -502,8 +502,8 @@ def test_an_llm_with_an_adapter_is_asked_the_questions_in_text_anew():
     questions.references = {"questions": ["spoken"], "dialogues": [], "text": ["as ever"]}
     asked = []
 
-    def ask(system, which, hearing=None):
-        asked.append((system.name, which, type(hearing)))
+    def ask(system, which, presenter=None):
+        asked.append((system.name, which, type(presenter)))
         return [("changed", True)]
 
     questions.ask = ask
