@@ -27,7 +27,7 @@ import soundfile
 import torch
 
 from support.chat_template import AUDIO_MARK, BREAK, as_plain_text, end_of_turn, marks_of
-from support.chat_template import render_chat, space_before_answer, tokenize_in_context
+from support.chat_template import render_chat, tokenize_answer, tokenize_in_context
 from support.checks import check_task, is_turn
 from support.console import progress_bar
 from support.files import UserError, ceil_div, fingerprint, relative, whole_file
@@ -39,6 +39,7 @@ from support.runs import read_config
 
 SAMPLE_RATE = 16000  # Hz; everything is resampled to it
 MIN_SECONDS = 0.1  # less gives some encoders not one frame
+ZERO_WIDTH_SPACE = "\u200b"  # parts words where spaces do not
 LOUDEST = 100  # largest sample of a float file; full scale is 1, so more than that is no sound
 
 
@@ -211,6 +212,8 @@ def normalize(text):
     """The words in small letters: accents and vowel signs stay, punctuation goes (but for "_")."""
     kept = ""
     for letter in unicodedata.normalize("NFC", text.lower()):
+        if unicodedata.category(letter) == "Cf" and letter != ZERO_WIDTH_SPACE:
+            continue  # like a joiner of letters: it is within a word
         is_of_a_word = letter.isalnum() or letter == "_"
         if is_mark(letter) and kept and kept[-1] != " ":
             is_of_a_word = True  # it belongs to the letter before it
@@ -453,7 +456,7 @@ def transcript_tokens(tokenizer, text):
 
 def response_tokens(tokenizer, text, ended=True):
     """The token ids to imitate: the answer and, unless it was cut off, the end of its turn."""
-    ids = tokenize_in_context(tokenizer, space_before_answer(tokenizer) + text)[0]
+    ids = tokenize_answer(tokenizer, text)
     return ids + [end_of_turn(tokenizer)] if ended else ids
 
 
@@ -714,8 +717,8 @@ class Examples:
                 f"batch of {self.batch_size}: prepare more speech, lower --batch-size, or see that "
                 "the task table has the recipe's tasks"
             )
-        if recipe.interleave and not any(u.words for u in self.trained_on):
-            print("interleaving is off: no utterance of this data has word times")
+        if recipe.interleave and not any(len(u.words or []) > 1 for u in self.trained_on):
+            print("interleaving is off: no utterance of this data has the times of two words")
         if recipe.mixed and not self.dialogues:
             print("mixed-modal turns are off: `behaviors` asked no questions of two turns")
 

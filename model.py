@@ -37,7 +37,8 @@ from support.files import UserError, ceil_div, explained, first_line
 from support.files import whole_file, write_json
 from support.frames import keep_frames
 from support.hub import COMPUTE_AGAIN, PackedHead, absolute_if_local, check_frames, check_row_widths
-from support.hub import check_tokenizer, check_vocabulary, checkpoint_path, checkpointed_layers
+from support.hub import check_reads_embeddings, check_tokenizer, check_vocabulary, checkpoint_path
+from support.hub import checkpointed_layers
 from support.hub import fingerprint_of_llm, fingerprint_of_tensors, fingerprint_of_weights
 from support.hub import free_memory, has_packed_head, keep_embeddings_on_host, load_adapter
 from support.hub import load_in_places, load_or_explain, load_speech_model, load_tensors
@@ -655,7 +656,9 @@ def load_llm(name, bits=4, precision="auto", head_bits=16, embeddings="gpu"):
         keep_embeddings_on_host(llm, DEVICE)
     # Greedy decoding and nothing else, whatever the checkpoint recommends; its end tokens are kept.
     llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)
-    return llm.eval().requires_grad_(False), tokenizer
+    llm.eval().requires_grad_(False)
+    check_reads_embeddings(llm, sorted(used), where)
+    return llm, tokenizer
 
 
 @lru_cache(maxsize=1)

@@ -627,6 +627,8 @@ def train(
     optimizer = adam_w(parameters, lr)
     fp16 = model.llm.get_input_embeddings().weight.dtype == torch.float16
     progress = where_it_was(folder, parameters, optimizer, fp16, made_with)
+    if progress.step < steps:  # after a stop for want of finite gradients it may try as often again
+        progress.in_a_row = 0
     optimizer.prepare()  # makes its moments, so that a lack of memory shows now
     log = Log(folder / "log.jsonl", progress.step, track)
     bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
@@ -659,6 +661,8 @@ def train(
                 log.write()  # first: what it is ahead of the state is dropped on resuming
                 save_state(folder, parameters, optimizer, progress, made_with, keep)
             leave_if_it_stops(folder, progress, steps, stop)
+    if progress.is_stuck() or progress.skipped == progress.step:
+        raise UserError(explain_skips(folder, progress))
     say_skipped(progress)
     return model.train(False)
 
@@ -666,9 +670,7 @@ def train(
 def where_it_was(folder, parameters, optimizer, fp16, made_with):
     """The Progress to go on from: of the newest state, which is put back, or of a beginning."""
     start = Progress(loss_scale=FIRST_SCALE if fp16 else 1.0)
-    progress = load_state(folder, parameters, optimizer, start, made_with)
-    progress.in_a_row = 0  # after a stop for want of finite gradients it may try as often again
-    return progress
+    return load_state(folder, parameters, optimizer, start, made_with)
 
 
 def leave_if_it_stops(folder, progress, steps, stop):

@@ -188,6 +188,8 @@ def text_beside(folder):
     In sub-folders the sub-folder's name is the speaker.
     """
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS):
+        if path.name.startswith("._"):  # what macOS leaves beside a file on foreign disks
+            continue
         name, transcript = relative(path, folder), path.with_suffix(".txt")
         try:
             text = " ".join(read_lines(transcript, TRANSCRIPT_BYTES))

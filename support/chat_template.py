@@ -99,17 +99,42 @@ def tokenize_in_context(tokenizer, text):
     return ids, starts
 
 
+def tokenize_answer(tokenizer, text):
+    """The token ids of an answer, as they follow an open conversation.
+
+    There is no AUDIO_MARK before it, after which some tokenizers (Llama 2's, Mistral's) would add a
+    space that the LLM does not say.
+    """
+    answer = space_before_answer(tokenizer) + text
+    opened = render_chat(tokenizer, [{"role": "user", "content": "a"}])
+    before, whole = [], []
+    for rendered, ids in ((opened, before), (opened + as_plain_text(tokenizer, answer), whole)):
+        found = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids += [i for i in found if i not in marks_of(tokenizer).values()]
+    if whole[: len(before)] == before:
+        return whole[len(before) :]
+    # the conversation's own end has other tokens where text follows, like Llama 3's two line ends
+    return tokenize_in_context(tokenizer, answer)[0]
+
+
 @lru_cache(maxsize=8)
 def end_of_turn(tokenizer):
-    """The token the chat template puts after an answer: the first of its special tokens there."""
+    """The token the chat template puts after an answer: the first of its special tokens there.
+
+    Where it puts nothing (GLM-4's), the special token that begins the next turn.
+    """
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": AUDIO_MARK}]
-    after = render_chat(tokenizer, turns, add_generation_prompt=False).rsplit(AUDIO_MARK, 1)[1]
     marks_of(tokenizer)  # from here on the tokenizer knows AUDIO_MARK
-    ids = tokenizer(AUDIO_MARK + after, add_special_tokens=False)["input_ids"][1:]
-    for i in ids:
-        if i in tokenizer.added_tokens_decoder:
-            return i
-    return ids[0] if ids else tokenizer.eos_token_id
+    for conversation in (turns, [*turns, turns[0]]):
+        rendered = render_chat(tokenizer, conversation, add_generation_prompt=False)
+        after = AUDIO_MARK + rendered.rsplit(AUDIO_MARK, 1)[1]
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"][1:]
+        for i in ids:
+            if i in tokenizer.added_tokens_decoder and i != tokenizer.bos_token_id:
+                return i
+        if ids and conversation is turns:
+            return ids[0]
+    return tokenizer.eos_token_id
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ def check_task(task):
         texts = isinstance(prompts, list)
         texts = texts and all(isinstance(p, str) and p.strip() for p in prompts)
         if not prompts or not texts:
-            raise UserError("prompts and unseen_prompts must be lists of texts")
+            raise UserError("prompts and unseen_prompts must be lists of texts, neither empty")
     every = [prompt.strip() for prompt in (*task.prompts, *task.unseen_prompts)]
     if len(set(every)) < len(every):
         raise UserError("no prompt may stand twice in prompts and unseen_prompts")

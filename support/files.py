@@ -261,7 +261,9 @@ def relative(path, folder):
     """
     real = os.path.realpath(folder)
     if real != os.path.abspath(folder):
-        path, folder = os.path.realpath(path), real
+        # a recording may be a link itself: it keeps its own name
+        beside, name = os.path.split(os.path.abspath(path))
+        path, folder = os.path.join(os.path.realpath(beside), name), real
     try:
         return os.path.relpath(path, folder).replace(os.sep, "/")
     except ValueError:

@@ -292,10 +292,10 @@ def tell_size(encoder, utterances, folder, keep):
     )
     if keep == "ram":
         return
-    advice = "say --cache-features ram, or off to encode at every use"
+    advice = "say --cache-features ram or off (train and bench have that option)"
     there = nearest_existing(folder)
     if not os.access(there, os.W_OK):
-        raise UserError(f"{folder}: cannot be written; {advice}")
+        raise UserError(f"{folder}: cannot be written; make it writable, or {advice}")
     free = shutil.disk_usage(there).free
     if free < 1.05 * size:
         raise UserError(

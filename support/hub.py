@@ -5,6 +5,7 @@ Weights come from safetensors only, code comes from transformers only.
 
 import gc
 import hashlib
+import inspect
 import logging
 import os
 import platform
@@ -509,6 +510,34 @@ def check_vocabulary(llm, vocabulary, used, control, name):
                 f"LLM {name}: its tokenizer has {len(vocabulary)} tokens, but its weights only "
                 f"{known} embeddings"
             )
+
+
+@torch.no_grad()
+def check_reads_embeddings(llm, ids, name):
+    """UserError if an LLM cannot be driven by embeddings alone, as speech tokens are put into it.
+
+    Gemma 3n and 4 look up more about a token than its embedding, by its id; without ids they go
+    without, or fail. ids: of some text.
+    """
+    known = inspect.signature(llm.prepare_inputs_for_generation).parameters
+    tokens = torch.tensor([ids], device=llm.device)  # (1, L)
+    embeds = llm.get_input_embeddings()(tokens)  # (1, L, D)
+    try:
+        read = llm(input_ids=tokens, use_cache=False).logits  # (1, L, V)
+        heard = llm(inputs_embeds=embeds, use_cache=False).logits
+        llm(inputs_embeds=1.01 * embeds, use_cache=False)  # of no token
+        is_same = (read - heard).abs().max() <= 0.01 * read.abs().max()
+        # numbers that are none are damage, or an overflow, which others tell
+        reads_both = bool(is_same) or not read.isfinite().all()
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reads_both = False
+    if "inputs_embeds" not in known or not reads_both:
+        raise UserError(
+            f"LLM {name}: {type(llm).__name__} cannot be driven by embeddings alone, so speech "
+            "cannot be put into it; choose another one (docs/real.md names families)"
+        )
 
 
 def check_row_widths(llm, name):

@@ -264,7 +264,7 @@ def check_whole(path, file, samples, duration):
     # Four signs: samples, bytes, the mark of the end, and what the manifest says.
     seconds = len(samples) / file.samplerate
     truncated = len(samples) < expected
-    truncated = truncated or path.stat().st_size < bytes_promised(path) < 2**32 - 1024
+    truncated = truncated or path.stat().st_size < bytes_promised(path)
     truncated = truncated or not ends_as_ogg(path)
     truncated = truncated or bool(duration and seconds < 0.95 * duration - 0.05)
     if truncated:
@@ -273,11 +273,17 @@ def check_whole(path, file, samples, duration):
 
 
 def bytes_promised(path):
-    """How long a WAV file's header says that it is; 0 for any other file."""
+    """How long a WAV file's header says that it is; 0 for any other file, and where it can't tell.
+
+    Programs that write into a pipe do not know the length, and say the largest that there is: of 32
+    bits (ffmpeg), or of 31, less or more their header (SoX, arecord).
+    """
     with open(path, "rb") as file:
         head = file.read(8)
     order = {b"RIFF": "little", b"RIFX": "big"}.get(head[:4])
-    return int.from_bytes(head[4:8], order) + 8 if order else 0
+    promised = int.from_bytes(head[4:8], order) + 8 if order else 0
+    is_unknown = promised >= 2**32 - 1024 or abs(promised - 2**31) <= 2**12
+    return 0 if is_unknown else promised
 
 
 # ---- where an OGG file ends ----

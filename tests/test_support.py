@@ -17,7 +17,8 @@ from typing import get_args, ClassVar, get_type_hints
 
 import pytest
 import torch
-from checkpoints import change_weights, save_encoder, save_in_hub_cache, save_llm
+import transformers
+from checkpoints import change_weights, save_encoder, save_in_hub_cache, save_llm, tokenizer_of
 from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
 from docstring_parser import parse_from_object
 from hypothesis import given
@@ -165,6 +166,14 @@ def test_the_folder_that_a_file_will_be_in_has_the_disk_of_the_nearest_that_is_t
 
 def test_paths_are_kept_relative_so_that_folders_can_be_moved_together(tmp_path):
     assert relative(tmp_path / "data", tmp_path / "run") == "../data"
+
+
+def test_a_recording_that_is_a_link_keeps_its_name_where_a_link_leads_to_the_folder(tmp_path):
+    (tmp_path / "far" / "run").mkdir(parents=True)
+    (tmp_path / "near").symlink_to(tmp_path / "far")
+    (tmp_path / "link.wav").symlink_to(tmp_path / "a.wav")
+    seen = relative(tmp_path / "link.wav", tmp_path / "near" / "run")
+    assert seen == "../../link.wav"
 
 
 def test_a_step_says_what_it_took_and_is_kept(capsys, monkeypatch):
@@ -1191,6 +1200,26 @@ def test_code_in_a_checkpoint_is_never_run_even_if_the_user_says_yes(tmp_path, m
     with pytest.raises(UserError, match="cannot be loaded"):
         load_llm(tmp_path, 16)
     assert not it_ran.exists()
+
+
+def test_an_llm_that_looks_up_more_of_a_token_than_its_embedding_is_refused(tmp_path):
+    """As Gemma 4's smaller ones do: embeddings in place of tokens would be another LLM."""
+    size = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    config = transformers.Gemma4TextConfig(
+        **size,
+        vocab_size=512,
+        vocab_size_per_layer_input=512,
+        hidden_size_per_layer_input=16,
+        global_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=0,
+        tie_word_embeddings=False,
+    )
+    tokenizer_of("qwen2").save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot be driven by embeddings alone"):
+        load_llm(tmp_path, 16)
 
 
 def test_weights_have_a_fingerprint(tmp_path):

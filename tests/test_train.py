@@ -786,10 +786,31 @@ def test_after_the_stop_for_want_of_finite_gradients_the_same_command_stops_agai
 ):
     monkeypatch.setattr(SpeechLLM, "forward", times_all_weights(float("nan")))
     examples.steps = 60
-    for steps in (20, 40):
+    for steps in (20, 40, 60, 60):
         with pytest.raises(UserError, match="finite"):
             train(model, examples, tmp_path, lr=1e-3)
         assert saved_states(tmp_path)[0].stem == f"{steps:08d}"
+
+
+def test_a_training_whose_last_steps_were_all_skipped_is_not_done(
+    model, examples, tmp_path, monkeypatch
+):
+    real, calls = SpeechLLM.forward, []
+
+    def breaks_at_the_end(self, *args):
+        calls.append(args)
+        found = real(self, *args)
+        return found * float("nan") if len(calls) > 4 else found
+
+    monkeypatch.setattr(SpeechLLM, "forward", breaks_at_the_end)
+    examples.steps = 24
+    for _ in range(2):
+        with pytest.raises(UserError, match="the last 20 steps gave no finite loss"):
+            train(model, examples, tmp_path, lr=1e-3)
+    examples.steps = 3
+    monkeypatch.setattr(SpeechLLM, "forward", times_all_weights(float("nan")))
+    with pytest.raises(UserError, match="no step gave a finite loss"):
+        train(model, examples, tmp_path / "short", lr=1e-3)
 
 
 def test_a_model_that_never_gives_a_finite_loss_is_called_damaged(model, examples_of, tmp_path):
