@@ -220,7 +220,8 @@ def find_recipe(name):
 
 def parse_recipes(text):
     """The names in a list separated by commas whose recipes are trained."""
-    names = [name for name in text.split(",") if name and find_recipe(name).connector]
+    named = [name.strip() for name in text.split(",")]
+    names = [name for name in named if name and find_recipe(name).connector]
     names = list(dict.fromkeys(names))
     if not names:
         raise UserError(
@@ -622,7 +623,10 @@ def main(words=None):
         print(f"mtbi: {want_of_memory(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mtbi: interrupted; the same command goes on where it can", file=sys.stderr)
+        print(
+            "mtbi: interrupted; the same command goes on where it can (--force begins anew)",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -70,9 +70,29 @@ def reader_of_folder(path):
         )
     if (path / "wav.scp").exists():
         return "a Kaldi folder", kaldi
-    if next(path.rglob("*.trans.txt"), None):
+    if any(found.name.endswith(".trans.txt") for found in files_below(path)):
         return "LibriSpeech", librispeech
     return "sound files with .txt beside", text_beside
+
+
+def files_below(folder):
+    """The files in a folder and its sub-folders, links to folders among them, each folder once.
+
+    UserError if one cannot be read: its recordings would be missing, and nobody would know.
+    """
+
+    def refuse(error):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    found, seen = [], set()
+    for where, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:  # two links to it, or one that leads up
+            below.clear()
+            continue
+        seen.add(real)
+        found += [Path(where, name) for name in names]
+    return sorted(found)
 
 
 # ---- the readers ----
@@ -83,7 +103,9 @@ def librispeech(folder):
 
     Lines "ID TRANSCRIPT" in *.trans.txt, with ID.flac beside; the ID begins with the speaker.
     """
-    for path in sorted(folder.rglob("*.trans.txt")):
+    for path in files_below(folder):
+        if not path.name.endswith(".trans.txt"):
+            continue
         table = relative(path, folder)
         try:
             lines = read_lines(path)
@@ -111,7 +133,7 @@ def common_voice(path):
         )
     for number, fields in enumerate(lines, 2):
         line = dict(zip(header, fields))
-        if "path" in line and "sentence" in line:
+        if "path" in line and "sentence" in line and len(fields) <= len(header):
             row = {"audio_filepath": f"clips/{line['path']}", "text": line["sentence"]}
             yield number, {**row, "speaker": line.get("client_id", "")}
         elif fields != [""]:
@@ -187,8 +209,9 @@ def text_beside(folder):
 
     In sub-folders the sub-folder's name is the speaker.
     """
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS):
-        if path.name.startswith("._"):  # what macOS leaves beside a file on foreign disks
+    for path in files_below(folder):
+        # "._" begins what macOS leaves beside a file on foreign disks
+        if path.suffix.lower() not in AUDIO_ENDINGS or path.name.startswith("._"):
             continue
         name, transcript = relative(path, folder), path.with_suffix(".txt")
         try:

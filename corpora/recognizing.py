@@ -53,6 +53,11 @@ def train_recognizer(options):
     heard = [u for u in utterances if u.split == "train"]
     if not heard:
         raise UserError(f"{data / 'manifest.jsonl'}: has no row with split train to learn from")
+    if len(heard) < options.batch_size:  # before an earlier one is deleted
+        raise UserError(
+            f"{len(heard)} utterances to learn from, fewer than one batch of {options.batch_size}: "
+            "prepare more speech, or lower --batch-size"
+        )
     name = pinned_encoder(options.encoder, option_before(out, options, "encoder"))
     options = replace(options, encoder=name)
     content = {

@@ -141,7 +141,7 @@ def compare(options, run_command, chosen):
     out = Path(options.out)
     if options.lora == FULL and options.bits != 16:
         raise UserError(f"--lora {FULL} trains all of the LLM, which must not be packed: --bits 16")
-    options = with_pinned_models(options)
+    options = replace(with_pinned_models(options), speech=str(Path(options.speech)))  # rec/ is rec
     names = chosen if options.no_curve else with_curve(chosen)
     runs = runs_of(options)
     is_done(  # refuses a folder of other settings; recipes and seeds may be added later
@@ -155,12 +155,17 @@ def compare(options, run_command, chosen):
     )
     with lock_folder(out):
         begin(out, "compare", options, {})
-        compare_runs(options, run_command, names, runs)
+        failures = compare_runs(options, run_command, names, runs)
         finish(out, "compare", options, {})
+    if failures:
+        raise UserError(
+            f"{out}: of its jobs {len(failures)} failed ({', '.join(failures)}); report.md says why, "
+            "and the same command tries them again"
+        )
 
 
 def compare_runs(options, run_command, names, runs):
-    """Run what is not done, measure, decide, and write the report."""
+    """Run what is not done, measure, decide, and write the report; returns {job: why it failed}."""
     start, out = time.perf_counter(), Path(options.out)
     print(f"{len(names)} trainings in each of {len(runs)} runs: {', '.join(names)}")
     asr = "tiny" if options.asr in (None, "own") else options.asr
@@ -195,6 +200,7 @@ def compare_runs(options, run_command, names, runs):
     write_comparison(out, report)
     print(f"\n{claims_table(report)}\n")
     print(f"report: {out / 'report.md'}; {time.perf_counter() - start:.0f} s in this sitting")
+    return jobs.failures
 
 
 def earlier_sittings(path):

@@ -17,6 +17,8 @@ from support.processes import MAIN
 
 HALF_WRITTEN = ".mtbi-"  # how the name of a file begins while it is written
 PROJECT = Path(__file__).resolve().parents[1]  # the folder with mtbi.py and tasks.toml
+UMASK = os.umask(0)  # it can be read only by setting it: what new files forbid to others
+os.umask(UMASK)
 MOST_BYTES = 2**30  # of a text: a manifest of a million rows with word times has less
 
 
@@ -76,6 +78,7 @@ def whole_file(path, lasting=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            os.chmod(temporary, 0o666 & ~UMASK)  # safetensors would keep others from reading it
             if lasting:
                 put_on_disk(temporary)
             os.replace(temporary, path)

@@ -230,7 +230,7 @@ def check_length(seconds, duration, max_seconds):
         why = f"the limit is {limit:g} s; `prepare --max-seconds` sets another, up to {LONGEST:g}"
     elif duration:
         limit = 1.05 * duration + 0.5  # manifests are rough
-        why = f"its manifest says {duration:.1f} s; run `prepare` again"
+        why = f"its manifest says {duration:.1f} s; run `prepare … --force`"
     else:
         limit = MAX_SECONDS
         why = f"the limit is {limit:g} s"

@@ -281,7 +281,7 @@ def recipes_to_bench(run, chosen, table):
 
     UserError if they did not train on its behaviors: others may hold what is tested now.
     """
-    wanted = [name for name in chosen.split(",") if name]
+    wanted = [name.strip() for name in chosen.split(",") if name.strip()]
     trained = trained_recipes(run, table, wanted)
     missing = [name for name in wanted if name not in trained]
     if not trained and not missing:

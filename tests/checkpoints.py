@@ -6,6 +6,7 @@ Their tokenizers and chat templates behave as the families' do.
 """
 
 import json
+import os
 import shutil
 from typing import NamedTuple
 
@@ -352,10 +353,15 @@ if __name__ == "__main__":
         "--tokenizer", help="a local folder or Hugging Face name; default: a toy tokenizer"
     )
     args = parser.parse_args()
+    if os.path.lexists(args.folder):
+        parser.error(f"{args.folder}: is there already; name a new folder")
     transformers.logging.disable_progress_bar()
     tokenizer = None
     if args.tokenizer:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+        except (OSError, ValueError) as error:
+            parser.error(f"--tokenizer {args.tokenizer}: {str(error).splitlines()[0]}")
     print("saved", save_llm(args.folder, args.family, tokenizer))
 
 

@@ -274,11 +274,22 @@ def test_skip_bad_passes_over_what_a_reader_cannot_read(tmp_path):
     (root / "ann0/folder.txt").mkdir()
     assert len(prepared(tmp_path / "a", root, "--skip-bad")) == len(SAID)
     table = common_voice(tmp_path / "cv")
-    table.write_text(table.read_text() + "abc\n")
+    table.write_text(table.read_text() + "abc\n" + "a\tb\tc\td\te\tf\n")
     assert len(prepared(tmp_path / "b", table, "--skip-bad")) == len(SAID)
     skipped = [row for _, row in read_jsonl(tmp_path / "b" / "data" / "skipped.jsonl")]
-    assert [row["line"] for row in skipped] == [len(SAID) + 2]
+    assert [row["line"] for row in skipped] == [len(SAID) + 2, len(SAID) + 3]
     assert "has 1 columns, not 5" in skipped[0]["reason"]
+    assert "has 6 columns, not 5" in skipped[1]["reason"]
+
+
+def test_a_speakers_folder_that_is_a_link_is_read_once_wherever_links_lead(tmp_path):
+    root = text_beside(tmp_path / "real")
+    shutil.move(root / "ann1", tmp_path / "far")
+    (root / "bob").symlink_to(tmp_path / "far")
+    (root / "ann0" / "up").symlink_to(root)
+    rows = prepared(tmp_path, root)
+    assert len(rows) == len(SAID)
+    assert {u.speaker for u in rows} == {"ann0", "bob"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others allow no such names")

@@ -101,6 +101,13 @@ def test_one_that_was_interrupted_leaves_nothing_of_an_earlier_one(own, monkeypa
     assert not is_recognizer(folder) and not (folder / "head.safetensors").exists()
 
 
+def test_options_that_cannot_work_delete_no_earlier_one(own, capsys):
+    data = str(own / "data")
+    assert main(["recognizer", data, *SHORT, "--force", "--batch-size", "9999"]) == 2
+    one_line(capsys, "fewer than one batch of 9999")
+    assert is_recognizer(own / "data" / "recognizer")
+
+
 def test_vowel_signs_are_letters_that_can_be_spelled(tmp_path):
     write_vocabulary(tmp_path / "vocab.json", [normalize("हिन्दी में")])
     ids = spell(ctc_tokenizer(tmp_path / "vocab.json"), "हिन्दी,")

@@ -1222,6 +1222,15 @@ def test_an_llm_that_looks_up_more_of_a_token_than_its_embedding_is_refused(tmp_
         load_llm(tmp_path, 16)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+def test_weights_may_be_read_by_whom_any_new_file_may_be_read_by(tmp_path):
+    (tmp_path / "any").write_text("")
+    with whole_file(tmp_path / "weights.safetensors") as temporary:
+        save_file({"a": torch.ones(1)}, temporary)
+    rights = [path.stat().st_mode for path in sorted(tmp_path.iterdir())]
+    assert rights[0] == rights[1]
+
+
 def test_weights_have_a_fingerprint(tmp_path):
     save_llm(tmp_path / "one", "qwen2")
     shutil.copytree(tmp_path / "one", tmp_path / "other")

@@ -371,6 +371,8 @@ def parse_arguments():
         help="share of these that read like speech: blends of embeddings instead of tokens, noise",
     )
     args = parser.parse_args()
+    if not 0 < args.share <= 1:  # nan, too, is none
+        parser.error(f"--share {args.share}: must be more than 0, and at most 1")
     if args.measure:
         args.out = args.out or HERE
     elif not args.out:
