@@ -159,8 +159,8 @@ def compare(options, run_command, chosen):
         finish(out, "compare", options, {})
     if failures:
         raise UserError(
-            f"{out}: of its jobs {len(failures)} failed ({', '.join(failures)}); report.md says why, "
-            "and the same command tries them again"
+            f"{out}: of its jobs {len(failures)} failed ({', '.join(failures)}); report.md says "
+            "why, and the same command tries them again"
         )
 
 
