@@ -639,7 +639,7 @@ def train(
             # The rate follows from the step alone, so that it need not be saved.
             rate = learning_rate(progress.step, steps, lr, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["share"]  # a connector may want less: its lr_share
+                group["lr"] = rate * group["share"]  # less for all of an LLM's weights: see adam_w
 
             # Forward and backward over all pieces: the gradients of the token-weighted mean loss.
             loss, tokens, frames = step_gradients(model, pieces, progress, examples.recipe.loss)
