@@ -571,10 +571,7 @@ def draw_first_turn(rng, cases, answers, i, kind, about):
 
 
 def earlier_about_the_same(cases, answers, i, about):
-    """Cases about the utterance of case i whose answers give away neither its answer nor all of it.
-
-    "All of it": the whole transcript.
-    """
+    """Cases about the utterance of case i whose answers tell neither its answer nor all words."""
     case = cases[i]
     fitting = []
     for j in about[case.utterance.id]:

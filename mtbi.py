@@ -64,7 +64,7 @@ from support.files import PROJECT, UserError, WriteError, fingerprint, fingerpri
 from support.files import relative, write_jsonl
 from support.hub import absolute_if_local, fingerprint_of_small_files, fingerprint_of_weights
 from support.hub import pinned
-from support.options import Between, Count, DataFolder, RunFolder, Seed, parse_options
+from support.options import Between, Count, DataFolder, RunFolder, Seed, names_in, parse_options
 from support.processes import MAIN, WORLD
 from support.runs import IS_PERCENT, begin, finish, is_done, lock_folder, option_before
 from support.runs import read_config, settings_of
@@ -220,8 +220,7 @@ def find_recipe(name):
 
 def parse_recipes(text):
     """The names in a list separated by commas whose recipes are trained."""
-    named = [name.strip() for name in text.split(",")]
-    names = [name for name in named if name and find_recipe(name).connector]
+    names = [name for name in names_in(text) if find_recipe(name).connector]
     names = list(dict.fromkeys(names))
     if not names:
         raise UserError(

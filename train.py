@@ -626,9 +626,7 @@ def train(
     parameters = model.trainable()
     optimizer = adam_w(parameters, lr)
     fp16 = model.llm.get_input_embeddings().weight.dtype == torch.float16
-    progress = where_it_was(folder, parameters, optimizer, fp16, made_with)
-    if progress.step < steps:  # after a stop for want of finite gradients it may try as often again
-        progress.in_a_row = 0
+    progress = where_it_was(folder, parameters, optimizer, fp16, made_with, steps)
     optimizer.prepare()  # makes its moments, so that a lack of memory shows now
     log = Log(folder / "log.jsonl", progress.step, track)
     bar = progress_bar(desc=f"train {folder.name}", initial=progress.step, total=steps, unit="step")
@@ -661,16 +659,17 @@ def train(
                 log.write()  # first: what it is ahead of the state is dropped on resuming
                 save_state(folder, parameters, optimizer, progress, made_with, keep)
             leave_if_it_stops(folder, progress, steps, stop)
-    if progress.is_stuck() or progress.skipped == progress.step:
-        raise UserError(explain_skips(folder, progress))
-    say_skipped(progress)
+    say_skipped(folder, progress)
     return model.train(False)
 
 
-def where_it_was(folder, parameters, optimizer, fp16, made_with):
+def where_it_was(folder, parameters, optimizer, fp16, made_with, steps):
     """The Progress to go on from: of the newest state, which is put back, or of a beginning."""
     start = Progress(loss_scale=FIRST_SCALE if fp16 else 1.0)
-    return load_state(folder, parameters, optimizer, start, made_with)
+    progress = load_state(folder, parameters, optimizer, start, made_with)
+    if progress.step < steps:  # after a stop for want of finite gradients it may try as often again
+        progress.in_a_row = 0
+    return progress
 
 
 def leave_if_it_stops(folder, progress, steps, stop):
@@ -698,7 +697,10 @@ def adam_w(parameters, lr):
     return RoomyAdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def say_skipped(progress):
+def say_skipped(folder, progress):
+    """How many steps were skipped; UserError if they were all, or all at the end."""
+    if progress.is_stuck() or progress.skipped == progress.step:
+        raise UserError(explain_skips(folder, progress))
     if progress.skipped:
         print(
             f"{progress.skipped} of {progress.step} steps were skipped, because their loss or "

@@ -15,7 +15,7 @@ from corpora.rendering import render_tiny
 from data import as_compared, held_out, read_manifest
 from support.console import timed
 from support.files import UserError, fingerprint, relative, write_jsonl
-from support.options import Between, Count, Positional, Seed, called
+from support.options import Between, Count, Positional, Seed, called, names_in
 from support.recordings import LONGEST, MAX_SECONDS, audio_name, get, says_its_length
 from support.runs import begin, finish, is_done, lock_folder
 
@@ -171,7 +171,7 @@ def named_speakers(text, utterances):
     text = text.strip()
     if text and text in {u.speaker for u in utterances}:
         return [text]
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = names_in(text)
     if text and not names:
         raise UserError(f"--test-speakers {text}: names no speaker")
     return names

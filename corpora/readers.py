@@ -76,7 +76,7 @@ def reader_of_folder(path):
 
 
 def files_below(folder):
-    """The files in a folder and its sub-folders, links to folders among them, each folder once.
+    """Yields the files in a folder and its sub-folders, links among them, each folder once.
 
     UserError if one cannot be read: its recordings would be missing, and nobody would know.
     """
@@ -84,15 +84,15 @@ def files_below(folder):
     def refuse(error):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    found, seen = [], set()
+    seen = set()
     for where, below, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:  # two links to it, or one that leads up
             below.clear()
             continue
         seen.add(real)
-        found += [Path(where, name) for name in names]
-    return sorted(found)
+        for name in names:
+            yield Path(where, name)
 
 
 # ---- the readers ----
@@ -103,9 +103,7 @@ def librispeech(folder):
 
     Lines "ID TRANSCRIPT" in *.trans.txt, with ID.flac beside; the ID begins with the speaker.
     """
-    for path in files_below(folder):
-        if not path.name.endswith(".trans.txt"):
-            continue
+    for path in sorted(p for p in files_below(folder) if p.name.endswith(".trans.txt")):
         table = relative(path, folder)
         try:
             lines = read_lines(path)
@@ -209,7 +207,7 @@ def text_beside(folder):
 
     In sub-folders the sub-folder's name is the speaker.
     """
-    for path in files_below(folder):
+    for path in sorted(files_below(folder)):
         # "._" begins what macOS leaves beside a file on foreign disks
         if path.suffix.lower() not in AUDIO_ENDINGS or path.name.startswith("._"):
             continue

@@ -99,18 +99,25 @@ def tokenize_in_context(tokenizer, text):
     return ids, starts
 
 
+@lru_cache(maxsize=8)
+def open_conversation(tokenizer):
+    """(text, token ids) of a conversation that an answer may follow."""
+    opened = render_chat(tokenizer, [{"role": "user", "content": "a"}])
+    return opened, tokenizer(opened, add_special_tokens=False)["input_ids"]
+
+
 def tokenize_answer(tokenizer, text):
     """The token ids of an answer, as they follow an open conversation.
 
     There is no AUDIO_MARK before it, after which some tokenizers (Llama 2's, Mistral's) would add a
     space that the LLM does not say.
     """
+    marks = marks_of(tokenizer).values()
     answer = space_before_answer(tokenizer) + text
-    opened = render_chat(tokenizer, [{"role": "user", "content": "a"}])
-    before, whole = [], []
-    for rendered, ids in ((opened, before), (opened + as_plain_text(tokenizer, answer), whole)):
-        found = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        ids += [i for i in found if i not in marks_of(tokenizer).values()]
+    opened, before = open_conversation(tokenizer)
+    rendered = opened + as_plain_text(tokenizer, answer)
+    found = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    whole = [i for i in found if i not in marks]
     if whole[: len(before)] == before:
         return whole[len(before) :]
     # the conversation's own end has other tokens where text follows, like Llama 3's two line ends

@@ -30,6 +30,11 @@ def called_many(metavar):
 RunFolder, DataFolder = called("RUN"), called("DATA")
 
 
+def names_in(text):
+    """The names in a list separated by commas, as --recipes takes it."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class Between:
     """Marks a field of options whose value lies between two bounds (or is None)."""

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from support.files import HALF_WRITTEN, UserError, fingerprint, fingerprint_of_file
 from support.files import read_json, read_json_if_whole, write_json, writing
+from support.options import names_in
 from support.processes import MAIN, wait
 
 NEWER = {"llm_files"}  # fingerprints that folders of before 2026-11-30 do not have
@@ -281,7 +282,7 @@ def recipes_to_bench(run, chosen, table):
 
     UserError if they did not train on its behaviors: others may hold what is tested now.
     """
-    wanted = [name.strip() for name in chosen.split(",") if name.strip()]
+    wanted = names_in(chosen)
     trained = trained_recipes(run, table, wanted)
     missing = [name for name in wanted if name not in trained]
     if not trained and not missing:

@@ -180,6 +180,7 @@ LLM_CONFIGS = {
     "llama": transformers.LlamaConfig,
     "gemma3": transformers.Gemma3TextConfig,
     "phi3": transformers.Phi3Config,
+    "gemma4": transformers.Gemma4TextConfig,  # without a tokenizer of its own
 }
 
 
@@ -200,7 +201,7 @@ def save_llm(folder, family, tokenizer=None, std=0.05, sure=1.0, brief=1.0, **sh
         "tie_word_embeddings": False,
         **shape,
     }
-    if family in ("qwen3", "gemma3"):
+    if family in ("qwen3", "gemma3", "gemma4"):
         size |= {"head_dim": 16}
     config = LLM_CONFIGS[family](
         vocab_size=(len(tokenizer) + 7) // 8 * 8,

@@ -17,7 +17,6 @@ from typing import get_args, ClassVar, get_type_hints
 
 import pytest
 import torch
-import transformers
 from checkpoints import change_weights, save_encoder, save_in_hub_cache, save_llm, tokenizer_of
 from conftest import A_SMALL_BENCH, FEW_TASKS, ROOT
 from docstring_parser import parse_from_object
@@ -1204,20 +1203,9 @@ def test_code_in_a_checkpoint_is_never_run_even_if_the_user_says_yes(tmp_path, m
 
 def test_an_llm_that_looks_up_more_of_a_token_than_its_embedding_is_refused(tmp_path):
     """As Gemma 4's smaller ones do: embeddings in place of tokens would be another LLM."""
-    size = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    config = transformers.Gemma4TextConfig(
-        **size,
-        vocab_size=512,
-        vocab_size_per_layer_input=512,
-        hidden_size_per_layer_input=16,
-        global_head_dim=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_kv_shared_layers=0,
-        tie_word_embeddings=False,
-    )
-    tokenizer_of("qwen2").save_pretrained(tmp_path)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    more = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16}
+    shape = {"global_head_dim": 16, "num_kv_shared_layers": 0, **more}
+    save_llm(tmp_path, "gemma4", tokenizer_of("qwen2"), **shape)
     with pytest.raises(UserError, match="cannot be driven by embeddings alone"):
         load_llm(tmp_path, 16)
 
